@@ -1,0 +1,28 @@
+"""Residual mixture-of-experts vision transformers on DeepSpeed (Residual Mixture of Experts, arXiv 2204.09636)."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rmoe.config import GateLosses, ResidualMoEConfig, UserError
+
+if TYPE_CHECKING:
+    from rmoe.backbones.upcycle import upcycle
+    from rmoe.layers.moe import ResidualMoE, collect
+
+__version__ = "0.1.0"
+__all__ = ["GateLosses", "ResidualMoE", "ResidualMoEConfig", "UserError", "collect", "upcycle"]
+
+# Loaded when first used: torch and deepspeed take seconds, which `rmoe --help` should not.
+_LAZY = {
+    "ResidualMoE": "rmoe.layers.moe",
+    "collect": "rmoe.layers.moe",
+    "upcycle": "rmoe.backbones.upcycle",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'rmoe' has no attribute '{name}'")
+    return getattr(importlib.import_module(_LAZY[name]), name)

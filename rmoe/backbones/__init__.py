@@ -1,0 +1,1 @@
+"""timm backbones: made residual mixtures of experts, loaded with a dense core, seen as feature pyramids."""

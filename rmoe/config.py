@@ -1,0 +1,175 @@
+"""The configuration of a residual mixture of experts: frozen, strict, one object passed on whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from types import UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+Residual = Literal["low_rank", "full"]
+Combine = Literal["auto", "residual", "straight_through", "softmax"]
+Exchange = Literal["auto", "tokens", "weights"]
+Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
+
+_Config = TypeVar("_Config")
+
+
+class UserError(ValueError):
+    """What a user can cause and mend: the message gives the value, the rule that it breaks and the next action.
+
+    The command line prints it as one line and leaves with exit code 2.
+    """
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """The end of an error message about the unknown name `key`: the closest of the `known` ones, and all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(key, names, n=1)
+    hint = f"; did you mean '{close[0]}'?" if close else ";"
+    return f"{hint} known: {', '.join(names)}"
+
+
+def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
+    """Builds the frozen dataclass `cls` from plain data, nested dataclasses included.
+
+    Raises:
+        UserError: a key that `cls` does not have (the nearest known key is named), a value of another type, or a value
+            that the class's own checks refuse.
+    """
+    hints = get_type_hints(cls)
+    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{cls.__name__} has no key '{key}'{nearest(key, known)}")
+    return cls(**{key: _converted(f"{cls.__name__}.{key}", hints[key], value) for key, value in values.items()})
+
+
+def _converted(where: str, hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(hint, value)  # type: ignore[arg-type]
+    value = tuple(value) if isinstance(value, list) else value
+    if not _accepts(hint, value):
+        choices = [name for part in (hint, *get_args(hint)) if get_origin(part) is Literal for name in get_args(part)]
+        if choices and isinstance(value, str):
+            raise UserError(f"{where} is '{value}'{nearest(value, choices)}")
+        raise UserError(f"{where} is {value!r}; it takes a value of type {getattr(hint, '__name__', hint)}")
+    return value
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    if get_origin(hint) is tuple:
+        return isinstance(value, tuple) and all(_accepts(get_args(hint)[0], item) for item in value)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_accepts(part, value) for part in get_args(hint))
+    if hint in (int, float) and isinstance(value, bool):
+        return False
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+@dataclasses.dataclass(frozen=True)
+class GateLosses:
+    """Weights of the auxiliary losses of a gate; a loss of weight 0 is not computed. They are summed over layers.
+
+    Attributes:
+        importance: squared coefficient of variation of the summed gate probabilities (V-MoE, arXiv 2106.05974, eq. 8).
+        load: the same of the smoothed number of tokens; it is defined by the gate's noise and needs some (V-MoE, A.1).
+        gshard: experts × Σ mean probability × share of first choices (GShard, arXiv 2006.16668, algorithm 1).
+        z: mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5).
+    """
+
+    importance: float = 0.005
+    load: float = 0.0
+    gshard: float = 0.0
+    z: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, weight in dataclasses.asdict(self).items():
+            if weight < 0:
+                raise UserError(f"GateLosses.{name} is {weight}; a loss weight is 0 (off) or positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class ResidualMoEConfig:
+    """How dense feed-forward networks become residual mixtures of experts.
+
+    The paper's abstract fixes the method (core + residual); the number of experts, their placement, the gate and its
+    losses are choices of this project.
+
+    Attributes:
+        num_experts: experts of each layer, E.
+        top_k: experts that each token uses, K.
+        residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only) or `full` (Δ_e of the core's shape, biases too).
+        rank: R of `low_rank`.
+        combine: where the gate value enters. `residual`: θ(x) = θ0 + Σ g_e Δ_e with g the softmax probability;
+            `straight_through`: y = Σ g_e FFN(x; θ0 + Δ_e) with Σ g_e = 1 forward and the gradient of the probability
+            backward; `softmax`: y = Σ p_e FFN(x; θ0 + Δ_e), as V-MoE (does not preserve the dense function); `auto`:
+            the cheapest that preserves the function, `residual` for `low_rank` and `straight_through` for `full`.
+        capacity_factor: an expert takes at most ⌈factor · tokens · K / E⌉ tokens of the global training batch, the
+            highest gate values first; None (the default) never drops. Evaluation never drops.
+        noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1).
+        losses: weights of the gate's auxiliary losses.
+        gate_std: standard deviation of the router's initial weights.
+        blocks: which blocks become MoE; one of the named rules, or a tuple of module names as they stand in the model.
+        train_core: train θ0 as well; by default it is frozen.
+        ep_size: processes over which the experts of a layer are spread; divides E and the number of processes.
+        exchange: with ep_size > 1, send `tokens` to their experts or the experts' `weights` to the tokens; `auto`
+            sends whichever is cheaper for the residual's kind: weights for `low_rank`, tokens for `full`.
+    """
+
+    num_experts: int = 8
+    top_k: int = 1
+    residual: Residual = "low_rank"
+    rank: int = 8
+    combine: Combine = "auto"
+    capacity_factor: float | None = None
+    noise: float = 1.0
+    losses: GateLosses = GateLosses()
+    gate_std: float = 0.02
+    blocks: Blocks | tuple[str, ...] = "alternate_last_two_stages"
+    train_core: bool = False
+    ep_size: int = 1
+    exchange: Exchange = "auto"
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ResidualMoEConfig:
+        """See `rmoe.config.from_dict`."""
+        return from_dict(cls, values)
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "top_k", "rank", "ep_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"ResidualMoEConfig.{name} is {getattr(self, name)}; it is at least 1")
+        if self.top_k > self.num_experts:
+            raise UserError(f"top_k is {self.top_k}, more than the {self.num_experts} experts; lower top_k")
+        if self.num_experts % self.ep_size:
+            raise UserError(
+                f"ep_size {self.ep_size} does not divide the {self.num_experts} experts; "
+                f"use one of {[n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]}"
+            )
+        if self.capacity_factor is not None and self.capacity_factor <= 0:
+            raise UserError(f"capacity_factor is {self.capacity_factor}; it is positive, or None to drop no token")
+        if self.noise < 0 or self.gate_std < 0:
+            raise UserError(f"noise is {self.noise} and gate_std {self.gate_std}; neither may be negative")
+        if self.losses.load and not self.noise:
+            raise UserError("losses.load needs noise: set noise > 0 or losses.load = 0")
+        if self.exchange == "tokens" and self.mixes_weights and self.top_k > 1:
+            raise UserError(
+                "exchange='tokens' cannot add the residuals of several experts inside one network: use "
+                "exchange='weights', combine='straight_through' or top_k=1"
+            )
+
+    @property
+    def mixes_weights(self) -> bool:
+        """Whether gate values multiply residuals inside one network (`combine`); else they weigh several outputs."""
+        return self.combine == "residual" or (self.combine == "auto" and self.residual == "low_rank")
+
+    @property
+    def sends_tokens(self) -> bool:
+        """Whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
+        if self.exchange != "auto":
+            return self.exchange == "tokens"
+        return self.residual == "full" and not (self.mixes_weights and self.top_k > 1)

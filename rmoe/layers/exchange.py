@@ -1,0 +1,111 @@
+"""What travels between the processes that share the experts of a layer, with gradients.
+
+A layer of E experts over a group of P processes holds E/P of them on each. Either tokens go to their experts and come
+back (`exchange_tokens`), or the experts' weights go to every process and the tokens stay (`gather_experts`).
+Nothing is padded: processes may hold different numbers of tokens, none included.
+
+Shape suffixes: T tokens, C width, E experts, N pairs of a token and one of its experts, M pairs received, P processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd import Function
+
+Group = Any  # a process group; torch names its type only where distributed is built in
+
+
+def exchange_tokens(
+    rows_NC: Tensor, expert_N: Tensor, num_experts: int, group: Group, experts: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Sends every row to the process of its expert, applies `experts` there and brings the results back.
+
+    Args:
+        rows_NC: rows in any order.
+        expert_N: int64 in 0 … E-1, global expert ids.
+        num_experts: E.
+        group: the expert parallel group; its r-th process holds the r-th E/P experts. Each of them must call.
+        experts: (rows_MC, local expert ids of M rows) → M results; called once, also with no rows.
+
+    Returns:
+        The results in the order of `rows_NC`.
+    """
+    processes = dist.get_world_size(group)
+    local = num_experts // processes
+    sorted_N, order_N = expert_N.sort(stable=True)
+    sent_E = torch.bincount(sorted_N, minlength=num_experts)
+    received_E = torch.empty_like(sent_E)  # [P, E/P] flattened: what each process sends to each of our experts
+    dist.all_to_all_single(received_E, sent_E, group=group)
+    sent_P = sent_E.view(processes, local).sum(1).tolist()
+    received_P = received_E.view(processes, local).sum(1).tolist()
+    local_M = torch.arange(local, device=expert_N.device).repeat(processes).repeat_interleave(received_E)
+    received_MC = _AllToAll.apply(rows_NC[order_N], sent_P, received_P, group)
+    results_NC = _AllToAll.apply(experts(received_MC, local_M), received_P, sent_P, group)
+    return torch.empty_like(results_NC).index_copy(0, order_N, results_NC)
+
+
+def gather_experts(local: tuple[Tensor, ...], group: Group) -> list[Tensor]:
+    """Tensors stacked over the experts of this process, [E/P, …] each → the same over all experts, [E, …] each.
+
+    One collective each way. Backward, every process gets the sum over the group of its own experts' gradients, as if
+    the tokens had come to it.
+    """
+    local_EN = torch.cat([part.reshape(len(part), -1) for part in local], 1)
+    every_EN = _Gather.apply(local_EN, group)
+    sizes = [part[0].numel() for part in local]
+    return [x.reshape(-1, *part.shape[1:]) for x, part in zip(every_EN.split(sizes, 1), local, strict=True)]
+
+
+class _AllToAll(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_NC: Tensor, sent_P: list[int], received_P: list[int], group: Group) -> Tensor:
+        ctx.sent_P, ctx.received_P, ctx.group = sent_P, received_P, group
+        received_MC = rows_NC.new_empty(sum(received_P), *rows_NC.shape[1:])
+        dist.all_to_all_single(received_MC, rows_NC.contiguous(), received_P, sent_P, group=group)
+        return received_MC
+
+    @staticmethod
+    def backward(ctx: Any, grad_MC: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        grad_NC = grad_MC.new_empty(sum(ctx.sent_P), *grad_MC.shape[1:])
+        dist.all_to_all_single(grad_NC, grad_MC.contiguous(), ctx.sent_P, ctx.received_P, group=ctx.group)
+        return grad_NC, None, None, None
+
+
+class _Gather(Function):
+    @staticmethod
+    def forward(ctx: Any, local_EN: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        every_EN = local_EN.new_empty(len(local_EN) * dist.get_world_size(group), *local_EN.shape[1:])
+        dist.all_gather_into_tensor(every_EN, local_EN.contiguous(), group=group)
+        return every_EN
+
+    @staticmethod
+    def backward(ctx: Any, grad_EN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        local_EN = grad_EN.new_empty(len(grad_EN) // dist.get_world_size(ctx.group), *grad_EN.shape[1:])
+        dist.reduce_scatter_tensor(local_EN, grad_EN.contiguous(), group=ctx.group)
+        return local_EN, None
+
+
+class SumOverProcesses(Function):
+    """Sum over all processes of a tensor of which each then computes the same loss.
+
+    Each process adds that same loss to its own, and data parallelism averages the gradients; so the gradient of one
+    process's part is the loss's gradient times the number of processes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        """x, summed."""
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        """The gradient of one process's part."""
+        return grad * dist.get_world_size()

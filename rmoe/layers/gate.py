@@ -1,0 +1,150 @@
+"""The gate: which experts a token uses, with what weight, and the losses that keep the experts in use.
+
+Shape suffixes: T tokens, C model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rmoe.config import GateLosses, ResidualMoEConfig
+
+
+class GateSums(NamedTuple):
+    """What the losses need of a batch, as sums over its tokens, so that the parts of a batch add up. float32."""
+
+    probability_E: Tensor
+    load_E: Tensor  # smoothed number of tokens; zeros where the gate has no noise
+    first_E: Tensor  # tokens whose first choice is e; no gradient
+    z: Tensor
+    tokens: Tensor
+
+
+class Routing(NamedTuple):
+    """What the gate decided for T tokens.
+
+    Attributes:
+        expert_TK: int64, the experts of each token, best first; E where the capacity dropped the choice.
+        gate_TK: float32, the value with which each enters (see `ResidualMoEConfig.combine`).
+        probability_TE: float32, softmax of the logits without noise, detached.
+        sums: None outside training.
+    """
+
+    expert_TK: Tensor
+    gate_TK: Tensor
+    probability_TE: Tensor
+    sums: GateSums | None
+
+
+class Gate(nn.Module):
+    """Bias-free linear router in float32, softmax, top-k (V-MoE, arXiv 2106.05974, section 2)."""
+
+    def __init__(self, width: int, config: ResidualMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.randn(config.num_experts, width) * config.gate_std)
+
+    def forward(self, x_TC: Tensor) -> Routing:
+        """Routes tokens of any floating dtype; the arithmetic is float32 (float64 for float64), also under autocast."""
+        config = self.config
+        with torch.autocast(x_TC.device.type, enabled=False):
+            dtype = torch.promote_types(x_TC.dtype, torch.float32)
+            clean_TE = F.linear(x_TC.to(dtype), self.weight.to(dtype))
+            std = config.noise / config.num_experts if self.training else 0.0
+            noisy_TE = clean_TE + std * torch.randn_like(clean_TE) if std else clean_TE
+            probability_TE = clean_TE.softmax(-1)
+            chosen_TK, expert_TK = (noisy_TE.softmax(-1) if std else probability_TE).topk(config.top_k)
+            sums = self._sums(clean_TE, noisy_TE, probability_TE, expert_TK, std) if self.training else None
+            if self.training and config.capacity_factor is not None:
+                expert_TK = drop_over_capacity(expert_TK, chosen_TK, config.num_experts, config.capacity_factor)
+            gate_TK = self._gate_values(chosen_TK)
+        return Routing(expert_TK, gate_TK, probability_TE.detach(), sums)
+
+    def _gate_values(self, chosen_TK: Tensor) -> Tensor:
+        config = self.config
+        if config.mixes_weights or config.combine == "softmax":
+            return chosen_TK
+        # Forward the values sum to 1, so equal experts compute what one network computes; backward they change as the
+        # probabilities do (straight-through: the sum is a constant), so that the gate learns with one expert too.
+        return chosen_TK / chosen_TK.sum(-1, keepdim=True).detach()
+
+    def _sums(
+        self, clean_TE: Tensor, noisy_TE: Tensor, probability_TE: Tensor, expert_TK: Tensor, std: float
+    ) -> GateSums:
+        losses = self.config.losses
+        zeros_E = clean_TE.new_zeros(self.config.num_experts)
+        load_E = zeros_E
+        if losses.load:
+            # The chance that fresh noise would bring an expert over the last chosen one (V-MoE, appendix A).
+            threshold_T1 = noisy_TE.gather(-1, expert_TK[:, -1:]).detach()
+            load_E = torch.special.ndtr((clean_TE - threshold_T1) / std).sum(0)
+        return GateSums(
+            probability_E=probability_TE.sum(0),
+            load_E=load_E,
+            first_E=torch.bincount(expert_TK[:, 0], minlength=len(zeros_E)).to(zeros_E.dtype),
+            z=clean_TE.logsumexp(-1).square().sum() if losses.z else zeros_E.sum(),
+            tokens=zeros_E.new_tensor(float(len(clean_TE))),
+        )
+
+
+def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
+    """The weighted sum of the auxiliary losses of one layer; formulas and sources at `rmoe.config.GateLosses`."""
+    num_experts = len(sums.probability_E)
+    loss = sums.probability_E.new_zeros(())
+    if weights.importance:
+        loss = loss + weights.importance * _squared_variation(sums.probability_E)
+    if weights.load:
+        loss = loss + weights.load * _squared_variation(sums.load_E)
+    if weights.gshard:
+        mean_E, share_E = sums.probability_E / sums.tokens, sums.first_E / sums.tokens
+        loss = loss + weights.gshard * num_experts * (mean_E * share_E).sum()
+    if weights.z:
+        loss = loss + weights.z * sums.z / sums.tokens
+    return loss
+
+
+def _squared_variation(x_E: Tensor) -> Tensor:
+    return x_E.var(correction=0) / x_E.mean().square()
+
+
+@torch.no_grad()
+def drop_over_capacity(expert_TK: Tensor, chosen_TK: Tensor, num_experts: int, factor: float) -> Tensor:
+    """Replaces by E the choices beyond an expert's capacity, ⌈factor · tokens · K / E⌉ of the global batch.
+
+    The highest gate values stay (batch prioritised routing, V-MoE section 3.3), so what is dropped depends neither on
+    the order of the tokens nor on how they are spread over processes. Every process must call it.
+    """
+    experts, values, own = _gather_tokens(expert_TK, chosen_TK)
+    capacity = math.ceil(factor * experts.numel() / num_experts)
+    by_value = values.flatten().argsort(descending=True, stable=True)
+    by_expert = by_value[experts.flatten()[by_value].argsort(stable=True)]
+    sizes_E = torch.bincount(experts.flatten(), minlength=num_experts)
+    starts_E = sizes_E.cumsum(0) - sizes_E
+    place = torch.empty_like(by_expert)
+    place[by_expert] = torch.arange(len(by_expert), device=place.device) - starts_E[experts.flatten()[by_expert]]
+    keep = (place < capacity).view_as(experts)[own]
+    return expert_TK.where(keep, num_experts)
+
+
+def _gather_tokens(expert_TK: Tensor, chosen_TK: Tensor) -> tuple[Tensor, Tensor, slice]:
+    """The choices of all processes, in rank order, and where this process's own tokens are among them."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return expert_TK, chosen_TK, slice(None)
+    world, rank = dist.get_world_size(), dist.get_rank()
+    counts = [torch.empty(1, dtype=torch.int64, device=expert_TK.device) for _ in range(world)]
+    dist.all_gather(counts, torch.tensor([len(expert_TK)], device=expert_TK.device))
+    sizes = [int(count) for count in counts]
+    packed = torch.stack([expert_TK.to(chosen_TK.dtype), chosen_TK], -1)
+    padded = packed.new_zeros(max(sizes), *packed.shape[1:])
+    padded[: len(packed)] = packed
+    parts = [torch.empty_like(padded) for _ in range(world)]
+    dist.all_gather(parts, padded)
+    everything = torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    start = sum(sizes[:rank])
+    return everything[..., 0].long(), everything[..., 1], slice(start, start + sizes[rank])

@@ -1,0 +1,344 @@
+"""A dense feed-forward network turned into a residual mixture of experts, on `deepspeed.moe`.
+
+One forward pass, in the order in which it runs: `Gate` chooses the experts of each token; `mix` (residual.py) applies
+the core plus their residuals; where experts are spread over processes, weights or tokens travel first (exchange.py).
+What the gate decided is collected by `collect`, and by nothing else.
+
+To DeepSpeed the layer is a `deepspeed.moe.layer.MoE`: its residuals carry the marks of expert parameters, its
+checkpoints have a file for each expert. The gate, the arithmetic and the exchange are not DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from itertools import product
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.layers.exchange import SumOverProcesses, exchange_tokens, gather_experts
+from rmoe.layers.gate import Gate, GateSums, Routing, gate_loss
+from rmoe.layers.residual import Full, LowRank, Network, Residuals, mix
+
+Role = Literal["core", "residual", "gate", "other"]
+_EXPERT_KEY = "deepspeed_experts."
+
+
+class ResidualMoE(MoE):
+    """y = FFN(x; θ0 + Σ g_e(x) Δ_e) in place of y = FFN(x; θ0); see `rmoe.config.ResidualMoEConfig`.
+
+    Right after construction it computes what `core` computed, for every routing (but not with combine="softmax").
+
+    Args:
+        core: a module with linear layers `fc1` and `fc2` and an activation `act`, as timm's `Mlp`; it becomes θ0.
+        config: with ep_size > 1, torch.distributed must be initialised.
+
+    Raises:
+        UserError: ep_size does not divide the number of processes.
+    """
+
+    def __init__(self, core: nn.Module, config: ResidualMoEConfig) -> None:
+        nn.Module.__init__(self)  # MoE's own constructor would build its gate and a copy of the core per expert
+        self.config = config
+        self.use_residual = self.enable_expert_tensor_parallelism = False
+        self.num_experts, self.ep_size = config.num_experts, config.ep_size
+        self.num_local_experts = config.num_experts // config.ep_size
+        self.expert_group_name = f"ep_size_{config.ep_size}"
+        if config.ep_size > 1:
+            _check_processes(config.ep_size)
+            self._create_process_groups()
+
+        self.core = core
+        like: Tensor = core.fc1.weight  # type: ignore[union-attr,assignment]
+        self.gate = Gate(like.shape[1], config).to(like.device)
+        self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
+        self.deepspeed_moe.experts = _Residual(config, like, self._expert_rank() * self.num_local_experts)
+        self._every_expert: Residuals | None = None
+        if not config.train_core:
+            core.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """x of any shape [..., C] → y [..., C]. In training, every process of the expert group must call it.
+
+        Raises:
+            UserError: fewer tokens than experts in a training batch.
+        """
+        x_TC = x.reshape(-1, x.shape[-1])
+        self._check_tokens(len(x_TC))
+        routing = self.gate(x_TC)
+        records = _RECORDS.get()
+        if records is not None:
+            records.routing[self] = routing
+        return self._experts(x_TC, routing).reshape(x.shape)
+
+    def _experts(self, x_TC: Tensor, routing: Routing) -> Tensor:
+        config, core = self.config, self.network()
+        act = self.core.act  # type: ignore[union-attr]
+        spread = config.ep_size > 1 and self._every_expert is None
+        if spread and config.sends_tokens:
+            return self._send_tokens(x_TC, routing)
+        residuals = self._gathered() if spread else self._every_expert or self.residuals()
+        return mix(x_TC, routing.expert_TK, routing.gate_TK, core, residuals, act, config.mixes_weights)
+
+    def _send_tokens(self, x_TC: Tensor, routing: Routing) -> Tensor:
+        """Tokens go to their experts; a choice that the capacity dropped stays and gets the core."""
+        mixes, core, residuals = self.config.mixes_weights, self.network(), self.residuals()
+        act = self.core.act  # type: ignore[union-attr]
+        expert_N, gate_N1 = routing.expert_TK.flatten(), routing.gate_TK.to(x_TC.dtype).reshape(-1, 1)
+        token_N = torch.arange(len(x_TC), device=x_TC.device).repeat_interleave(routing.expert_TK.shape[1])
+        sent = expert_N < self.num_experts
+
+        def experts(rows: Tensor, local_M: Tensor) -> Tensor:
+            x_MC, gate_M1 = (rows[:, :-1], rows[:, -1:]) if mixes else (rows, rows.new_ones(len(rows), 1))
+            return mix(x_MC, local_M[:, None], gate_M1, core, residuals, act, mixes)
+
+        x_NC = x_TC[token_N[sent]]
+        rows = torch.cat([x_NC, gate_N1[sent]], 1) if mixes else x_NC
+        group = groups._get_expert_parallel_group(self.expert_group_name)
+        y_NC = exchange_tokens(rows, expert_N[sent], self.num_experts, group, experts)
+        y_NC = torch.cat([y_NC, core(x_TC[token_N[~sent]], act)])
+        gate_N1 = torch.cat([gate_N1[sent], gate_N1[~sent]])
+        token_N = torch.cat([token_N[sent], token_N[~sent]])
+        return y_NC.new_zeros(x_TC.shape).index_add(0, token_N, y_NC if mixes else gate_N1 * y_NC)
+
+    def network(self) -> Network:
+        """θ0, as it is now."""
+        fc1, fc2 = self.core.fc1, self.core.fc2
+        return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
+
+    def residuals(self) -> Residuals:
+        """Δ of the experts of this process, stacked."""
+        return self.deepspeed_moe.experts.residuals()  # type: ignore[union-attr,operator]
+
+    def _gathered(self) -> Residuals:
+        local = self.residuals()
+        return type(local)(*gather_experts(local, groups._get_expert_parallel_group(self.expert_group_name)))
+
+    def _expert_rank(self) -> int:
+        return 0 if self.ep_size == 1 else groups._get_expert_parallel_rank(self.expert_group_name)
+
+    def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(self.ep_size, use_data_before_expert_parallel_=False)
+
+    def _check_tokens(self, tokens: int) -> None:
+        everywhere = tokens * (dist.get_world_size() if dist.is_initialized() else 1)
+        if self.training and everywhere < self.num_experts:
+            raise UserError(
+                f"a layer got {everywhere} tokens for its {self.num_experts} experts; train with larger images or "
+                "batches, with fewer experts, or leave this block dense"
+            )
+
+
+class _Residual(nn.Module):
+    """Δ of the experts of this process, one stacked parameter for each tensor of a network.
+
+    In its state dict every expert stands alone, under the names by which DeepSpeed writes a file for each.
+    """
+
+    def __init__(self, config: ResidualMoEConfig, like: Tensor, start: int) -> None:
+        super().__init__()
+        local = config.num_experts // config.ep_size
+        hidden, width = like.shape
+        # Drawn for all experts, so that an expert's weights do not depend on where it lives.
+        every = _initial(config, width, hidden, like)
+        self.kind = type(every)
+        for name, x in every._asdict().items():
+            self.register_parameter(name, nn.Parameter(x[start : start + local].clone()))
+        self.group_name = f"ep_size_{config.ep_size}"
+        self._mark()
+
+    def _mark(self) -> None:
+        """DeepSpeed's marks of expert parameters."""
+        for parameter in self.parameters():
+            parameter.allreduce = False  # type: ignore[attr-defined]
+            parameter.group_name = self.group_name  # type: ignore[attr-defined]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._mark()  # copies of a parameter lose its attributes
+
+    def residuals(self) -> Residuals:
+        return self.kind(*(getattr(self, name) for name in self.kind._fields))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, parameter in self._parameters.items():
+            stacked = parameter if keep_vars else parameter.detach()  # type: ignore[union-attr]
+            for e, x in enumerate(stacked):  # type: ignore[arg-type]
+                destination[f"{prefix}{_EXPERT_KEY}{e}.{name}"] = x
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        known = set()
+        for name, parameter in self._parameters.items():
+            for e, x in enumerate(parameter.detach()):  # type: ignore[union-attr]
+                key = f"{prefix}{_EXPERT_KEY}{e}.{name}"
+                known.add(key)
+                if key not in state_dict:
+                    missing_keys.append(key)
+                elif state_dict[key].shape != x.shape:
+                    error_msgs.append(f"{key}: {tuple(state_dict[key].shape)} in the file, {tuple(x.shape)} here")
+                else:
+                    x.copy_(state_dict[key])
+        unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
+
+
+def _initial(config: ResidualMoEConfig, width: int, hidden: int, like: Tensor) -> Residuals:
+    """Zero in effect: B = 0 beside a random A (as LoRA, arXiv 2106.09685), or Δ = 0."""
+    experts, rank = config.num_experts, config.rank
+
+    def zeros(*shape: int) -> Tensor:
+        return like.new_zeros(experts, *shape)
+
+    def random(outputs: int, inputs: int) -> Tensor:
+        return torch.randn(experts, outputs, inputs).to(like) / inputs**0.5
+
+    if config.residual == "full":
+        return Full(zeros(hidden, width), zeros(hidden), zeros(width, hidden), zeros(width))
+    return LowRank(random(rank, width), zeros(hidden, rank), random(rank, hidden), zeros(width, rank))
+
+
+def _check_processes(ep_size: int) -> None:
+    if not dist.is_initialized():
+        raise UserError(f"ep_size {ep_size} needs torch.distributed: start with a launcher, or use ep_size=1")
+    if dist.get_world_size() % ep_size:
+        raise UserError(f"ep_size {ep_size} does not divide the {dist.get_world_size()} processes; change either")
+
+
+class Records:
+    """What the gates decided while `collect` was on: `routing` holds the last call of each layer."""
+
+    def __init__(self) -> None:
+        self.routing: dict[ResidualMoE, Routing] = {}
+
+    def loss(self) -> Tensor | None:
+        """The gates' auxiliary losses over the global batch, weighted and summed over layers; None without any.
+
+        One all-reduce for all layers: every process must call it.
+
+        Raises:
+            RuntimeError: the gates ran without gradient, as under reentrant activation checkpointing.
+        """
+        layers = [layer for layer, routing in self.routing.items() if routing.sums is not None]
+        if not layers:
+            return None
+        parts = [part for layer in layers for part in self.routing[layer].sums]  # type: ignore[union-attr]
+        trained = torch.is_grad_enabled() and any(layer.gate.weight.requires_grad for layer in layers)
+        if trained and not any(part.requires_grad for part in parts):
+            raise RuntimeError("the gates ran without gradient: checkpoint activations with use_reentrant=False")
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            flat = SumOverProcesses.apply(flat)
+        totals = iter(flat.split([part.numel() for part in parts]))
+        losses = [gate_loss(_next_sums(totals), layer.config.losses) for layer in layers]
+        return torch.stack(losses).sum()
+
+
+def _next_sums(totals: Iterator[Tensor]) -> GateSums:
+    vectors = [next(totals) for _ in GateSums._fields]
+    return GateSums(*vectors[:3], *(vector.squeeze() for vector in vectors[3:]))
+
+
+_RECORDS: ContextVar[Records | None] = ContextVar("rmoe_records", default=None)
+
+
+@contextmanager
+def collect() -> Iterator[Records]:
+    """Collects what the gates decide inside the block; the one way to their losses and to their routing.
+
+        with collect() as records:
+            loss = criterion(model(images), labels)
+        loss = loss + records.loss()
+
+    A layer that activation checkpointing runs again counts once.
+    """
+    token = _RECORDS.set(Records())
+    try:
+        yield _RECORDS.get()  # type: ignore[misc]
+    finally:
+        _RECORDS.reset(token)
+
+
+@contextmanager
+def local_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all experts and the layers communicate nothing: for evaluation without gradient.
+
+    Processes may then run different numbers of batches. Entering is collective over the expert groups.
+    """
+    layers = [layer for layer in moe_layers(model).values() if layer.ep_size > 1]
+    with torch.no_grad():
+        for layer in layers:
+            layer._every_expert = layer._gathered()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._every_expert = None
+
+
+def moe_layers(model: nn.Module) -> dict[str, ResidualMoE]:
+    """The layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ResidualMoE)}
+
+
+def roles(model: nn.Module) -> dict[str, Role]:
+    """What each parameter is, by its name; what optimizer groups and counts are made from."""
+    found: dict[str, Role] = dict.fromkeys((name for name, _ in model.named_parameters()), "other")
+    parts: dict[str, Role] = {"core": "core", "gate": "gate", "deepspeed_moe": "residual"}
+    for layer_name, layer in moe_layers(model).items():
+        for name, _ in layer.named_parameters():
+            found[f"{layer_name}.{name}" if layer_name else name] = parts[name.partition(".")[0]]
+    return found
+
+
+def global_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole model on the CPU, experts under their global ids; the same on every process, which all must call."""
+    state = {key: x.cpu() for key, x in model.state_dict().items() if _EXPERT_KEY not in key}
+    for layer_name, layer in moe_layers(model).items():
+        with torch.no_grad():
+            every = layer._gathered() if layer.ep_size > 1 else layer.residuals()
+        for name, stacked in every._asdict().items():
+            for e, x in enumerate(stacked.detach().cpu()):
+                state[f"{_experts_prefix(layer_name)}{e}.{name}"] = x.clone()
+    return state
+
+
+def load_global_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `global_state_dict` gave, at any ep_size: each process takes its own experts. Strict.
+
+    Raises:
+        RuntimeError: keys or shapes differ, experts included (as `torch.nn.Module.load_state_dict`).
+    """
+    local = {key: x for key, x in state.items() if _EXPERT_KEY not in key}
+    known = set()
+    for layer_name, layer in moe_layers(model).items():
+        prefix, start = _experts_prefix(layer_name), layer._expert_rank() * layer.num_local_experts
+        for e, name in product(range(layer.num_experts), layer.residuals()._fields):
+            known.add(f"{prefix}{e}.{name}")
+            if start <= e < start + layer.num_local_experts and f"{prefix}{e}.{name}" in state:
+                local[f"{prefix}{e - start}.{name}"] = state[f"{prefix}{e}.{name}"]
+    if wrong := known.symmetric_difference(key for key in state if _EXPERT_KEY in key):
+        raise RuntimeError(
+            f"the file and the model have other experts: {len(known - wrong)} tensors match, {len(wrong - known)} are "
+            f"only in the file and {len(wrong & known)} only in the model, such as {min(wrong)}"
+        )
+    model.load_state_dict(local)
+
+
+def _experts_prefix(layer_name: str) -> str:
+    return f"{layer_name}.deepspeed_moe.experts.{_EXPERT_KEY}".removeprefix(".")

@@ -1,0 +1,260 @@
+"""The rules that the layer keeps, in one process; tests/distributed/test_placement.py has the sixth."""
+
+from __future__ import annotations
+
+import copy
+from itertools import product
+
+import pytest
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rmoe.config import GateLosses, ResidualMoEConfig, UserError
+from rmoe.layers.moe import ResidualMoE, collect, global_state_dict, load_global_state_dict, local_experts, roles
+
+WIDTH = 6
+KINDS = ("low_rank", "full")
+PRESERVING = ("residual", "straight_through")
+
+
+def layer(seed: int = 0, spread: float = 0.0, **config: object) -> ResidualMoE:
+    """A layer of four experts; `spread` moves its residuals away from zero."""
+    torch.manual_seed(seed)
+    moe = ResidualMoE(Mlp(WIDTH, 2 * WIDTH), ResidualMoEConfig(**{"num_experts": 4, "rank": 2, **config}))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in moe.deepspeed_moe.parameters():
+            parameter.add_(spread * torch.randn_like(parameter))
+    return moe
+
+
+def tokens(count: int = 12, seed: int = 1) -> Tensor:
+    return torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(("kind", "combine", "k"), list(product(KINDS, PRESERVING, (1, 2))))
+@pytest.mark.parametrize("training", [True, False])
+def test_preserves_the_dense_function(kind: str, combine: str, k: int, training: bool) -> None:
+    moe = layer(residual=kind, combine=combine, top_k=k, noise=0.0, gate_std=3.0).train(training)
+    x = tokens().view(2, 2, 3, WIDTH)
+    torch.testing.assert_close(moe(x), moe.core(x), rtol=0, atol=1e-6)
+    if combine == "residual" and kind == "low_rank":
+        assert torch.equal(moe(x), moe.core(x))
+
+
+def test_softmax_combine_scales_as_v_moe_does() -> None:
+    moe = layer(combine="softmax", residual="full").eval()
+    x = tokens()
+    with collect() as records:
+        y = moe(x)
+    torch.testing.assert_close(y, records.routing[moe].gate_TK * moe.core(x))
+
+
+@pytest.mark.parametrize(("kind", "combine", "k"), list(product(KINDS, PRESERVING, (1, 2))))
+def test_the_gate_learns_as_soon_as_residuals_differ(kind: str, combine: str, k: int) -> None:
+    moe = layer(spread=0.5, residual=kind, combine=combine, top_k=k)
+    moe(tokens()).square().sum().backward()
+    assert moe.gate.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dropped_token_gets_the_core_alone(kind: str) -> None:
+    moe = layer(spread=0.5, residual=kind, capacity_factor=0.5, noise=0.0)
+    x = tokens()
+    with collect() as records:
+        y = moe(x)
+    dropped = records.routing[moe].expert_TK[:, 0] == 4
+    assert 0 < dropped.sum() < len(x)
+    torch.testing.assert_close(y[dropped], moe.core(x)[dropped])
+    assert not torch.isclose(y, moe.core(x)).all(-1)[~dropped].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_order_free_also_with_a_capacity(kind: str) -> None:
+    moe = layer(spread=0.5, residual=kind, capacity_factor=0.5, noise=0.0, top_k=2)
+    x, order = tokens(), torch.randperm(12, generator=torch.Generator().manual_seed(3))
+    torch.testing.assert_close(moe(x[order]), moe(x)[order])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_in_evaluation_an_image_does_not_depend_on_its_batchmates(kind: str) -> None:
+    moe = layer(spread=0.5, residual=kind, capacity_factor=0.5).eval()
+    images = tokens().view(3, 4, WIDTH)
+    torch.testing.assert_close(moe(images)[1], moe(images[1:2])[0])
+
+
+@pytest.mark.parametrize(("kind", "train_core"), list(product(KINDS, (False, True))))
+def test_frozen_is_bit_identical_and_trainable_changes(kind: str, train_core: bool) -> None:
+    moe = layer(residual=kind, train_core=train_core)
+    before = copy.deepcopy(moe.state_dict())
+    optimizer = torch.optim.AdamW([p for p in moe.parameters() if p.requires_grad], lr=1e-2)
+    for step in range(5):
+        with collect() as records:
+            loss = (moe(tokens(40, step)) - 1).square().sum()
+        optimizer.zero_grad()
+        (loss + records.loss()).backward()
+        optimizer.step()
+    for name, x in moe.state_dict().items():
+        is_core = name.startswith("core.")
+        assert torch.equal(x, before[name]) == (is_core and not train_core), name
+
+
+def test_weights_are_float32_masters_of_a_bfloat16_pass() -> None:
+    moe = layer(spread=0.5, noise=0.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe(tokens())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), moe.eval()(tokens()), rtol=0.1, atol=0.1)
+
+
+def test_bfloat16_weights() -> None:
+    moe = layer(spread=0.5, residual="full").to(torch.bfloat16)
+    y = moe(tokens().to(torch.bfloat16))
+    y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    assert all(p.grad is not None for p in moe.parameters() if p.requires_grad)
+
+
+def test_more_experts_than_tokens() -> None:
+    with pytest.raises(UserError, match="3 tokens for its 4 experts"):
+        layer()(tokens(3))
+    assert layer().eval()(tokens(3)).shape == (3, WIDTH)
+
+
+# ---- losses --------------------------------------------------------------------------------------------------------
+
+
+class Two(nn.Module):
+    """Two layers, checkpointed or not."""
+
+    def __init__(self, reentrant: bool | None) -> None:
+        super().__init__()
+        weights = GateLosses(importance=1.0, gshard=0.5, z=0.1)
+        self.layers = nn.ModuleList(layer(seed, spread=0.3, losses=weights, noise=0.0) for seed in (1, 2))
+        self.reentrant = reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        for moe in self.layers:
+            x = moe(x) if self.reentrant is None else checkpoint(moe, x, use_reentrant=self.reentrant)
+        return x
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointed_layers_count_once_with_gradient(inside: bool) -> None:
+    results = []
+    for reentrant in (None, False):
+        model = Two(reentrant)
+        with collect() as records:
+            loss = model(tokens().requires_grad_()).sum()
+            if inside:
+                (loss + records.loss()).backward()
+        if not inside:
+            (loss + records.loss()).backward()
+        results.append([records.loss(), *(p.grad for p in model.parameters() if p.requires_grad)])
+    for plain, checkpointed in zip(*results, strict=True):
+        torch.testing.assert_close(plain, checkpointed)
+
+
+def test_reentrant_checkpointing_is_refused() -> None:
+    with collect() as records:
+        Two(True)(tokens().requires_grad_())
+    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+        records.loss()
+
+
+def test_losses_sum_over_layers_and_only_in_training() -> None:
+    model = Two(None)
+    with collect() as records:
+        model(tokens())
+    assert list(records.routing) == list(model.layers)
+    parts = []
+    for moe in model.layers:
+        with collect() as alone:
+            alone.routing[moe] = records.routing[moe]
+        parts.append(alone.loss())
+    torch.testing.assert_close(records.loss(), sum(parts))
+    with collect() as records:
+        model.eval()(tokens())
+    assert records.loss() is None
+    assert len(records.routing) == 2
+
+
+def test_nothing_is_collected_outside_the_block() -> None:
+    moe = layer()
+    with collect() as records:
+        pass
+    moe(tokens())
+    assert records.loss() is None
+
+
+# ---- state ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_expert_stands_alone_in_the_state_dict(kind: str) -> None:
+    moe = layer(spread=0.5, residual=kind)
+    keys = [key for key in moe.state_dict() if "deepspeed_experts" in key]
+    assert len(keys) == 4 * 4
+    assert all(key.startswith("deepspeed_moe.experts.deepspeed_experts.") for key in keys)
+    other = layer(seed=5, spread=0.5, residual=kind)
+    other.load_state_dict(moe.state_dict())
+    torch.testing.assert_close(other.eval()(tokens()), moe.eval()(tokens()), rtol=0, atol=0)
+
+
+def test_state_dict_is_strict() -> None:
+    moe = layer()
+    state = moe.state_dict()
+    missing = {key: x for key, x in state.items() if "experts.3.b1" not in key}
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.3\.b1"):
+        layer().load_state_dict(missing)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*experts\.4"):
+        layer().load_state_dict(state | {"deepspeed_moe.experts.deepspeed_experts.4.a1_ERC": torch.zeros(2, 6)})
+    with pytest.raises(RuntimeError, match="in the file"):
+        layer(rank=3).load_state_dict(state)
+
+
+def test_global_state_dict_round_trip_and_refusal() -> None:
+    model = nn.ModuleDict({"block": nn.ModuleDict({"mlp": layer(spread=0.5), "norm": nn.LayerNorm(WIDTH)})})
+    state = global_state_dict(model)
+    assert set(state) == set(model.state_dict())
+    other = nn.ModuleDict({"block": nn.ModuleDict({"mlp": layer(seed=9), "norm": nn.LayerNorm(WIDTH)})})
+    load_global_state_dict(other, state)
+    for name, x in other.state_dict().items():
+        assert torch.equal(x, state[name]), name
+    eight = nn.ModuleDict({"block": nn.ModuleDict({"mlp": layer(num_experts=8), "norm": nn.LayerNorm(WIDTH)})})
+    with pytest.raises(RuntimeError, match="16 only in the model"):
+        load_global_state_dict(eight, state)
+    with pytest.raises(RuntimeError, match="16 are only in the file"):
+        load_global_state_dict(other, global_state_dict(eight))
+
+
+def test_copies_keep_deepspeeds_marks() -> None:
+    for moe in (layer(), copy.deepcopy(layer())):
+        marks = {name: getattr(p, "allreduce", True) for name, p in moe.named_parameters()}
+        assert [name for name, reduced in marks.items() if not reduced] == [
+            name for name in marks if name.startswith("deepspeed_moe.")
+        ]
+        assert all(p.group_name == "ep_size_1" for p in moe.deepspeed_moe.parameters())
+
+
+def test_roles() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), layer())
+    found = roles(model)
+    assert found["0.weight"] == "other"
+    assert found["1.core.fc1.weight"] == "core"
+    assert found["1.gate.weight"] == "gate"
+    assert found["1.deepspeed_moe.experts.a1_ERC"] == "residual"
+    assert set(found) == {name for name, _ in model.named_parameters()}
+
+
+def test_local_experts_changes_nothing_in_one_process() -> None:
+    moe = layer(spread=0.5).eval()
+    with local_experts(moe):
+        inside = moe(tokens())
+    assert torch.equal(inside, moe(tokens()))
+
+
+def test_ep_size_without_processes_is_refused() -> None:
+    with pytest.raises(UserError, match="needs torch.distributed"):
+        layer(ep_size=2)

@@ -1,0 +1,140 @@
+"""`mix`, the fast arithmetic, against `reference`, which is the definition, and against what can be done by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rmoe.layers.residual import Full, LowRank, Network, Residuals, mix, reference
+
+KINDS = ("low_rank", "full")
+
+
+def problem(
+    kind: str, tokens: int, width: int, hidden: int, experts: int, k: int, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Network, Residuals]:
+    """Random float64 tokens, experts (some pairs without one), gate values, core and residuals."""
+    g = torch.Generator().manual_seed(seed)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    core = Network(random(hidden, width), random(hidden), random(width, hidden), random(width))
+    residuals: Residuals
+    if kind == "full":
+        residuals = Full(
+            random(experts, hidden, width),
+            random(experts, hidden),
+            random(experts, width, hidden),
+            random(experts, width),
+        )
+    else:
+        residuals = LowRank(
+            random(experts, 2, width), random(experts, hidden, 2), random(experts, 2, hidden), random(experts, width, 2)
+        )
+    expert_TK = torch.randint(0, experts + 1, (tokens, k), generator=g)
+    return random(tokens, width), expert_TK, torch.rand(tokens, k, generator=g, dtype=torch.float64), core, residuals
+
+
+def leaves(x: Tensor, gate: Tensor, core: Network, residuals: Residuals) -> list[Tensor]:
+    return [t.requires_grad_() for t in (x, gate, *core, *residuals)]  # type: ignore[union-attr]
+
+
+def test_three_tokens_by_hand() -> None:
+    # FFN(x) = 2 · relu(x); expert 0 adds 1 to W1, expert 1 adds 1 to W2; the third token has no expert.
+    core = Network(torch.ones(1, 1), None, torch.full((1, 1), 2.0), None)
+    residuals = Full(
+        torch.tensor([[[1.0]], [[0.0]]]), torch.zeros(2, 1), torch.tensor([[[0.0]], [[1.0]]]), torch.zeros(2, 1)
+    )
+    x_TC, expert_TK = torch.tensor([[1.0], [1.0], [1.0]]), torch.tensor([[0], [1], [2]])
+    gate_TK = torch.full((3, 1), 0.5)
+    inside = mix(x_TC, expert_TK, gate_TK, core, residuals, torch.relu, mixes_weights=True)
+    assert inside.flatten().tolist() == [3.0, 2.5, 2.0]  # 2·(1 + ½), (2 + ½)·1, 2·1
+    outside = mix(x_TC, expert_TK, gate_TK, core, residuals, torch.relu, mixes_weights=False)
+    assert outside.flatten().tolist() == [2.0, 1.5, 1.0]  # ½·2·2, ½·3·1, ½·2·1
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    mixes=st.booleans(),
+    tokens=st.integers(0, 9),
+    experts=st.integers(1, 5),
+    k=st.integers(1, 3),
+    width=st.integers(1, 4),
+    seed=st.integers(0, 10**6),
+)
+def test_equals_reference_in_value_and_gradient(
+    kind: str, mixes: bool, tokens: int, experts: int, k: int, width: int, seed: int
+) -> None:
+    x, expert_TK, gate, core, residuals = problem(kind, tokens, width, 2 * width, experts, k, seed)
+    inputs = leaves(x, gate, core, residuals)
+    results: list[Any] = []
+    for function in (mix, reference):
+        y = function(x, expert_TK, gate, core, residuals, torch.tanh, mixes)
+        results.append((y, torch.autograd.grad((y * y.detach().cos()).sum(), inputs, allow_unused=True)))
+    (fast, fast_grads), (plain, plain_grads) = results
+    torch.testing.assert_close(fast, plain)
+    for a, b in zip(fast_grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixes", [True, False])
+def test_gradcheck(kind: str, mixes: bool) -> None:
+    x, expert_TK, gate, core, residuals = problem(kind, 4, 2, 3, 3, 2)
+
+    def function(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
+        return mix(x, expert_TK, gate, Network(*weights[:4]), type(residuals)(*weights[4:]), torch.tanh, mixes)
+
+    assert torch.autograd.gradcheck(function, leaves(x, gate, core, residuals))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixes", [True, False])
+def test_all_tokens_to_one_expert_leaves_zeros_for_the_others(kind: str, mixes: bool) -> None:
+    x, _, gate, core, residuals = problem(kind, 6, 3, 4, 4, 1)
+    leaves(x, gate, core, residuals)
+    mix(x, torch.full((6, 1), 2), gate, core, residuals, torch.tanh, mixes).sum().backward()
+    for parameter in residuals:
+        assert parameter.grad is not None
+        assert parameter.grad[2].abs().sum() > 0
+        assert not parameter.grad[[0, 1, 3]].any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixes", [True, False])
+def test_no_token_at_all_still_gives_every_residual_a_gradient(kind: str, mixes: bool) -> None:
+    x, expert_TK, gate, core, residuals = problem(kind, 0, 3, 4, 4, 1)
+    leaves(x, gate, core, residuals)
+    mix(x, expert_TK, gate, core, residuals, torch.tanh, mixes).sum().backward()
+    assert all(parameter.grad is not None and not parameter.grad.any() for parameter in residuals)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixes", [True, False])
+def test_permuting_tokens_permutes_outputs(kind: str, mixes: bool) -> None:
+    x, expert_TK, gate, core, residuals = problem(kind, 8, 3, 4, 4, 2)
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+    y = mix(x, expert_TK, gate, core, residuals, torch.tanh, mixes)
+    permuted = mix(x[order], expert_TK[order], gate[order], core, residuals, torch.tanh, mixes)
+    torch.testing.assert_close(permuted, y[order])
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_zero_low_rank_residual_is_the_core_bit_for_bit(k: int) -> None:
+    x, expert_TK, gate, core, residuals = problem("low_rank", 8, 3, 4, 4, k)
+    zero = residuals._replace(b1_EHR=torch.zeros(4, 4, 2).double(), b2_ECR=torch.zeros(4, 3, 2).double())  # type: ignore[call-arg]
+    assert torch.equal(mix(x, expert_TK, gate, core, zero, torch.tanh, True), core(x, torch.tanh))
+
+
+def test_core_without_biases() -> None:
+    x, expert_TK, gate, core, residuals = problem("full", 5, 3, 4, 4, 2)
+    bare = core._replace(b1_H=None, b2_C=None)
+    for mixes in (True, False):
+        arguments = (x, expert_TK, gate, bare, residuals, torch.tanh, mixes)
+        torch.testing.assert_close(mix(*arguments), reference(*arguments))

@@ -1,0 +1,58 @@
+"""Imports go one way, and optional parts stay where they belong."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "rmoe"
+ORDER = ["config", "layers", "backbones", "tasks", "engine", "cli"]
+BESIDE = {"data": ["config"], "cost": ["config", "layers"]}
+MODULES = sorted(path for path in ROOT.rglob("*.py") if "configs" not in path.parts)
+
+
+def imported(path: Path) -> list[str]:
+    """Full names of what a file imports, wherever in it."""
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.append(node.module)
+    return names
+
+
+def part(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_one_way(path: Path) -> None:
+    own = part(path)
+    for name in imported(path):
+        if name.startswith("rmoe."):
+            other = name.split(".")[1]
+            if own in BESIDE and other != own:
+                assert other in BESIDE[own], f"{path} imports {name}"
+            elif own in ORDER and other in ORDER:
+                assert ORDER.index(other) <= ORDER.index(own), f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_mmseg_and_mmdet_in_one_file_each(path: Path) -> None:
+    homes = {"mmseg": "tasks/segmentation.py", "mmdet": "tasks/detection.py"}
+    for name in imported(path):
+        package = name.split(".")[0]
+        if package in homes:
+            assert str(path.relative_to(ROOT)) == homes[package], f"{path} imports {name}"
+        if part(path) == "layers":
+            assert package not in ("timm", "mmengine", "mmcv"), f"{path} imports {name}"
+
+
+def test_the_configuration_needs_no_torch() -> None:
+    code = "import sys, rmoe, rmoe.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
