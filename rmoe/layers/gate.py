@@ -1,6 +1,7 @@
 """The gate: which experts a token uses, with what weight, and the losses that keep the experts in use.
 
-Shape suffixes: T tokens, C model width, E experts, K experts per token.
+Shape suffixes: T tokens, C model width, E experts, K experts per token. Inside, experts come first: a softmax over the
+first of two dimensions is several times as fast on a CPU as one over a last dimension of eight.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.config import GateLosses, ResidualMoEConfig
@@ -55,42 +55,50 @@ class Gate(nn.Module):
         config = self.config
         with torch.autocast(x_TC.device.type, enabled=False):
             dtype = torch.promote_types(x_TC.dtype, torch.float32)
-            clean_TE = F.linear(x_TC.to(dtype), self.weight.to(dtype))
+            clean_ET = self.weight.to(dtype) @ x_TC.to(dtype).T
             std = config.noise / config.num_experts if self.training else 0.0
-            noisy_TE = clean_TE + std * torch.randn_like(clean_TE) if std else clean_TE
-            probability_TE = clean_TE.softmax(-1)
-            chosen_TK, expert_TK = (noisy_TE.softmax(-1) if std else probability_TE).topk(config.top_k)
-            sums = self._sums(clean_TE, noisy_TE, probability_TE, expert_TK, std) if self.training else None
+            noisy_ET = clean_ET + std * torch.randn_like(clean_ET) if std else clean_ET
+            probability_ET = clean_ET.softmax(0)
+            chosen_KT, expert_KT = _best(noisy_ET.softmax(0) if std else probability_ET, config.top_k)
+            sums = self._sums(clean_ET, noisy_ET, probability_ET, expert_KT, std) if self.training else None
+            expert_TK = expert_KT.T
             if self.training and config.capacity_factor is not None:
-                expert_TK = drop_over_capacity(expert_TK, chosen_TK, config.num_experts, config.capacity_factor)
-            gate_TK = self._gate_values(chosen_TK)
-        return Routing(expert_TK, gate_TK, probability_TE.detach(), sums)
+                expert_TK = drop_over_capacity(expert_TK, chosen_KT.T, config.num_experts, config.capacity_factor)
+            return Routing(expert_TK, self._gate_values(chosen_KT).T, probability_ET.detach().T, sums)
 
-    def _gate_values(self, chosen_TK: Tensor) -> Tensor:
+    def _gate_values(self, chosen_KT: Tensor) -> Tensor:
         config = self.config
         if config.mixes_weights or config.combine == "softmax":
-            return chosen_TK
+            return chosen_KT
         # Forward the values sum to 1, so equal experts compute what one network computes; backward they change as the
         # probabilities do (straight-through: the sum is a constant), so that the gate learns with one expert too.
-        return chosen_TK / chosen_TK.sum(-1, keepdim=True).detach()
+        return chosen_KT / chosen_KT.sum(0).detach()
 
     def _sums(
-        self, clean_TE: Tensor, noisy_TE: Tensor, probability_TE: Tensor, expert_TK: Tensor, std: float
+        self, clean_ET: Tensor, noisy_ET: Tensor, probability_ET: Tensor, expert_KT: Tensor, std: float
     ) -> GateSums:
         losses = self.config.losses
-        zeros_E = clean_TE.new_zeros(self.config.num_experts)
+        zeros_E = clean_ET.new_zeros(self.config.num_experts)
         load_E = zeros_E
         if losses.load:
             # The chance that fresh noise would bring an expert over the last chosen one (V-MoE, appendix A).
-            threshold_T1 = noisy_TE.gather(-1, expert_TK[:, -1:]).detach()
-            load_E = torch.special.ndtr((clean_TE - threshold_T1) / std).sum(0)
+            threshold_1T = noisy_ET.gather(0, expert_KT[-1:]).detach()
+            load_E = torch.special.ndtr((clean_ET - threshold_1T) / std).sum(1)
         return GateSums(
-            probability_E=probability_TE.sum(0),
+            probability_E=probability_ET.sum(1),
             load_E=load_E,
-            first_E=torch.bincount(expert_TK[:, 0], minlength=len(zeros_E)).to(zeros_E.dtype),
-            z=clean_TE.logsumexp(-1).square().sum() if losses.z else zeros_E.sum(),
-            tokens=zeros_E.new_tensor(float(len(clean_TE))),
+            first_E=torch.bincount(expert_KT[0], minlength=len(zeros_E)).to(zeros_E.dtype),
+            z=clean_ET.logsumexp(0).square().sum() if losses.z else zeros_E.sum(),
+            tokens=zeros_E.new_tensor(float(clean_ET.shape[1])),
         )
+
+
+def _best(x_ET: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest and which they are, [K, T] each; `topk` alone is many times as slow for k = 1."""
+    if k > 1:
+        return x_ET.topk(k, 0)
+    values_T, which_T = x_ET.max(0)
+    return values_T[None], which_T[None]
 
 
 def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:

@@ -210,7 +210,7 @@ def _initial(config: ResidualMoEConfig, width: int, hidden: int, like: Tensor) -
 
     if config.residual == "full":
         return Full(zeros(hidden, width), zeros(hidden), zeros(width, hidden), zeros(width))
-    return LowRank(random(rank, width), zeros(hidden, rank), random(rank, hidden), zeros(width, rank))
+    return LowRank(random(rank, width), zeros(rank, hidden), random(rank, hidden), zeros(rank, width))
 
 
 def _check_processes(ep_size: int) -> None:

@@ -2,18 +2,26 @@
 
     θ(x) = θ0 + Σ_{e ∈ top-k(x)} g_e(x) · Δ_e          (Residual Mixture of Experts, arXiv 2204.09636)
 
-Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank, N pairs of a
-token and one of its experts, sorted by expert. An expert id of E says "no expert": the pair computes with Δ = 0.
+`reference` says what is meant, token by token; `mix` computes it. Where a token has one network (one expert, or several
+outputs to be weighed) it sorts the rows by expert once, pads nothing and has its own backward: the core's products run
+over all rows at once, a low-rank residual adds its skinny ones in place, a full one is added to the core's weight in a
+scratch buffer and so costs what a dense layer costs; no gradient is computed of a frozen core.
+
+Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank, N rows sorted
+by expert, those without one last; I and O the inputs and outputs of either linear layer. An expert id of E says "no
+expert": Δ = 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -32,24 +40,24 @@ class Network(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """Δ_e = (B1_e A1_e, 0, B2_e A2_e, 0): no biases."""
+    """Δ_e = (B1_eᵀ A1_e, 0, B2_eᵀ A2_e, 0): no biases. B is stored rank first, as its skinny products run fastest."""
 
     a1_ERC: Tensor
-    b1_EHR: Tensor
+    b1_ERH: Tensor
     a2_ERH: Tensor
-    b2_ECR: Tensor
+    b2_ERC: Tensor
 
     def delta(self, e: int) -> Network:
         """Δ_e in the core's shape."""
-        return Network(self.b1_EHR[e] @ self.a1_ERC[e], None, self.b2_ECR[e] @ self.a2_ERH[e], None)
+        return Network(self.b1_ERH[e].T @ self.a1_ERC[e], None, self.b2_ERC[e].T @ self.a2_ERH[e], None)
 
     def first(self, x_NC: Tensor, sizes: list[int]) -> Tensor:
         """ΔW1_e x of rows sorted by expert, [N, H]."""
-        return _by_slice(x_NC, sizes, lambda x, e: F.linear(F.linear(x, self.a1_ERC[e]), self.b1_EHR[e]))
+        return _by_slice(x_NC, sizes, lambda x, e: F.linear(x, self.a1_ERC[e]) @ self.b1_ERH[e])
 
     def second(self, a_NH: Tensor, sizes: list[int]) -> Tensor:
         """ΔW2_e a of rows sorted by expert, [N, C]."""
-        return _by_slice(a_NH, sizes, lambda a, e: F.linear(F.linear(a, self.a2_ERH[e]), self.b2_ECR[e]))
+        return _by_slice(a_NH, sizes, lambda a, e: F.linear(a, self.a2_ERH[e]) @ self.b2_ERC[e])
 
 
 class Full(NamedTuple):
@@ -113,52 +121,239 @@ def mix(
     """Applies to every token the network of its experts.
 
     Args:
-        x_TC: tokens, of the weights' dtype (or any under autocast).
-        expert_TK: int64, 0 … E-1, or E for a pair that the capacity dropped: it gets the core alone.
-        gate_TK: gate values, cast to the dtype of `x_TC`.
-        core: θ0.
+        x_TC: tokens, of the weights' dtype (of any under autocast, whose dtype then holds for all).
+        expert_TK: int64, 0 … E-1, or E for a choice that the capacity dropped: it gets the core alone.
+        gate_TK: gate values, cast to the dtype of the arithmetic.
+        core: θ0; gets gradients where it requires them.
         residuals: Δ of the E experts, stacked; every one gets a gradient, zero where it has no token.
-        act: the network's activation.
+        act: the network's activation, elementwise and without parameters.
         mixes_weights: y = FFN(x; θ0 + Σ g_e Δ_e) if true, y = Σ g_e FFN(x; θ0 + Δ_e) if not.
 
     Returns:
-        y_TC, of the dtype that the core's network gives.
+        y_TC.
     """
-    pairs = _sort_pairs(expert_TK, gate_TK.to(x_TC.dtype), residuals[0].shape[0])
-    return (_mix_weights if mixes_weights else _mix_outputs)(x_TC, pairs, core, residuals, act)
+    device = x_TC.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
+    x_TC, gate_TK = x_TC.to(dtype), gate_TK.to(dtype)
+    core = Network(*(None if w is None else w.to(dtype) for w in core))  # type: ignore[arg-type]
+    residuals = type(residuals)(*(w.to(dtype) for w in residuals))
+    k = expert_TK.shape[1]
+    if mixes_weights and (k > 1 or isinstance(residuals, Full)):
+        # Residuals that meet before the activation, or whose weight differs from row to row and merges with no other.
+        return _mix_weights(x_TC, expert_TK, gate_TK, core, residuals, act)
+    rows = _sort_rows(expert_TK.flatten(), residuals[0].shape[0])
+    if mixes_weights:
+        return _apply_rows(x_TC, gate_TK[:, 0], rows, core, residuals, act)
+    y_TKC = _apply_rows(x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, None, rows, core, residuals, act)
+    return torch.einsum("tkc,tk->tc", y_TKC.view(-1, k, x_TC.shape[1]), gate_TK)
 
 
-class _Pairs(NamedTuple):
-    """(token, expert) pairs sorted by expert, the pairs without an expert last."""
+class _Rows(NamedTuple):
+    """How rows stand sorted by expert."""
 
-    token_N: Tensor
-    gate_N1: Tensor
-    sizes: list[int]  # pairs of each expert
-    rest: int  # pairs without an expert
+    order_N: Tensor  # position among the sorted → row
+    sizes: list[int]  # rows of each expert; those without one come last
+
+    @property
+    def chosen(self) -> int:
+        """How many have an expert."""
+        return sum(self.sizes)
+
+    def inverse(self) -> Tensor:
+        """Row → position among the sorted."""
+        order_N = self.order_N
+        return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+
+    def slices(self) -> Iterator[tuple[int, slice]]:
+        """(expert, its sorted rows) of the experts that have any."""
+        start = 0
+        for e, size in enumerate(self.sizes):
+            if size:
+                yield e, slice(start, start + size)
+            start += size
 
 
-def _sort_pairs(expert_TK: Tensor, gate_TK: Tensor, num_experts: int) -> _Pairs:
-    expert_N, order_N = expert_TK.flatten().sort(stable=True)
-    *sizes, rest = torch.bincount(expert_N, minlength=num_experts + 1).tolist()
-    return _Pairs(order_N // expert_TK.shape[1], gate_TK.flatten()[order_N, None], sizes, rest)
+def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
+    sorted_N, order_N = expert_N.sort(stable=True)
+    return _Rows(order_N, torch.bincount(sorted_N, minlength=num_experts + 1)[:num_experts].tolist())
 
 
-def _mix_weights(x_TC: Tensor, pairs: _Pairs, core: Network, residuals: Residuals, act: Activation) -> Tensor:
-    chosen = sum(pairs.sizes)  # a pair without an expert adds nothing to the core
-    token_N, gate_N1 = pairs.token_N[:chosen], pairs.gate_N1[:chosen]
+def _mix_weights(
+    x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, core: Network, residuals: Residuals, act: Activation
+) -> Tensor:
+    """Several residuals inside one network: they meet before the activation, so rows cannot be split by expert."""
+    rows = _sort_rows(expert_TK.flatten(), residuals[0].shape[0])
+    pair_N = rows.order_N[: rows.chosen]
+    token_N, gate_N1 = pair_N // expert_TK.shape[1], gate_TK.flatten()[pair_N, None]
     h_TH = F.linear(x_TC, core.w1_HC, core.b1_H)
-    h_TH = h_TH.index_add(0, token_N, (gate_N1 * residuals.first(x_TC[token_N], pairs.sizes)).to(h_TH.dtype))
+    h_TH = h_TH.index_add(0, token_N, gate_N1 * residuals.first(x_TC[token_N], rows.sizes))
     a_TH = act(h_TH)
     y_TC = F.linear(a_TH, core.w2_CH, core.b2_C)
-    return y_TC.index_add(0, token_N, (gate_N1 * residuals.second(a_TH[token_N], pairs.sizes)).to(y_TC.dtype))
+    return y_TC.index_add(0, token_N, gate_N1 * residuals.second(a_TH[token_N], rows.sizes))
 
 
-def _mix_outputs(x_TC: Tensor, pairs: _Pairs, core: Network, residuals: Residuals, act: Activation) -> Tensor:
-    x_NC = x_TC[pairs.token_N]
-    parts = x_NC.split([*pairs.sizes, pairs.rest])
-    experts = [_add(core, residuals.delta(e), 1.0)(x, act) for e, x in enumerate(parts[:-1])]
-    y_NC = torch.cat([*experts, core(parts[-1], act)]) * pairs.gate_N1
-    return y_NC.new_zeros(x_TC.shape).index_add(0, pairs.token_N, y_NC)
+def _apply_rows(
+    x_NC: Tensor, gate_N: Tensor | None, rows: _Rows, core: Network, residuals: Residuals, act: Activation
+) -> Tensor:
+    """FFN(x; θ0 + g Δ_e) of rows in any order; g is 1 for None."""
+    if isinstance(residuals, LowRank):
+        return _LowRankRows.apply(x_NC, gate_N, rows, act, *core, *residuals)
+    return _FullRows.apply(x_NC, rows, act, *core, *residuals)
+
+
+class _LowRankRows(Function):
+    """Rows of x through the core and one low-rank residual each."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NC: Tensor, gate_N: Tensor | None, rows: _Rows, act: Activation, *weights: Tensor
+    ) -> Tensor:
+        core, low = Network(*weights[:4]), LowRank(*weights[4:])
+        sorted_NC = x_NC.index_select(0, rows.order_N)
+        scale_N = None if gate_N is None else gate_N.index_select(0, rows.order_N[: rows.chosen])
+        h_NH, u_RN = _low_rank_linear(sorted_NC, scale_N, core.w1_HC, core.b1_H, low.a1_ERC, low.b1_ERH, rows)
+        a_NH = act(h_NH)
+        y_NC, v_RN = _low_rank_linear(a_NH, scale_N, core.w2_CH, core.b2_C, low.a2_ERH, low.b2_ERC, rows)
+        # x is kept as it came, since its maker keeps it too; sorting it again is cheaper than a second copy.
+        ctx.save_for_backward(x_NC, scale_N, h_NH, a_NH, u_RN, v_RN, *weights)
+        ctx.rows, ctx.act = rows, act
+        return y_NC.index_select(0, rows.inverse())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x_NC, scale_N, h_NH, a_NH, u_RN, v_RN, *weights = ctx.saved_tensors
+        core, low, rows = Network(*weights[:4]), LowRank(*weights[4:]), ctx.rows
+        wants = Network(*ctx.needs_input_grad[4:8])
+        grad_NC = grad.index_select(0, rows.order_N)
+        grad_NH, gate2_N, grad_a2, grad_b2 = _low_rank_backward(
+            grad_NC, a_NH, v_RN, scale_N, core.w2_CH, low.a2_ERH, low.b2_ERC, rows
+        )
+        grad_w2, grad_bias2 = _core_backward(grad_NC, a_NH, wants.w2_CH, wants.b2_C)
+        grad_NH = _act_backward(ctx.act, grad_NH, h_NH)
+        sorted_NC = x_NC.index_select(0, rows.order_N)
+        back_NC, gate1_N, grad_a1, grad_b1 = _low_rank_backward(
+            grad_NH, sorted_NC, u_RN, scale_N, core.w1_HC, low.a1_ERC, low.b1_ERH, rows
+        )
+        grad_w1, grad_bias1 = _core_backward(grad_NH, sorted_NC, wants.w1_HC, wants.b1_H)
+        grad_gate = None
+        if scale_N is not None:
+            grad_gate = scale_N.new_zeros(len(x_NC)).index_copy_(0, rows.order_N[: rows.chosen], gate1_N + gate2_N)
+        grad_core, grad_low = (grad_w1, grad_bias1, grad_w2, grad_bias2), (grad_a1, grad_b1, grad_a2, grad_b2)
+        return back_NC.index_select(0, rows.inverse()), grad_gate, None, None, *grad_core, *grad_low
+
+
+def _low_rank_linear(
+    x_NI: Tensor, gate_N: Tensor | None, w_OI: Tensor, b_O: Tensor | None, a_ERI: Tensor, b_ERO: Tensor, rows: _Rows
+) -> tuple[Tensor, Tensor]:
+    """W x + b + g B_eᵀ (A_e x), and A_e x of the rows with an expert, which backward needs."""
+    y_NO = F.linear(x_NI, w_OI, b_O)
+    u_RN = x_NI.new_empty(a_ERI.shape[1], rows.chosen)
+    for e, own in rows.slices():
+        torch.mm(a_ERI[e], x_NI[own].T, out=u_RN[:, own])
+    gu_RN = u_RN if gate_N is None else u_RN * gate_N
+    for e, own in rows.slices():
+        y_NO[own].addmm_(gu_RN[:, own].T, b_ERO[e])
+    return y_NO, u_RN
+
+
+def _low_rank_backward(
+    grad_NO: Tensor,
+    x_NI: Tensor,
+    u_RN: Tensor,
+    gate_N: Tensor | None,
+    w_OI: Tensor,
+    a_ERI: Tensor,
+    b_ERO: Tensor,
+    rows: _Rows,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, g, A and B of `_low_rank_linear`."""
+    grad_NI = grad_NO @ w_OI
+    grad_a, grad_b = torch.zeros_like(a_ERI), torch.zeros_like(b_ERO)
+    back_RN, gu_RN = torch.empty_like(u_RN), u_RN if gate_N is None else u_RN * gate_N
+    for e, own in rows.slices():
+        torch.mm(b_ERO[e], grad_NO[own].T, out=back_RN[:, own])
+        torch.mm(gu_RN[:, own], grad_NO[own], out=grad_b[e])
+    grad_gate_N = (back_RN * u_RN).sum(0)
+    if gate_N is not None:
+        back_RN *= gate_N
+    for e, own in rows.slices():
+        torch.mm(back_RN[:, own], x_NI[own], out=grad_a[e])
+        grad_NI[own].addmm_(back_RN[:, own].T, a_ERI[e])
+    return grad_NI, grad_gate_N, grad_a, grad_b
+
+
+def _core_backward(grad_NO: Tensor, x_NI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
+    return grad_NO.T @ x_NI if weight else None, grad_NO.sum(0) if bias else None
+
+
+class _FullRows(Function):
+    """Rows of x through core + full residual of one expert each."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NC: Tensor, rows: _Rows, act: Activation, *weights: Tensor) -> Tensor:
+        core, full = Network(*weights[:4]), Full(*weights[4:])
+        sorted_NC = x_NC.index_select(0, rows.order_N)
+        h_NH = _full_linear(sorted_NC, core.w1_HC, core.b1_H, full.w1_EHC, full.b1_EH, rows)
+        a_NH = act(h_NH)
+        y_NC = _full_linear(a_NH, core.w2_CH, core.b2_C, full.w2_ECH, full.b2_EC, rows)
+        ctx.save_for_backward(x_NC, h_NH, a_NH, *weights)
+        ctx.rows, ctx.act = rows, act
+        return y_NC.index_select(0, rows.inverse())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x_NC, h_NH, a_NH, *weights = ctx.saved_tensors
+        core, full, rows = Network(*weights[:4]), Full(*weights[4:]), ctx.rows
+        wants, rest = Network(*ctx.needs_input_grad[3:7]), slice(rows.chosen, None)
+        grad_NC = grad.index_select(0, rows.order_N)
+        grad_NH, grad_w2, grad_b2 = _full_backward(grad_NC, a_NH, core.w2_CH, full.w2_ECH, rows)
+        grad_NH = _act_backward(ctx.act, grad_NH, h_NH)
+        sorted_NC = x_NC.index_select(0, rows.order_N)
+        back_NC, grad_w1, grad_b1 = _full_backward(grad_NH, sorted_NC, core.w1_HC, full.w1_EHC, rows)
+        # A row passes through the core once: its gradient is the residuals' sum, and that of rows without an expert.
+        core_w1, core_b1 = _core_backward(grad_NH[rest], sorted_NC[rest], wants.w1_HC, wants.b1_H)
+        core_w2, core_b2 = _core_backward(grad_NC[rest], a_NH[rest], wants.w2_CH, wants.b2_C)
+        of_rest, of_experts = (core_w1, core_b1, core_w2, core_b2), (grad_w1, grad_b1, grad_w2, grad_b2)
+        grad_core = (r if r is None else r + e.sum(0) for r, e in zip(of_rest, of_experts, strict=True))
+        return back_NC.index_select(0, rows.inverse()), None, None, *grad_core, *of_experts
+
+
+def _full_linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, w_EOI: Tensor, b_EO: Tensor, rows: _Rows) -> Tensor:
+    y_NO, merged_OI = x_NI.new_empty(len(x_NI), len(w_OI)), torch.empty_like(w_OI)
+    for e, own in rows.slices():
+        torch.add(w_OI, w_EOI[e], out=merged_OI)
+        bias_O = b_EO[e] if b_O is None else b_O + b_EO[e]
+        torch.addmm(bias_O, x_NI[own], merged_OI.T, out=y_NO[own])
+    rest = slice(rows.chosen, None)
+    y_NO[rest] = F.linear(x_NI[rest], w_OI, b_O)
+    return y_NO
+
+
+def _full_backward(
+    grad_NO: Tensor, x_NI: Tensor, w_OI: Tensor, w_EOI: Tensor, rows: _Rows
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, ΔW and Δb of `_full_linear`."""
+    grad_NI, merged_OI = torch.empty_like(x_NI), torch.empty_like(w_OI)
+    grad_w, grad_b = torch.zeros_like(w_EOI), w_EOI.new_zeros(w_EOI.shape[:2])
+    for e, own in rows.slices():
+        torch.add(w_OI, w_EOI[e], out=merged_OI)
+        torch.mm(grad_NO[own], merged_OI, out=grad_NI[own])
+        torch.mm(grad_NO[own].T, x_NI[own], out=grad_w[e])
+        torch.sum(grad_NO[own], 0, out=grad_b[e])
+    rest = slice(rows.chosen, None)
+    grad_NI[rest] = grad_NO[rest] @ w_OI
+    return grad_NI, grad_w, grad_b
+
+
+def _act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
+    """Gradient of the activation's input, from its output's and the input."""
+    if isinstance(act, nn.GELU):
+        return torch.ops.aten.gelu_backward(grad, h, approximate=act.approximate)
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        return torch.autograd.grad(act(h), h, grad)[0]
 
 
 def _by_slice(x_NC: Tensor, sizes: list[int], apply: Callable[[Tensor, int], Tensor]) -> Tensor:

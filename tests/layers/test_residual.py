@@ -35,7 +35,7 @@ def problem(
         )
     else:
         residuals = LowRank(
-            random(experts, 2, width), random(experts, hidden, 2), random(experts, 2, hidden), random(experts, width, 2)
+            random(experts, 2, width), random(experts, 2, hidden), random(experts, 2, hidden), random(experts, 2, width)
         )
     expert_TK = torch.randint(0, experts + 1, (tokens, k), generator=g)
     return random(tokens, width), expert_TK, torch.rand(tokens, k, generator=g, dtype=torch.float64), core, residuals
@@ -85,8 +85,9 @@ def test_equals_reference_in_value_and_gradient(
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mixes", [True, False])
-def test_gradcheck(kind: str, mixes: bool) -> None:
-    x, expert_TK, gate, core, residuals = problem(kind, 4, 2, 3, 3, 2)
+@pytest.mark.parametrize("k", [1, 2])
+def test_gradcheck(kind: str, mixes: bool, k: int) -> None:
+    x, expert_TK, gate, core, residuals = problem(kind, 4, 2, 3, 3, k)
 
     def function(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
         return mix(x, expert_TK, gate, Network(*weights[:4]), type(residuals)(*weights[4:]), torch.tanh, mixes)
@@ -128,7 +129,7 @@ def test_permuting_tokens_permutes_outputs(kind: str, mixes: bool) -> None:
 @pytest.mark.parametrize("k", [1, 2])
 def test_zero_low_rank_residual_is_the_core_bit_for_bit(k: int) -> None:
     x, expert_TK, gate, core, residuals = problem("low_rank", 8, 3, 4, 4, k)
-    zero = residuals._replace(b1_EHR=torch.zeros(4, 4, 2).double(), b2_ECR=torch.zeros(4, 3, 2).double())  # type: ignore[call-arg]
+    zero = residuals._replace(b1_ERH=torch.zeros(4, 2, 4).double(), b2_ERC=torch.zeros(4, 2, 3).double())  # type: ignore[call-arg]
     assert torch.equal(mix(x, expert_TK, gate, core, zero, torch.tanh, True), core(x, torch.tanh))
 
 

@@ -1,0 +1,1 @@
+"""Data: the embedded data set (`scenes`), and checks of data sets on disk (`check`)."""

@@ -1,0 +1,59 @@
+"""Rule 6: losses, gradient norms and weights do not depend on how many processes there are and where experts live."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).with_name("place.py")
+LOSSES = {"importance": 0.1, "gshard": 0.1, "z": 0.01}
+# What is trained, under each stage of ZeRO: every kind, every way to combine and to exchange, with a capacity and without.
+LAYERS: dict[str, dict[str, Any]] = {
+    "low_rank": {"losses": LOSSES},
+    "low_rank_tokens": {"exchange": "tokens", "losses": LOSSES, "train_core": True},
+    "low_rank_two": {"top_k": 2, "losses": LOSSES},
+    "full": {"residual": "full", "losses": LOSSES},
+    "full_two": {"residual": "full", "top_k": 2, "losses": LOSSES},
+    "full_weights": {"residual": "full", "exchange": "weights"},
+    "full_softmax": {"residual": "full", "combine": "softmax"},
+    "full_inside_two": {"residual": "full", "combine": "residual", "top_k": 2},
+    "capacity": {"capacity_factor": 0.8, "exchange": "tokens"},
+    "capacity_full_two": {"residual": "full", "capacity_factor": 0.8, "top_k": 2},
+}
+STAGES = (0, 1, 2)
+PLACES = [(2, 1), (2, 2), (4, 2)]
+
+
+def cases(ep_size: int) -> dict[str, dict[str, Any]]:
+    every = {
+        f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": ep_size}}
+        for name, moe in LAYERS.items()
+        for zero in STAGES
+        # All of them under ZeRO-2, the two kinds under the others too.
+        if zero == 2 or name in ("low_rank", "full")
+    }
+    return every
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory, launch_in: Any) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    launch_in(out)([SCRIPT, out, json.dumps(cases(1))], nproc=1)
+    return out
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("processes", "ep_size"), PLACES)
+def test_placement_free(processes: int, ep_size: int, tmp_path: Path, one_process: Path, launch: Any) -> None:
+    launch([SCRIPT, tmp_path, json.dumps(cases(ep_size))], nproc=processes)
+    for name in cases(ep_size):
+        one, here = (torch.load(folder / f"{name}.pt") for folder in (one_process, tmp_path))
+        for what in ("losses", "norms", "logits", "state"):
+            torch.testing.assert_close(
+                here[what], one[what], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, w=what: f"{n}, {w}: {m}"
+            )
+        assert min(one["norms"]) > 0.5, "clipping is not active"
