@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-Residual = Literal["low_rank", "full"]
+Residual = Literal["low_rank", "full", "experts"]
+ExpertInit = Literal["core", "random"]
 Combine = Literal["auto", "residual", "straight_through", "softmax"]
 Exchange = Literal["auto", "tokens", "weights"]
 Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
@@ -102,12 +103,16 @@ class ResidualMoEConfig:
     Attributes:
         num_experts: experts of each layer, E.
         top_k: experts that each token uses, K.
-        residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only) or `full` (Δ_e of the core's shape, biases too).
+        residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only), `full` (Δ_e of the core's shape, biases too) or
+            `experts` (no core: each expert is a network of its own, as in full MoE training, the upper bound).
         rank: R of `low_rank`.
+        expert_init: how `experts` start: as copies of the dense network (`core`, sparse upcycling, arXiv 2212.05055) or
+            each drawn anew (`random`, full MoE pretraining).
         combine: where the gate value enters. `residual`: θ(x) = θ0 + Σ g_e Δ_e with g the softmax probability;
             `straight_through`: y = Σ g_e FFN(x; θ0 + Δ_e) with Σ g_e = 1 forward and the gradient of the probability
             backward; `softmax`: y = Σ p_e FFN(x; θ0 + Δ_e), as V-MoE (does not preserve the dense function); `auto`:
-            the cheapest that preserves the function, `residual` for `low_rank` and `straight_through` for `full`.
+            the cheapest that preserves the function, `residual` for `low_rank` and `straight_through` for `full`; for
+            `experts`, `softmax`.
         capacity_factor: an expert takes at most ⌈factor · tokens · K / E⌉ tokens of the global training batch, the
             highest gate values first; None (the default) never drops. Evaluation never drops.
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1).
@@ -115,15 +120,17 @@ class ResidualMoEConfig:
         gate_std: standard deviation of the router's initial weights.
         blocks: which blocks become MoE; one of the named rules, or a tuple of module names as they stand in the model.
         train_core: train θ0 as well; by default it is frozen.
+        train_residual: train Δ (or the `experts`); False fixes them, as Swin-MoE does while finetuning for detection.
         ep_size: processes over which the experts of a layer are spread; divides E and the number of processes.
         exchange: with ep_size > 1, send `tokens` to their experts or the experts' `weights` to the tokens; `auto`
-            sends whichever is cheaper for the residual's kind: weights for `low_rank`, tokens for `full`.
+            sends whichever is cheaper for the residual's kind: weights for `low_rank`, tokens otherwise.
     """
 
     num_experts: int = 8
     top_k: int = 1
     residual: Residual = "low_rank"
     rank: int = 8
+    expert_init: ExpertInit = "core"
     combine: Combine = "auto"
     capacity_factor: float | None = None
     noise: float = 1.0
@@ -131,6 +138,7 @@ class ResidualMoEConfig:
     gate_std: float = 0.02
     blocks: Blocks | tuple[str, ...] = "alternate_last_two_stages"
     train_core: bool = False
+    train_residual: bool = True
     ep_size: int = 1
     exchange: Exchange = "auto"
 
@@ -156,6 +164,12 @@ class ResidualMoEConfig:
             raise UserError(f"noise is {self.noise} and gate_std {self.gate_std}; neither may be negative")
         if self.losses.load and not self.noise:
             raise UserError("losses.load needs noise: set noise > 0 or losses.load = 0")
+        if self.residual == "experts" and self.combine == "residual":
+            raise UserError("residual='experts' has no core to add residuals to: use combine='softmax'")
+        if self.residual == "experts" and self.train_core:
+            raise UserError("residual='experts' has no core to train: leave train_core=False")
+        if not self.train_residual and self.ep_size > 1:
+            raise UserError("fixed experts (train_residual=False) need no expert parallelism: use ep_size=1")
         if self.exchange == "tokens" and self.mixes_weights and self.top_k > 1:
             raise UserError(
                 "exchange='tokens' cannot add the residuals of several experts inside one network: use "
@@ -168,8 +182,13 @@ class ResidualMoEConfig:
         return self.combine == "residual" or (self.combine == "auto" and self.residual == "low_rank")
 
     @property
+    def normalises(self) -> bool:
+        """Whether a token's gate values sum to 1, with the gradient of the probabilities (`straight_through`)."""
+        return self.combine == "straight_through" or (self.combine == "auto" and self.residual == "full")
+
+    @property
     def sends_tokens(self) -> bool:
         """Whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
         if self.exchange != "auto":
             return self.exchange == "tokens"
-        return self.residual == "full" and not (self.mixes_weights and self.top_k > 1)
+        return self.residual != "low_rank" and not (self.mixes_weights and self.top_k > 1)

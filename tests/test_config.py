@@ -39,6 +39,9 @@ def test_frozen() -> None:
         ({"capacity_factor": 0.0}, "positive"),
         ({"noise": -1.0}, "negative"),
         ({"noise": 0.0, "losses": {"load": 0.1}}, "needs noise"),
+        ({"residual": "experts", "combine": "residual"}, "no core"),
+        ({"residual": "experts", "train_core": True}, "no core"),
+        ({"train_residual": False, "ep_size": 2}, "use ep_size=1"),
         ({"top_k": 2, "exchange": "tokens"}, "exchange='weights'"),
     ],
 )

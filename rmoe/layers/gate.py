@@ -67,8 +67,7 @@ class Gate(nn.Module):
             return Routing(expert_TK, self._gate_values(chosen_KT).T, probability_ET.detach().T, sums)
 
     def _gate_values(self, chosen_KT: Tensor) -> Tensor:
-        config = self.config
-        if config.mixes_weights or config.combine == "softmax":
+        if not self.config.normalises:
             return chosen_KT
         # Forward the values sum to 1, so equal experts compute what one network computes; backward they change as the
         # probabilities do (straight-through: the sum is a constant), so that the gate learns with one expert too.

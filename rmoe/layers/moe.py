@@ -34,7 +34,8 @@ _EXPERT_KEY = "deepspeed_experts."
 class ResidualMoE(MoE):
     """y = FFN(x; θ0 + Σ g_e(x) Δ_e) in place of y = FFN(x; θ0); see `rmoe.config.ResidualMoEConfig`.
 
-    Right after construction it computes what `core` computed, for every routing (but not with combine="softmax").
+    Right after construction it computes what `core` computed, for every routing (but not with combine="softmax", nor
+    with experts drawn anew). With residual="experts" only the activation of `core` stays: there is no θ0.
 
     Args:
         core: a module with linear layers `fc1` and `fc2` and an activation `act`, as timm's `Mlp`; it becomes θ0.
@@ -55,14 +56,14 @@ class ResidualMoE(MoE):
             _check_processes(config.ep_size)
             self._create_process_groups()
 
-        self.core = core
-        like: Tensor = core.fc1.weight  # type: ignore[union-attr,assignment]
-        self.gate = Gate(like.shape[1], config).to(like.device)
+        self.core = core if config.residual != "experts" else nn.ModuleDict({"act": core.act})  # type: ignore[dict-item]
+        network = _network(core)
+        self.gate = Gate(network.w1_HC.shape[1], config).to(network.w1_HC.device)
         self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
-        self.deepspeed_moe.experts = _Residual(config, like, self._expert_rank() * self.num_local_experts)
+        self.deepspeed_moe.experts = _Residual(config, network, self._expert_rank() * self.num_local_experts)
         self._every_expert: Residuals | None = None
-        if not config.train_core:
-            core.requires_grad_(False)
+        self.core.requires_grad_(config.train_core)
+        self.deepspeed_moe.requires_grad_(config.train_residual)
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """x of any shape [..., C] → y [..., C]. In training, every process of the expert group must call it.
@@ -79,39 +80,36 @@ class ResidualMoE(MoE):
         return self._experts(x_TC, routing).reshape(x.shape)
 
     def _experts(self, x_TC: Tensor, routing: Routing) -> Tensor:
-        config, core = self.config, self.network()
-        act = self.core.act  # type: ignore[union-attr]
+        config = self.config
         spread = config.ep_size > 1 and self._every_expert is None
         if spread and config.sends_tokens:
             return self._send_tokens(x_TC, routing)
         residuals = self._gathered() if spread else self._every_expert or self.residuals()
-        return mix(x_TC, routing.expert_TK, routing.gate_TK, core, residuals, act, config.mixes_weights)
+        return self._mix(x_TC, routing.expert_TK, routing.gate_TK, residuals)
 
     def _send_tokens(self, x_TC: Tensor, routing: Routing) -> Tensor:
         """Tokens go to their experts; a choice that the capacity dropped stays and gets the core."""
-        mixes, core, residuals = self.config.mixes_weights, self.network(), self.residuals()
-        act = self.core.act  # type: ignore[union-attr]
+        mixes, residuals = self.config.mixes_weights, self.residuals()
         expert_N, gate_N1 = routing.expert_TK.flatten(), routing.gate_TK.to(x_TC.dtype).reshape(-1, 1)
         token_N = torch.arange(len(x_TC), device=x_TC.device).repeat_interleave(routing.expert_TK.shape[1])
         sent = expert_N < self.num_experts
 
         def experts(rows: Tensor, local_M: Tensor) -> Tensor:
             x_MC, gate_M1 = (rows[:, :-1], rows[:, -1:]) if mixes else (rows, rows.new_ones(len(rows), 1))
-            return mix(x_MC, local_M[:, None], gate_M1, core, residuals, act, mixes)
+            return self._mix(x_MC, local_M[:, None], gate_M1, residuals)
 
-        x_NC = x_TC[token_N[sent]]
-        rows = torch.cat([x_NC, gate_N1[sent]], 1) if mixes else x_NC
+        rows = torch.cat([x_TC[token_N], gate_N1], 1) if mixes else x_TC[token_N]
         group = groups._get_expert_parallel_group(self.expert_group_name)
-        y_NC = exchange_tokens(rows, expert_N[sent], self.num_experts, group, experts)
-        y_NC = torch.cat([y_NC, core(x_TC[token_N[~sent]], act)])
-        gate_N1 = torch.cat([gate_N1[sent], gate_N1[~sent]])
-        token_N = torch.cat([token_N[sent], token_N[~sent]])
+        went = exchange_tokens(rows[sent], expert_N[sent], self.num_experts, group, experts)
+        stayed = experts(rows[~sent], torch.full_like(expert_N[~sent], self.num_local_experts))
+        y_NC = went.new_empty(len(rows), went.shape[1]).masked_scatter(sent[:, None], went)
+        y_NC = y_NC.masked_scatter(~sent[:, None], stayed)
         return y_NC.new_zeros(x_TC.shape).index_add(0, token_N, y_NC if mixes else gate_N1 * y_NC)
 
-    def network(self) -> Network:
-        """θ0, as it is now."""
-        fc1, fc2 = self.core.fc1, self.core.fc2
-        return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
+    def _mix(self, x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, residuals: Residuals) -> Tensor:
+        core = self.core
+        theta = None if self.config.residual == "experts" else _network(core)
+        return mix(x_TC, expert_TK, gate_TK, theta, residuals, core.act, self.config.mixes_weights)  # type: ignore[union-attr,arg-type]
 
     def residuals(self) -> Residuals:
         """Δ of the experts of this process, stacked."""
@@ -137,18 +135,22 @@ class ResidualMoE(MoE):
             )
 
 
+def _network(core: nn.Module) -> Network:
+    fc1, fc2 = core.fc1, core.fc2
+    return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
+
+
 class _Residual(nn.Module):
     """Δ of the experts of this process, one stacked parameter for each tensor of a network.
 
     In its state dict every expert stands alone, under the names by which DeepSpeed writes a file for each.
     """
 
-    def __init__(self, config: ResidualMoEConfig, like: Tensor, start: int) -> None:
+    def __init__(self, config: ResidualMoEConfig, core: Network, start: int) -> None:
         super().__init__()
         local = config.num_experts // config.ep_size
-        hidden, width = like.shape
         # Drawn for all experts, so that an expert's weights do not depend on where it lives.
-        every = _initial(config, width, hidden, like)
+        every = _initial(config, core)
         self.kind = type(every)
         for name, x in every._asdict().items():
             self.register_parameter(name, nn.Parameter(x[start : start + local].clone()))
@@ -198,9 +200,11 @@ class _Residual(nn.Module):
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
 
 
-def _initial(config: ResidualMoEConfig, width: int, hidden: int, like: Tensor) -> Residuals:
-    """Zero in effect: B = 0 beside a random A (as LoRA, arXiv 2106.09685), or Δ = 0."""
-    experts, rank = config.num_experts, config.rank
+@torch.no_grad()
+def _initial(config: ResidualMoEConfig, core: Network) -> Residuals:
+    """Zero in effect: B = 0 beside a random A (as LoRA, arXiv 2106.09685), or Δ = 0; or whole networks."""
+    experts, rank, like = config.num_experts, config.rank, core.w1_HC
+    hidden, width = like.shape
 
     def zeros(*shape: int) -> Tensor:
         return like.new_zeros(experts, *shape)
@@ -208,9 +212,14 @@ def _initial(config: ResidualMoEConfig, width: int, hidden: int, like: Tensor) -
     def random(outputs: int, inputs: int) -> Tensor:
         return torch.randn(experts, outputs, inputs).to(like) / inputs**0.5
 
-    if config.residual == "full":
-        return Full(zeros(hidden, width), zeros(hidden), zeros(width, hidden), zeros(width))
-    return LowRank(random(rank, width), zeros(rank, hidden), random(rank, hidden), zeros(rank, width))
+    if config.residual == "low_rank":
+        return LowRank(random(rank, width), zeros(rank, hidden), random(rank, hidden), zeros(rank, width))
+    full = Full(zeros(hidden, width), zeros(hidden), zeros(width, hidden), zeros(width))
+    if config.residual == "experts" and config.expert_init == "core":
+        full = Full(*(zero if x is None else zero + x for zero, x in zip(full, core, strict=True)))
+    elif config.residual == "experts":
+        full = full._replace(w1_EHC=random(hidden, width), w2_ECH=random(width, hidden))
+    return full
 
 
 def _check_processes(ep_size: int) -> None:

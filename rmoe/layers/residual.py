@@ -61,7 +61,7 @@ class LowRank(NamedTuple):
 
 
 class Full(NamedTuple):
-    """Δ_e of the core's own shape, biases included."""
+    """Δ_e of the core's own shape, biases included; without a core, the network of expert e itself."""
 
     w1_EHC: Tensor
     b1_EH: Tensor
@@ -88,13 +88,14 @@ def reference(
     x_TC: Tensor,
     expert_TK: Tensor,
     gate_TK: Tensor,
-    core: Network,
+    core: Network | None,
     residuals: Residuals,
     act: Activation,
     mixes_weights: bool,
 ) -> Tensor:
     """What the layer means, token by token; the fast paths are compared with it. Arguments as `mix`."""
     num_experts = residuals[0].shape[0]
+    core = core or nothing(residuals)
     rows = []
     for x_C, experts, gates_K in zip(x_TC, expert_TK.tolist(), gate_TK, strict=True):
         pairs = [(e, g) for e, g in zip(experts, gates_K, strict=True)]
@@ -109,11 +110,16 @@ def reference(
     return torch.stack(rows) if rows else x_TC.clone()
 
 
+def nothing(residuals: Residuals) -> Network:
+    """The core of experts that are networks of their own: θ0 = 0."""
+    return Network(*(None if d is None else torch.zeros_like(d) for d in residuals.delta(0)))  # type: ignore[arg-type]
+
+
 def mix(
     x_TC: Tensor,
     expert_TK: Tensor,
     gate_TK: Tensor,
-    core: Network,
+    core: Network | None,
     residuals: Residuals,
     act: Activation,
     mixes_weights: bool,
@@ -124,7 +130,8 @@ def mix(
         x_TC: tokens, of the weights' dtype (of any under autocast, whose dtype then holds for all).
         expert_TK: int64, 0 … E-1, or E for a choice that the capacity dropped: it gets the core alone.
         gate_TK: gate values, cast to the dtype of the arithmetic.
-        core: θ0; gets gradients where it requires them.
+        core: θ0; gets gradients where it requires them. None for `Full` networks of their own, where a choice that the
+            capacity dropped gives zero.
         residuals: Δ of the E experts, stacked; every one gets a gradient, zero where it has no token.
         act: the network's activation, elementwise and without parameters.
         mixes_weights: y = FFN(x; θ0 + Σ g_e Δ_e) if true, y = Σ g_e FFN(x; θ0 + Δ_e) if not.
@@ -135,7 +142,8 @@ def mix(
     device = x_TC.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
     x_TC, gate_TK = x_TC.to(dtype), gate_TK.to(dtype)
-    core = Network(*(None if w is None else w.to(dtype) for w in core))  # type: ignore[arg-type]
+    weights = (None,) * 4 if core is None else core
+    core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
     residuals = type(residuals)(*(w.to(dtype) for w in residuals))
     k = expert_TK.shape[1]
     if mixes_weights and (k > 1 or isinstance(residuals, Full)):
@@ -306,45 +314,48 @@ class _FullRows(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_NC, h_NH, a_NH, *weights = ctx.saved_tensors
         core, full, rows = Network(*weights[:4]), Full(*weights[4:]), ctx.rows
-        wants, rest = Network(*ctx.needs_input_grad[3:7]), slice(rows.chosen, None)
+        wants_core, wants_residual = Network(*ctx.needs_input_grad[3:7]), any(ctx.needs_input_grad[7:])
         grad_NC = grad.index_select(0, rows.order_N)
-        grad_NH, grad_w2, grad_b2 = _full_backward(grad_NC, a_NH, core.w2_CH, full.w2_ECH, rows)
+        grad_NH, grad_w2, grad_b2 = _full_backward(grad_NC, a_NH, core.w2_CH, full.w2_ECH, rows, wants_residual)
         grad_NH = _act_backward(ctx.act, grad_NH, h_NH)
         sorted_NC = x_NC.index_select(0, rows.order_N)
-        back_NC, grad_w1, grad_b1 = _full_backward(grad_NH, sorted_NC, core.w1_HC, full.w1_EHC, rows)
-        # A row passes through the core once: its gradient is the residuals' sum, and that of rows without an expert.
-        core_w1, core_b1 = _core_backward(grad_NH[rest], sorted_NC[rest], wants.w1_HC, wants.b1_H)
-        core_w2, core_b2 = _core_backward(grad_NC[rest], a_NH[rest], wants.w2_CH, wants.b2_C)
-        of_rest, of_experts = (core_w1, core_b1, core_w2, core_b2), (grad_w1, grad_b1, grad_w2, grad_b2)
-        grad_core = (r if r is None else r + e.sum(0) for r, e in zip(of_rest, of_experts, strict=True))
-        return back_NC.index_select(0, rows.inverse()), None, None, *grad_core, *of_experts
+        back_NC, grad_w1, grad_b1 = _full_backward(grad_NH, sorted_NC, core.w1_HC, full.w1_EHC, rows, wants_residual)
+        core_w1, core_b1 = _core_backward(grad_NH, sorted_NC, wants_core.w1_HC, wants_core.b1_H)
+        core_w2, core_b2 = _core_backward(grad_NC, a_NH, wants_core.w2_CH, wants_core.b2_C)
+        grad_core, grad_full = (core_w1, core_b1, core_w2, core_b2), (grad_w1, grad_b1, grad_w2, grad_b2)
+        return back_NC.index_select(0, rows.inverse()), None, None, *grad_core, *grad_full
 
 
-def _full_linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, w_EOI: Tensor, b_EO: Tensor, rows: _Rows) -> Tensor:
-    y_NO, merged_OI = x_NI.new_empty(len(x_NI), len(w_OI)), torch.empty_like(w_OI)
+def _full_linear(
+    x_NI: Tensor, w_OI: Tensor | None, b_O: Tensor | None, w_EOI: Tensor, b_EO: Tensor, rows: _Rows
+) -> Tensor:
+    y_NO, merged_OI = x_NI.new_empty(len(x_NI), b_EO.shape[1]), torch.empty_like(w_EOI[0])
     for e, own in rows.slices():
-        torch.add(w_OI, w_EOI[e], out=merged_OI)
         bias_O = b_EO[e] if b_O is None else b_O + b_EO[e]
-        torch.addmm(bias_O, x_NI[own], merged_OI.T, out=y_NO[own])
+        torch.addmm(bias_O, x_NI[own], _merged(w_OI, w_EOI[e], merged_OI).T, out=y_NO[own])
     rest = slice(rows.chosen, None)
-    y_NO[rest] = F.linear(x_NI[rest], w_OI, b_O)
+    y_NO[rest] = 0 if w_OI is None else F.linear(x_NI[rest], w_OI, b_O)
     return y_NO
 
 
 def _full_backward(
-    grad_NO: Tensor, x_NI: Tensor, w_OI: Tensor, w_EOI: Tensor, rows: _Rows
-) -> tuple[Tensor, Tensor, Tensor]:
+    grad_NO: Tensor, x_NI: Tensor, w_OI: Tensor | None, w_EOI: Tensor, rows: _Rows, wants_residual: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradients of x, ΔW and Δb of `_full_linear`."""
-    grad_NI, merged_OI = torch.empty_like(x_NI), torch.empty_like(w_OI)
-    grad_w, grad_b = torch.zeros_like(w_EOI), w_EOI.new_zeros(w_EOI.shape[:2])
+    grad_NI, merged_OI = torch.empty_like(x_NI), torch.empty_like(w_EOI[0])
+    grad_w, grad_b = (torch.zeros_like(w_EOI), w_EOI.new_zeros(w_EOI.shape[:2])) if wants_residual else (None, None)
     for e, own in rows.slices():
-        torch.add(w_OI, w_EOI[e], out=merged_OI)
-        torch.mm(grad_NO[own], merged_OI, out=grad_NI[own])
-        torch.mm(grad_NO[own].T, x_NI[own], out=grad_w[e])
-        torch.sum(grad_NO[own], 0, out=grad_b[e])
+        torch.mm(grad_NO[own], _merged(w_OI, w_EOI[e], merged_OI), out=grad_NI[own])
+        if grad_w is not None and grad_b is not None:
+            torch.mm(grad_NO[own].T, x_NI[own], out=grad_w[e])
+            torch.sum(grad_NO[own], 0, out=grad_b[e])
     rest = slice(rows.chosen, None)
-    grad_NI[rest] = grad_NO[rest] @ w_OI
+    grad_NI[rest] = 0 if w_OI is None else grad_NO[rest] @ w_OI
     return grad_NI, grad_w, grad_b
+
+
+def _merged(w_OI: Tensor | None, delta_OI: Tensor, buffer_OI: Tensor) -> Tensor:
+    return delta_OI if w_OI is None else torch.add(w_OI, delta_OI, out=buffer_OI)
 
 
 def _act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:

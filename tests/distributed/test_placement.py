@@ -20,6 +20,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "full_two": {"residual": "full", "top_k": 2, "losses": LOSSES},
     "full_weights": {"residual": "full", "exchange": "weights"},
     "full_softmax": {"residual": "full", "combine": "softmax"},
+    "experts": {"residual": "experts", "expert_init": "random", "capacity_factor": 1.05, "top_k": 2, "losses": LOSSES},
     "full_inside_two": {"residual": "full", "combine": "residual", "top_k": 2},
     "capacity": {"capacity_factor": 0.8, "exchange": "tokens"},
     "capacity_full_two": {"residual": "full", "capacity_factor": 0.8, "top_k": 2},

@@ -122,6 +122,47 @@ def test_more_experts_than_tokens() -> None:
     assert layer().eval()(tokens(3)).shape == (3, WIDTH)
 
 
+# ---- experts of their own, the upper bound ---------------------------------------------------------------------------
+
+
+def test_copied_experts_are_the_dense_network() -> None:
+    torch.manual_seed(0)
+    dense = Mlp(WIDTH, 2 * WIDTH)
+    config = ResidualMoEConfig(num_experts=4, residual="experts", top_k=2, combine="straight_through")
+    moe = ResidualMoE(dense, config).eval()
+    torch.testing.assert_close(moe(tokens()), dense(tokens()))
+    softmax = ResidualMoE(dense, ResidualMoEConfig(num_experts=4, residual="experts")).eval()
+    with collect() as records:
+        y = softmax(tokens())
+    torch.testing.assert_close(y, records.routing[softmax].gate_TK * dense(tokens()))
+
+
+def test_experts_have_no_core_and_differ_when_drawn() -> None:
+    moe = layer(residual="experts", expert_init="random")
+    assert not [key for key in moe.state_dict() if key.startswith("core")]
+    w1_EHC = moe.residuals().w1_EHC
+    assert (w1_EHC[0] - w1_EHC[1]).abs().min() > 0
+    moe(tokens()).sum().backward()
+    assert all(p.grad is not None for p in moe.parameters())
+
+
+def test_a_dropped_choice_of_experts_without_core_is_zero() -> None:
+    moe = layer(residual="experts", capacity_factor=0.5, noise=0.0)
+    with collect() as records:
+        y = moe(tokens())
+    dropped = records.routing[moe].expert_TK[:, 0] == 4
+    assert 0 < dropped.sum() < len(y)
+    assert not y[dropped].any()
+    assert y[~dropped].any(-1).all()
+
+
+def test_fixed_residuals_do_not_train() -> None:
+    moe = layer(spread=0.5, residual="full", train_residual=False)
+    moe(tokens()).sum().backward()
+    assert moe.gate.weight.grad is not None
+    assert all(p.grad is None for p in moe.deepspeed_moe.parameters())
+
+
 # ---- losses --------------------------------------------------------------------------------------------------------
 
 

@@ -139,3 +139,14 @@ def test_core_without_biases() -> None:
     for mixes in (True, False):
         arguments = (x, expert_TK, gate, bare, residuals, torch.tanh, mixes)
         torch.testing.assert_close(mix(*arguments), reference(*arguments))
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_experts_without_a_core(k: int) -> None:
+    x, expert_TK, gate, _, residuals = problem("full", 7, 3, 4, 4, k)
+    inputs = [t.requires_grad_() for t in (x, gate, *residuals)]
+    results = []
+    for function in (mix, reference):
+        y = function(x, expert_TK, gate, None, residuals, torch.tanh, False)
+        results.append([y, *torch.autograd.grad(y.square().sum(), inputs)])
+    torch.testing.assert_close(*results)
