@@ -12,7 +12,8 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 install: $(VENV)/installed
 
 # torch comes first: mmcv compiles its operators against it (about ten minutes, once; pip keeps the wheel) and leaves
-# them out without a word where it is missing, hence the import that proves them.
+# them out without a word where it is missing, hence the import that proves them. OpenCV comes last and headless: mmdet
+# asks for the build that needs a desktop's libraries.
 $(VENV)/installed: setup.cfg constraints.txt
 	@$(PYTHON) -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' \
 	  && command -v c++ >/dev/null \
@@ -22,6 +23,7 @@ $(VENV)/installed: setup.cfg constraints.txt
 	$(PIP) install -c constraints.txt torch torchvision
 	MMCV_WITH_OPS=1 $(PIP) install -c constraints.txt --no-build-isolation onedl-mmcv
 	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -c constraints.txt --force-reinstall --no-deps opencv-python-headless
 	$(VENV)/bin/python -c 'from mmcv.ops import RoIAlign, nms'
 	touch $@
 

@@ -121,6 +121,7 @@ class ResidualMoEConfig:
         blocks: which blocks become MoE; one of the named rules, or a tuple of module names as they stand in the model.
         train_core: train θ0 as well; by default it is frozen.
         train_residual: train Δ (or the `experts`); False fixes them, as Swin-MoE does while finetuning for detection.
+        recompute: run the experts again for backward instead of keeping their activations; the gate decides once.
         ep_size: processes over which the experts of a layer are spread; divides E and the number of processes.
         exchange: with ep_size > 1, send `tokens` to their experts or the experts' `weights` to the tokens; `auto`
             sends whichever is cheaper for the residual's kind: weights for `low_rank`, tokens otherwise.
@@ -139,6 +140,7 @@ class ResidualMoEConfig:
     blocks: Blocks | tuple[str, ...] = "alternate_last_two_stages"
     train_core: bool = False
     train_residual: bool = True
+    recompute: bool = False
     ep_size: int = 1
     exchange: Exchange = "auto"
 

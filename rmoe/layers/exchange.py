@@ -49,16 +49,17 @@ def exchange_tokens(
     return torch.empty_like(results_NC).index_copy(0, order_N, results_NC)
 
 
-def gather_experts(local: tuple[Tensor, ...], group: Group) -> list[Tensor]:
+def gather_experts(local: tuple[Tensor, ...], group: Group) -> tuple[list[Tensor], Callable[[], object]]:
     """Tensors stacked over the experts of this process, [E/P, …] each → the same over all experts, [E, …] each.
 
     One collective each way. Backward, every process gets the sum over the group of its own experts' gradients, as if
     the tokens had come to it.
+
+    Returns:
+        The tensors, whose values are on their way, and a function that waits for them and must be called.
     """
-    local_EN = torch.cat([part.reshape(len(part), -1) for part in local], 1)
-    every_EN = _Gather.apply(local_EN, group)
-    sizes = [part[0].numel() for part in local]
-    return [x.reshape(-1, *part.shape[1:]) for x, part in zip(every_EN.split(sizes, 1), local, strict=True)]
+    works: list[Any] = []
+    return list(_Gather.apply(group, works, *local)), works[0].wait
 
 
 class _AllToAll(Function):
@@ -78,17 +79,22 @@ class _AllToAll(Function):
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, local_EN: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        every_EN = local_EN.new_empty(len(local_EN) * dist.get_world_size(group), *local_EN.shape[1:])
-        dist.all_gather_into_tensor(every_EN, local_EN.contiguous(), group=group)
-        return every_EN
+    def forward(ctx: Any, group: Group, works: list[Any], *local: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.shapes = group, [part.shape[1:] for part in local]
+        local_EN = torch.cat([part.flatten(1) for part in local], 1)
+        every_EN = local_EN.new_empty(len(local_EN) * dist.get_world_size(group), local_EN.shape[1])
+        works.append(dist.all_gather_into_tensor(every_EN, local_EN, group=group, async_op=True))
+        parts = every_EN.split([shape.numel() for shape in ctx.shapes], 1)
+        # `.data`: to autograd the arrival would be a change in place of what it has handed out.
+        return tuple(part.unflatten(1, shape).data for part, shape in zip(parts, ctx.shapes, strict=True))
 
     @staticmethod
-    def backward(ctx: Any, grad_EN: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        local_EN = grad_EN.new_empty(len(grad_EN) // dist.get_world_size(ctx.group), *grad_EN.shape[1:])
-        dist.reduce_scatter_tensor(local_EN, grad_EN.contiguous(), group=ctx.group)
-        return local_EN, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_EN = torch.cat([grad.flatten(1) for grad in grads], 1)
+        local_EN = grad_EN.new_empty(len(grad_EN) // dist.get_world_size(ctx.group), grad_EN.shape[1])
+        dist.reduce_scatter_tensor(local_EN, grad_EN, group=ctx.group)
+        parts = local_EN.split([shape.numel() for shape in ctx.shapes], 1)
+        return None, None, *(part.unflatten(1, shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
 
 class SumOverProcesses(Function):

@@ -10,7 +10,7 @@ checkpoints have a file for each expert. The gate, the arithmetic and the exchan
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import product
@@ -21,6 +21,7 @@ import torch.distributed as dist
 from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from rmoe.config import ResidualMoEConfig, UserError
 from rmoe.layers.exchange import SumOverProcesses, exchange_tokens, gather_experts
@@ -77,47 +78,73 @@ class ResidualMoE(MoE):
         records = _RECORDS.get()
         if records is not None:
             records.routing[self] = routing
+        if self.config.recompute and torch.is_grad_enabled():
+            return checkpoint(self._experts, x_TC, routing, use_reentrant=False).reshape(x.shape)
         return self._experts(x_TC, routing).reshape(x.shape)
 
     def _experts(self, x_TC: Tensor, routing: Routing) -> Tensor:
-        config = self.config
-        spread = config.ep_size > 1 and self._every_expert is None
-        if spread and config.sends_tokens:
+        if self.ep_size == 1:
+            return self._mix(x_TC, routing.expert_TK, routing.gate_TK, self.residuals())
+        if self._every_expert is not None:
+            return self._mix(x_TC, routing.expert_TK, routing.gate_TK, self._every_expert)
+        if self.config.sends_tokens:
             return self._send_tokens(x_TC, routing)
-        residuals = self._gathered() if spread else self._every_expert or self.residuals()
-        return self._mix(x_TC, routing.expert_TK, routing.gate_TK, residuals)
+        return self._mix(x_TC, routing.expert_TK, routing.gate_TK, *self._gather())
 
     def _send_tokens(self, x_TC: Tensor, routing: Routing) -> Tensor:
         """Tokens go to their experts; a choice that the capacity dropped stays and gets the core."""
         mixes, residuals = self.config.mixes_weights, self.residuals()
         expert_N, gate_N1 = routing.expert_TK.flatten(), routing.gate_TK.to(x_TC.dtype).reshape(-1, 1)
-        token_N = torch.arange(len(x_TC), device=x_TC.device).repeat_interleave(routing.expert_TK.shape[1])
-        sent = expert_N < self.num_experts
+        k = routing.expert_TK.shape[1]
+        x_NC = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC
 
         def experts(rows: Tensor, local_M: Tensor) -> Tensor:
             x_MC, gate_M1 = (rows[:, :-1], rows[:, -1:]) if mixes else (rows, rows.new_ones(len(rows), 1))
             return self._mix(x_MC, local_M[:, None], gate_M1, residuals)
 
-        rows = torch.cat([x_TC[token_N], gate_N1], 1) if mixes else x_TC[token_N]
-        group = groups._get_expert_parallel_group(self.expert_group_name)
-        went = exchange_tokens(rows[sent], expert_N[sent], self.num_experts, group, experts)
-        stayed = experts(rows[~sent], torch.full_like(expert_N[~sent], self.num_local_experts))
-        y_NC = went.new_empty(len(rows), went.shape[1]).masked_scatter(sent[:, None], went)
-        y_NC = y_NC.masked_scatter(~sent[:, None], stayed)
-        return y_NC.new_zeros(x_TC.shape).index_add(0, token_N, y_NC if mixes else gate_N1 * y_NC)
+        def send(rows: Tensor, expert_M: Tensor) -> Tensor:
+            group = groups._get_expert_parallel_group(self.expert_group_name)
+            return exchange_tokens(rows, expert_M, self.num_experts, group, experts)
 
-    def _mix(self, x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, residuals: Residuals) -> Tensor:
-        core = self.core
-        theta = None if self.config.residual == "experts" else _network(core)
-        return mix(x_TC, expert_TK, gate_TK, theta, residuals, core.act, self.config.mixes_weights)  # type: ignore[union-attr,arg-type]
+        rows = torch.cat([x_NC, gate_N1], 1) if mixes else x_NC
+        if self.training and self.config.capacity_factor is not None:
+            sent, stay = expert_N < self.num_experts, expert_N == self.num_experts
+            parts = [send(rows[sent], expert_N[sent]), experts(rows[stay], expert_N[stay] // self.ep_size)]
+            order_N = torch.cat([sent.nonzero(), stay.nonzero()]).flatten()
+            y_NC = torch.cat(parts).index_select(0, order_N.argsort())
+        else:
+            y_NC = send(rows, expert_N)
+        return y_NC if mixes else torch.einsum("tkc,tk->tc", y_NC.unflatten(0, (-1, k)), gate_N1.view(-1, k))
+
+    def _mix(
+        self,
+        x_TC: Tensor,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        residuals: Residuals,
+        ready: Callable[[], object] | None = None,
+    ) -> Tensor:
+        theta = None if self.config.residual == "experts" else _network(self.core)
+        act: Any = self.core.act
+        return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready)
 
     def residuals(self) -> Residuals:
         """Δ of the experts of this process, stacked."""
         return self.deepspeed_moe.experts.residuals()  # type: ignore[union-attr,operator]
 
-    def _gathered(self) -> Residuals:
+    def _gather(self) -> tuple[Residuals, Callable[[], object]]:
         local = self.residuals()
-        return type(local)(*gather_experts(local, groups._get_expert_parallel_group(self.expert_group_name)))
+        tensors, ready = gather_experts(local, groups._get_expert_parallel_group(self.expert_group_name))
+        return type(local)(*tensors), ready
+
+    @torch.no_grad()
+    def every_expert(self) -> Residuals:
+        """Δ of all experts; collective over the expert group."""
+        if self.ep_size == 1:
+            return self.residuals()
+        residuals, ready = self._gather()
+        ready()
+        return residuals
 
     def _expert_rank(self) -> int:
         return 0 if self.ep_size == 1 else groups._get_expert_parallel_rank(self.expert_group_name)
@@ -290,9 +317,8 @@ def local_experts(model: nn.Module) -> Iterator[None]:
     Processes may then run different numbers of batches. Entering is collective over the expert groups.
     """
     layers = [layer for layer in moe_layers(model).values() if layer.ep_size > 1]
-    with torch.no_grad():
-        for layer in layers:
-            layer._every_expert = layer._gathered()
+    for layer in layers:
+        layer._every_expert = layer.every_expert()
     try:
         yield
     finally:
@@ -319,9 +345,7 @@ def global_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The whole model on the CPU, experts under their global ids; the same on every process, which all must call."""
     state = {key: x.cpu() for key, x in model.state_dict().items() if _EXPERT_KEY not in key}
     for layer_name, layer in moe_layers(model).items():
-        with torch.no_grad():
-            every = layer._gathered() if layer.ep_size > 1 else layer.residuals()
-        for name, stacked in every._asdict().items():
+        for name, stacked in layer.every_expert()._asdict().items():
             for e, x in enumerate(stacked.detach().cpu()):
                 state[f"{_experts_prefix(layer_name)}{e}.{name}"] = x.clone()
     return state

@@ -123,6 +123,7 @@ def mix(
     residuals: Residuals,
     act: Activation,
     mixes_weights: bool,
+    ready: Callable[[], object] | None = None,
 ) -> Tensor:
     """Applies to every token the network of its experts.
 
@@ -135,25 +136,32 @@ def mix(
         residuals: Δ of the E experts, stacked; every one gets a gradient, zero where it has no token.
         act: the network's activation, elementwise and without parameters.
         mixes_weights: y = FFN(x; θ0 + Σ g_e Δ_e) if true, y = Σ g_e FFN(x; θ0 + Δ_e) if not.
+        ready: waits until the residuals have arrived, where they are still on their way from other processes; called
+            after the core's first product where that is possible.
 
     Returns:
         y_TC.
     """
-    device = x_TC.device.type
+    device, k = x_TC.device.type, expert_TK.shape[1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
+    inside = mixes_weights and (k > 1 or isinstance(residuals, Full))
+    if ready is not None and (inside or isinstance(residuals, Full) or residuals[0].dtype != dtype):
+        ready()
+        ready = None
     x_TC, gate_TK = x_TC.to(dtype), gate_TK.to(dtype)
     weights = (None,) * 4 if core is None else core
     core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
     residuals = type(residuals)(*(w.to(dtype) for w in residuals))
-    k = expert_TK.shape[1]
-    if mixes_weights and (k > 1 or isinstance(residuals, Full)):
-        # Residuals that meet before the activation, or whose weight differs from row to row and merges with no other.
+    if inside:
         return _mix_weights(x_TC, expert_TK, gate_TK, core, residuals, act)
     rows = _sort_rows(expert_TK.flatten(), residuals[0].shape[0])
-    if mixes_weights:
-        return _apply_rows(x_TC, gate_TK[:, 0], rows, core, residuals, act)
-    y_TKC = _apply_rows(x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, None, rows, core, residuals, act)
-    return torch.einsum("tkc,tk->tc", y_TKC.view(-1, k, x_TC.shape[1]), gate_TK)
+    x_NC = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC
+    if isinstance(residuals, LowRank):
+        scale_N = gate_TK[:, 0] if mixes_weights else None
+        y_NC = _LowRankRows.apply(x_NC, scale_N, rows, act, ready, *core, *residuals)
+    else:
+        y_NC = _FullRows.apply(x_NC, rows, act, *core, *residuals)
+    return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK)
 
 
 class _Rows(NamedTuple):
@@ -189,7 +197,7 @@ def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
 def _mix_weights(
     x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, core: Network, residuals: Residuals, act: Activation
 ) -> Tensor:
-    """Several residuals inside one network: they meet before the activation, so rows cannot be split by expert."""
+    """Residuals that meet inside one network, or whose weight differs from row to row and merges with no other."""
     rows = _sort_rows(expert_TK.flatten(), residuals[0].shape[0])
     pair_N = rows.order_N[: rows.chosen]
     token_N, gate_N1 = pair_N // expert_TK.shape[1], gate_TK.flatten()[pair_N, None]
@@ -200,28 +208,29 @@ def _mix_weights(
     return y_TC.index_add(0, token_N, gate_N1 * residuals.second(a_TH[token_N], rows.sizes))
 
 
-def _apply_rows(
-    x_NC: Tensor, gate_N: Tensor | None, rows: _Rows, core: Network, residuals: Residuals, act: Activation
-) -> Tensor:
-    """FFN(x; θ0 + g Δ_e) of rows in any order; g is 1 for None."""
-    if isinstance(residuals, LowRank):
-        return _LowRankRows.apply(x_NC, gate_N, rows, act, *core, *residuals)
-    return _FullRows.apply(x_NC, rows, act, *core, *residuals)
-
-
 class _LowRankRows(Function):
     """Rows of x through the core and one low-rank residual each."""
 
     @staticmethod
     def forward(
-        ctx: Any, x_NC: Tensor, gate_N: Tensor | None, rows: _Rows, act: Activation, *weights: Tensor
+        ctx: Any,
+        x_NC: Tensor,
+        gate_N: Tensor | None,
+        rows: _Rows,
+        act: Activation,
+        ready: Callable[[], object] | None,
+        *weights: Tensor,
     ) -> Tensor:
         core, low = Network(*weights[:4]), LowRank(*weights[4:])
         sorted_NC = x_NC.index_select(0, rows.order_N)
         scale_N = None if gate_N is None else gate_N.index_select(0, rows.order_N[: rows.chosen])
-        h_NH, u_RN = _low_rank_linear(sorted_NC, scale_N, core.w1_HC, core.b1_H, low.a1_ERC, low.b1_ERH, rows)
+        h_NH = F.linear(sorted_NC, core.w1_HC, core.b1_H)
+        if ready is not None:
+            ready()
+        u_RN = _add_low_rank_(h_NH, sorted_NC, scale_N, low.a1_ERC, low.b1_ERH, rows)
         a_NH = act(h_NH)
-        y_NC, v_RN = _low_rank_linear(a_NH, scale_N, core.w2_CH, core.b2_C, low.a2_ERH, low.b2_ERC, rows)
+        y_NC = F.linear(a_NH, core.w2_CH, core.b2_C)
+        v_RN = _add_low_rank_(y_NC, a_NH, scale_N, low.a2_ERH, low.b2_ERC, rows)
         # x is kept as it came, since its maker keeps it too; sorting it again is cheaper than a second copy.
         ctx.save_for_backward(x_NC, scale_N, h_NH, a_NH, u_RN, v_RN, *weights)
         ctx.rows, ctx.act = rows, act
@@ -232,7 +241,7 @@ class _LowRankRows(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_NC, scale_N, h_NH, a_NH, u_RN, v_RN, *weights = ctx.saved_tensors
         core, low, rows = Network(*weights[:4]), LowRank(*weights[4:]), ctx.rows
-        wants = Network(*ctx.needs_input_grad[4:8])
+        wants = Network(*ctx.needs_input_grad[5:9])
         grad_NC = grad.index_select(0, rows.order_N)
         grad_NH, gate2_N, grad_a2, grad_b2 = _low_rank_backward(
             grad_NC, a_NH, v_RN, scale_N, core.w2_CH, low.a2_ERH, low.b2_ERC, rows
@@ -248,21 +257,20 @@ class _LowRankRows(Function):
         if scale_N is not None:
             grad_gate = scale_N.new_zeros(len(x_NC)).index_copy_(0, rows.order_N[: rows.chosen], gate1_N + gate2_N)
         grad_core, grad_low = (grad_w1, grad_bias1, grad_w2, grad_bias2), (grad_a1, grad_b1, grad_a2, grad_b2)
-        return back_NC.index_select(0, rows.inverse()), grad_gate, None, None, *grad_core, *grad_low
+        return back_NC.index_select(0, rows.inverse()), grad_gate, None, None, None, *grad_core, *grad_low
 
 
-def _low_rank_linear(
-    x_NI: Tensor, gate_N: Tensor | None, w_OI: Tensor, b_O: Tensor | None, a_ERI: Tensor, b_ERO: Tensor, rows: _Rows
-) -> tuple[Tensor, Tensor]:
-    """W x + b + g B_eᵀ (A_e x), and A_e x of the rows with an expert, which backward needs."""
-    y_NO = F.linear(x_NI, w_OI, b_O)
+def _add_low_rank_(
+    y_NO: Tensor, x_NI: Tensor, gate_N: Tensor | None, a_ERI: Tensor, b_ERO: Tensor, rows: _Rows
+) -> Tensor:
+    """Adds g B_eᵀ (A_e x) to y in place and returns A_e x of the rows with an expert, which backward needs."""
     u_RN = x_NI.new_empty(a_ERI.shape[1], rows.chosen)
     for e, own in rows.slices():
         torch.mm(a_ERI[e], x_NI[own].T, out=u_RN[:, own])
     gu_RN = u_RN if gate_N is None else u_RN * gate_N
     for e, own in rows.slices():
         y_NO[own].addmm_(gu_RN[:, own].T, b_ERO[e])
-    return y_NO, u_RN
+    return u_RN
 
 
 def _low_rank_backward(
@@ -275,7 +283,7 @@ def _low_rank_backward(
     b_ERO: Tensor,
     rows: _Rows,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, g, A and B of `_low_rank_linear`."""
+    """Gradients of x, g, A and B of W x + b + g B_eᵀ (A_e x)."""
     grad_NI = grad_NO @ w_OI
     grad_a, grad_b = torch.zeros_like(a_ERI), torch.zeros_like(b_ERO)
     back_RN, gu_RN = torch.empty_like(u_RN), u_RN if gate_N is None else u_RN * gate_N

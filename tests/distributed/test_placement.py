@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import run_processes
 
 SCRIPT = Path(__file__).with_name("place.py")
 LOSSES = {"importance": 0.1, "gshard": 0.1, "z": 0.01}
@@ -15,7 +16,10 @@ LOSSES = {"importance": 0.1, "gshard": 0.1, "z": 0.01}
 LAYERS: dict[str, dict[str, Any]] = {
     "low_rank": {"losses": LOSSES},
     "low_rank_tokens": {"exchange": "tokens", "losses": LOSSES, "train_core": True},
+    "low_rank_recomputed": {"recompute": True, "losses": LOSSES},
     "low_rank_two": {"top_k": 2, "losses": LOSSES},
+    "low_rank_outside": {"combine": "straight_through", "top_k": 2},
+    "full_recomputed": {"residual": "full", "recompute": True},
     "full": {"residual": "full", "losses": LOSSES},
     "full_two": {"residual": "full", "top_k": 2, "losses": LOSSES},
     "full_weights": {"residual": "full", "exchange": "weights"},
@@ -41,9 +45,9 @@ def cases(ep_size: int) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory, launch_in: Any) -> Path:
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one")
-    launch_in(out)([SCRIPT, out, json.dumps(cases(1))], nproc=1)
+    run_processes(out, [SCRIPT, out, json.dumps(cases(1))])
     return out
 
 

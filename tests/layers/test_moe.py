@@ -197,6 +197,28 @@ def test_checkpointed_layers_count_once_with_gradient(inside: bool) -> None:
         torch.testing.assert_close(plain, checkpointed)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_the_experts_keeps_less_and_routes_once(kind: str) -> None:
+    results = []
+    for recompute in (False, True):
+        moe = layer(spread=0.5, residual=kind, recompute=recompute, noise=1.0)
+        calls, kept = [], []
+        moe.gate.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        moe.core.act.register_forward_hook(lambda *_, kept=kept: kept.append(1))
+        torch.manual_seed(0)
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t):
+            y = moe(tokens(64))
+        y.square().sum().backward()
+        results.append((y, [p.grad for p in moe.parameters() if p.requires_grad], sum(saved), len(calls), len(kept)))
+    (y, grads, size, gates, runs), (again_y, again_grads, again_size, again_gates, again_runs) = results
+    torch.testing.assert_close(again_y, y)
+    torch.testing.assert_close(again_grads, grads)
+    assert again_size < 0.7 * size
+    assert (gates, again_gates) == (1, 1)
+    assert (runs, again_runs) == (1, 2)
+
+
 def test_reentrant_checkpointing_is_refused() -> None:
     with collect() as records:
         Two(True)(tokens().requires_grad_())
