@@ -83,7 +83,7 @@ def find_networks(model: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise UserError(
             f"no feed-forward network found in {type(model).__name__}: looked for modules with linear layers 'fc1' and "
-            "'fc2' (fc1's outputs being fc2's inputs) and an activation 'act', as timm's Mlp; use a Swin or a ViT of timm"
+            "'fc2' (fc1's outputs being fc2's inputs) and an activation 'act', as timm's Mlp; use a Swin, ViT or CvT"
         )
     return found
 

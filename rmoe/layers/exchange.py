@@ -71,7 +71,7 @@ class _AllToAll(Function):
         return received_MC
 
     @staticmethod
-    def backward(ctx: Any, grad_MC: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad_MC: Tensor) -> tuple[Tensor, None, None, None]:
         grad_NC = grad_MC.new_empty(sum(ctx.sent_P), *grad_MC.shape[1:])
         dist.all_to_all_single(grad_NC, grad_MC.contiguous(), ctx.sent_P, ctx.received_P, group=ctx.group)
         return grad_NC, None, None, None
@@ -112,6 +112,6 @@ class SumOverProcesses(Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         """The gradient of one process's part."""
         return grad * dist.get_world_size()

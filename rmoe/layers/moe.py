@@ -4,8 +4,8 @@ One forward pass, in the order in which it runs: `Gate` chooses the experts of e
 the core plus their residuals; where experts are spread over processes, weights or tokens travel first (exchange.py).
 What the gate decided is collected by `collect`, and by nothing else.
 
-To DeepSpeed the layer is a `deepspeed.moe.layer.MoE`: its residuals carry the marks of expert parameters, its
-checkpoints have a file for each expert. The gate, the arithmetic and the exchange are not DeepSpeed's.
+To DeepSpeed the layer is a `deepspeed.moe.layer.MoE`: its residuals carry the marks of expert parameters, and are named
+as its experts are. The gate, the arithmetic and the exchange are not DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class ResidualMoE(MoE):
         self.core.requires_grad_(config.train_core)
         self.deepspeed_moe.requires_grad_(config.train_residual)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         """x of any shape [..., C] → y [..., C]. In training, every process of the expert group must call it.
 
         Raises:
@@ -170,7 +170,7 @@ def _network(core: nn.Module) -> Network:
 class _Residual(nn.Module):
     """Δ of the experts of this process, one stacked parameter for each tensor of a network.
 
-    In its state dict every expert stands alone, under the names by which DeepSpeed writes a file for each.
+    In its state dict every expert stands alone, under the names that DeepSpeed gives its experts.
     """
 
     def __init__(self, config: ResidualMoEConfig, core: Network, start: int) -> None:

@@ -237,18 +237,17 @@ class _LowRankRows(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_NC, scale_N, h_NH, a_NH, u_RN, v_RN, *weights = ctx.saved_tensors
         core, low, rows = Network(*weights[:4]), LowRank(*weights[4:]), ctx.rows
-        wants = Network(*ctx.needs_input_grad[5:9])
         grad_NC = grad.index_select(0, rows.order_N)
         grad_NH, gate2_N, grad_a2, grad_b2 = _low_rank_backward(
             grad_NC, a_NH, v_RN, scale_N, core.w2_CH, low.a2_ERH, low.b2_ERC, rows
         )
-        grad_w2, grad_bias2 = _core_backward(grad_NC, a_NH, wants.w2_CH, wants.b2_C)
+        grad_w2, grad_bias2 = _core_backward(grad_NC, a_NH, *ctx.needs_input_grad[7:9])
         grad_NH = _act_backward(ctx.act, grad_NH, h_NH)
         sorted_NC = x_NC.index_select(0, rows.order_N)
         back_NC, gate1_N, grad_a1, grad_b1 = _low_rank_backward(
             grad_NH, sorted_NC, u_RN, scale_N, core.w1_HC, low.a1_ERC, low.b1_ERH, rows
         )
-        grad_w1, grad_bias1 = _core_backward(grad_NH, sorted_NC, wants.w1_HC, wants.b1_H)
+        grad_w1, grad_bias1 = _core_backward(grad_NH, sorted_NC, *ctx.needs_input_grad[5:7])
         grad_gate = None
         if scale_N is not None:
             grad_gate = scale_N.new_zeros(len(x_NC)).index_copy_(0, rows.order_N[: rows.chosen], gate1_N + gate2_N)
@@ -321,14 +320,14 @@ class _FullRows(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_NC, h_NH, a_NH, *weights = ctx.saved_tensors
         core, full, rows = Network(*weights[:4]), Full(*weights[4:]), ctx.rows
-        wants_core, wants_residual = Network(*ctx.needs_input_grad[3:7]), any(ctx.needs_input_grad[7:])
+        wants_residual = any(ctx.needs_input_grad[7:])
         grad_NC = grad.index_select(0, rows.order_N)
         grad_NH, grad_w2, grad_b2 = _full_backward(grad_NC, a_NH, core.w2_CH, full.w2_ECH, rows, wants_residual)
         grad_NH = _act_backward(ctx.act, grad_NH, h_NH)
         sorted_NC = x_NC.index_select(0, rows.order_N)
         back_NC, grad_w1, grad_b1 = _full_backward(grad_NH, sorted_NC, core.w1_HC, full.w1_EHC, rows, wants_residual)
-        core_w1, core_b1 = _core_backward(grad_NH, sorted_NC, wants_core.w1_HC, wants_core.b1_H)
-        core_w2, core_b2 = _core_backward(grad_NC, a_NH, wants_core.w2_CH, wants_core.b2_C)
+        core_w1, core_b1 = _core_backward(grad_NH, sorted_NC, *ctx.needs_input_grad[3:5])
+        core_w2, core_b2 = _core_backward(grad_NC, a_NH, *ctx.needs_input_grad[5:7])
         grad_core, grad_full = (core_w1, core_b1, core_w2, core_b2), (grad_w1, grad_b1, grad_w2, grad_b2)
         return back_NC.index_select(0, rows.inverse()), None, None, *grad_core, *grad_full
 
@@ -385,6 +384,7 @@ def _by_slice(x_NC: Tensor, sizes: list[int], apply: Callable[[Tensor, int], Ten
 
 
 def _add(core: Network, delta: Network, scale: Tensor | float) -> Network:
-    return Network(
-        *(c if d is None else scale * d if c is None else c + scale * d for c, d in zip(core, delta, strict=True))
-    )
+    def add(c: Tensor | None, d: Tensor | None) -> Any:
+        return c if d is None else scale * d if c is None else c + scale * d
+
+    return Network(*map(add, core, delta))

@@ -1,0 +1,106 @@
+"""The order in which a backbone comes to be: timm model → dense core → residual experts."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from mmengine.logging import print_log
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rmoe.backbones.core import CoreReport, level_keys, load_core, read_checkpoint
+from rmoe.backbones.dense_import import translate
+from rmoe.backbones.upcycle import upcycle
+from rmoe.config import ResidualMoEConfig, UserError
+
+
+def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
+    """`timm.create_model(name, **kwargs)`.
+
+    Raises:
+        UserError: timm has no model of that name (the nearest are named), or it refuses the keyword arguments.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists the names"
+        raise UserError(f"timm has no model '{name}'; {hint}")
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as error:
+        raise UserError(f"timm cannot build {name} with kwargs {dict(kwargs)}: {error}") from error
+
+
+def add_core(model: nn.Module, core: str | None, level_norms: Mapping[int, nn.Module] | None = None) -> None:
+    """Loads the dense core `core` into `model`, if there is one, and logs what became of its keys.
+
+    Args:
+        model: a timm model; changed in place.
+        core: see `load_core`.
+        level_norms: norms of output levels, outside `model`; see `load_core`.
+
+    Raises:
+        UserError: see `load_core`.
+    """
+    if core is not None:
+        print_log(str(load_core(model, core, level_norms)), logger="current")
+
+
+def add_experts(model: nn.Module, moe: Mapping[str, Any] | None) -> None:
+    """Turns feed-forward networks of `model` into residual mixtures of experts, if `moe` is given, and logs which.
+
+    Args:
+        model: a timm model; changed in place.
+        moe: keys of `ResidualMoEConfig`.
+
+    Raises:
+        UserError: see `ResidualMoEConfig` and `upcycle`.
+    """
+    if moe is not None:
+        print_log(str(upcycle(model, ResidualMoEConfig.from_dict(moe)).report), logger="current")
+
+
+def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
+    """Writes an official dense checkpoint under timm's names, for `core=` or any other user of timm.
+
+    Args:
+        source: the checkpoint; see `load_core`.
+        model: the timm model that it is of; position tables are resized to its window or image.
+        out: the `.safetensors` file to write, which must not exist. It holds what was found: the backbone, the
+            classifier of however many classes, and norms of output levels as "norm0.weight" etc.
+
+    Returns:
+        What became of every key.
+
+    Raises:
+        UserError: `out` exists or has no folder or another suffix, and what `timm_model` and `load_core` raise.
+    """
+    out = Path(out)
+    if out.suffix != ".safetensors" or not out.parent.is_dir():
+        raise UserError(
+            f"{out} cannot be written; give a file name with the suffix .safetensors in a folder that exists"
+        )
+    if out.exists():
+        raise UserError(f"{out} exists; remove it or give another name")
+    state = translate(read_checkpoint(Path(source))).state
+    net: Any = timm_model(model, {"num_classes": _num_classes(state)})
+    norms = {
+        int(match[1]): nn.LayerNorm(len(state[key]))
+        for key in state
+        if (match := re.search(r"^norm(\d+)\.weight$", key))
+    }
+    report = load_core(net, source, norms)
+    absent = {key for keys in report.left_out.values() for key in keys}
+    written = {key: x.contiguous() for key, x in (net.state_dict() | level_keys(norms)).items() if key not in absent}
+    partial = out.with_suffix(".partial")
+    save_file(written, partial)
+    partial.replace(out)
+    return report
+
+
+def _num_classes(state: Mapping[str, Tensor]) -> int:
+    return next((len(x) for key, x in state.items() if re.search(r"(^|\.)head\.(fc\.)?bias$", key)), 0)

@@ -1,0 +1,211 @@
+"""Reading a dense core: from a checkpoint file to the weights of a timm model, with no key lost silently.
+
+Other code bases' names are brought to timm's first (`rmoe.backbones.dense_import`). A file may hold more than the
+backbone (a segmentation head, say) under any common prefix: the prefix is found by looking which one makes most keys
+meet. What then stays over on either side must be covered by one of the rules below, and is listed with the rule's
+reason; anything else is another model's checkpoint and is refused.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
+from torch import Tensor, nn
+
+from rmoe.backbones.dense_import import NOT_BACKBONE, translate
+from rmoe.config import UserError
+
+# (pattern, reason): keys without prefix that the file may hold and the model need not, and the other way round.
+CLASSIFIER = ((r"^(head|head_dist|fc|classifier)\.", "classifier"),)
+LEFT_OUT = (
+    *CLASSIFIER,
+    (r"(relative_position_index|relative_coords_table|attn_mask)$", "computed by the model"),
+    (r"^norm\d+\.", "norm of an output level"),
+)
+ABSENT = (
+    *CLASSIFIER,
+    (r"^(norm|fc_norm)\.", "norm before the classifier, not in the file"),
+    (r"^norm\d+\.", "norm of an output level, not in the file"),
+)
+Rules = tuple[tuple[str, str], ...]
+_ADVICE = "give the checkpoint of this architecture"
+_CONTAINERS = ("model", "state_dict")
+_LISTED = 3
+
+
+@dataclass
+class CoreReport:
+    """What became of every key: how many weights were `loaded`, which of them changed, and the others by reason."""
+
+    path: Path
+    source: str = "timm"
+    loaded: int = 0
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    resized: list[str] = field(default_factory=list)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
+
+    def leave(self, key: str, reason: str) -> None:
+        """Notes that `key` was not loaded."""
+        self.left_out.setdefault(reason, []).append(key)
+
+    def __str__(self) -> str:
+        lines = [f"dense core {self.path} ({self.source}): {self.loaded} weights loaded"]
+        lines += [f"  {len(keys)} converted ({done}): {', '.join(keys)}" for done, keys in self.converted.items()]
+        if self.resized:
+            lines.append(f"  {len(self.resized)} position tables resized: {', '.join(self.resized)}")
+        lines += [f"  {len(keys)} left out ({reason}): {', '.join(keys)}" for reason, keys in self.left_out.items()]
+        return "\n".join([*lines, f"  {self.note}"] if self.note else lines)
+
+
+def load_core(model: nn.Module, path: str | Path, level_norms: Mapping[int, nn.Module] | None = None) -> CoreReport:
+    """Loads the dense weights of `path` into the timm `model`, in place, all of them or none.
+
+    Args:
+        model: a dense model as `timm.create_model` makes it.
+        path: a `.pth` file (a state dict, bare or under "model" or "state_dict"), a `.safetensors` file, or a folder
+            with a model.safetensors, such as the work dir of a finished run; of timm's names or those of any format in
+            `rmoe.backbones.dense_import`.
+        level_norms: a norm for each output level, outside `model`, to be loaded where the file has it.
+
+    Returns:
+        The report to log.
+
+    Raises:
+        UserError: no such file, a file cut short, or one that holds more than tensors; values that are not finite; a
+            weight of the model that the file lacks, has in another shape, or holds with nowhere to go.
+    """
+    path, level_norms = Path(path), level_norms or {}
+    foreign = translate(read_checkpoint(path))
+    report = CoreReport(
+        path, foreign.source, converted=foreign.converted, left_out=dict(foreign.left_out), note=foreign.note
+    )
+    wanted = model.state_dict() | level_keys(level_norms)
+    found = _without_prefix(foreign.state, wanted, report)
+    if surplus := _unexplained(LEFT_OUT, [key for key in found if key not in wanted], report):
+        raise UserError(f"{path} holds {_counted(surplus)} that the model has no place for; {_ADVICE}")
+    if lacking := _unexplained(ABSENT, [key for key in wanted if key not in found], report):
+        raise UserError(f"{path} lacks {_counted(lacking)} of the model; {_ADVICE}")
+    fitted = {}
+    for key in (key for key in wanted if key in found):
+        value = found[key]
+        if value.shape != wanted[key].shape and _reason(CLASSIFIER, key):
+            report.leave(key, "classifier of other classes")
+        else:
+            fitted[key] = _fit(model, key, value, wanted[key].shape, report)
+    model.load_state_dict(fitted, strict=False)
+    with torch.no_grad():
+        for key, value in level_keys(level_norms).items():
+            value.copy_(fitted.get(key, value))
+    report.loaded = len(fitted)
+    return report
+
+
+def level_keys(level_norms: Mapping[int, nn.Module]) -> dict[str, Tensor]:
+    """The weights of output levels' norms under the names that mmseg's and mmdet's backbones give them."""
+    return {
+        f"norm{level}.{key}": value for level, norm in level_norms.items() for key, value in norm.state_dict().items()
+    }
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The tensors of a checkpoint file or work dir by name, on the CPU; nothing in the file is executed.
+
+    Raises:
+        UserError: see `load_core`.
+    """
+    if path.is_dir():
+        path = path / "model.safetensors"
+    if not path.is_file():
+        raise UserError(
+            f"there is no checkpoint {path}; give a .pth or .safetensors file or the folder of a finished run"
+        )
+    try:
+        safe = path.suffix == ".safetensors"
+        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch says the same of a file whose first bytes are not a checkpoint's and of one that holds other objects
+        raise UserError(
+            f"{path} is not a checkpoint, or holds Python objects besides tensors, which are not loaded; "
+            "save its state dict alone"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+        raise UserError(
+            f"{path} cannot be read ({_first_line(error)}); it was cut short: copy or save it again"
+        ) from error
+    for container in _CONTAINERS:
+        if isinstance(state, Mapping) and isinstance(state.get(container), Mapping):
+            state = state[container]
+    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict of tensors, bare or under {' or '.join(map(repr, _CONTAINERS))}")
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{path} holds values that are not finite in {_some(bad)}; use an earlier checkpoint")
+    return dict(state)
+
+
+def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], report: CoreReport) -> dict[str, Tensor]:
+    """The part of the file under the prefix that makes most keys those of the model; the rest is reported."""
+    prefixes: Counter[str] = Counter()
+    for key in state:
+        parts = key.split(".")
+        tails = (".".join(parts[start:]) for start in range(len(parts)))
+        prefixes.update(key[: -len(tail)] for tail in tails if tail in wanted)
+    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    for key in state:
+        if not key.startswith(prefix):
+            report.leave(key, NOT_BACKBONE)
+    return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
+
+
+def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: CoreReport) -> Tensor:
+    """`value` in the model's shape: position tables are interpolated, anything else must have it already."""
+    if value.shape == shape:
+        return value
+    owner, _, name = key.rpartition(".")
+    if name == "relative_position_bias_table" and value.ndim == 2 and value.shape[1] == shape[1]:
+        report.resized.append(key)
+        window: Any = model.get_submodule(owner).window_size
+        return resize_rel_pos_bias_table_simple(value, new_window_size=window, new_bias_shape=tuple(shape))
+    if key == "pos_embed" and value.ndim == 3 and value.shape[2] == shape[2]:
+        report.resized.append(key)
+        vit: Any = model
+        prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
+        return resample_abs_pos_embed(value, new_size=list(vit.patch_embed.grid_size), num_prefix_tokens=prefix_tokens)
+    raise UserError(
+        f"{key} has the shape {tuple(value.shape)} in {report.path} and {tuple(shape)} in the model; {_ADVICE}"
+    )
+
+
+def _reason(rules: Rules, key: str) -> str | None:
+    return next((reason for pattern, reason in rules if re.search(pattern, key)), None)
+
+
+def _unexplained(rules: Rules, keys: list[str], report: CoreReport) -> list[str]:
+    """Reports the keys that a rule covers and returns the others."""
+    for key in keys:
+        if reason := _reason(rules, key):
+            report.leave(key, reason)
+    return [key for key in keys if not _reason(rules, key)]
+
+
+def _counted(keys: list[str]) -> str:
+    return f"{len(keys)} {'weight' if len(keys) == 1 else 'weights'} ({_some(keys)})"
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:_LISTED]) + (f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

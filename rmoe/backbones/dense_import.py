@@ -1,0 +1,217 @@
+"""Official dense checkpoints: what other code bases call the weights of a backbone, and how they become timm's.
+
+The rules are data, one `Format` for each code base. A file is recognised by its keys; whatever no rule covers is passed
+on as it is, so that `rmoe.backbones.core` refuses it by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Names = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+
+NOT_BACKBONE = "not part of the backbone"
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a code base names, and stores, the weights of a backbone.
+
+    Attributes:
+        source: its name.
+        sign: pattern of a key that every such file has and no file of the formats below it; what stands before it is
+            the name of the backbone within a larger model.
+        names: (pattern, replacement) to apply to a key in turn, the backbone's own name taken off. Parts of one weight
+            get numbers at the end, as in "attn.qkv.weight.0", and are put together.
+        left_out: (pattern, reason) of keys that timm's model has no use for.
+        reordered: (pattern of timm's key, what is done, function of the value).
+        note: what a user must know besides.
+    """
+
+    source: str
+    sign: str
+    names: Names
+    left_out: tuple[tuple[str, str], ...] = ()
+    reordered: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = ()
+    note: str = ""
+
+
+@dataclass
+class Translation:
+    """A checkpoint under timm's names.
+
+    Attributes:
+        state: value by timm's key; output levels' norms are called "norm0.weight" etc.
+        source: the format that was recognised; "timm" if the file has no other's sign.
+        converted: keys whose values changed, by what was done.
+        left_out: keys of the file that are not in `state`, by reason.
+        note: what a user must know besides.
+    """
+
+    state: dict[str, Tensor]
+    source: str = "timm"
+    converted: dict[str, list[str]] = field(default_factory=dict)
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    note: str = ""
+
+
+def translate(state: Mapping[str, Tensor]) -> Translation:
+    """Recognises the format of a checkpoint and brings its keys and values to timm's, those of the backbone alone.
+
+    A checkpoint of timm's own names, or of names that nobody knows, is returned as it is.
+    """
+    for form in FORMATS:
+        for key in state:
+            if sign := re.match(rf"(|.*?\.){form.sign}", key):
+                return _translated(form, sign[1], state)
+    return Translation(dict(state))
+
+
+def _translated(form: Format, prefix: str, state: Mapping[str, Tensor]) -> Translation:
+    left_out: dict[str, list[str]] = defaultdict(list)
+    renamed: dict[str, Tensor] = {}
+    for key, value in state.items():
+        bare = key.removeprefix(prefix)
+        name = _renamed(form.names, bare)
+        if reason := next((reason for pattern, reason in form.left_out if re.search(pattern, bare)), None):
+            left_out[reason].append(key)
+        elif name == key and prefix:  # not the backbone's, nor its classifier's under another name
+            left_out[NOT_BACKBONE].append(key)
+        else:
+            renamed[name] = value
+    joined, converted = _joined(renamed)
+    for pattern, done, function in form.reordered:
+        for name in (name for name in joined if re.search(pattern, name)):
+            joined[name] = function(joined[name])
+            converted[done].append(name)
+    return Translation(joined, form.source, dict(converted), dict(left_out), form.note)
+
+
+def _renamed(names: Names, key: str) -> str:
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _joined(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
+    """Puts query, key and value together: parts 0, 1, 2 of one weight. A part alone keeps its name, to be refused."""
+    joined = dict(state)
+    converted: dict[str, list[str]] = defaultdict(list)
+    for first in (name for name in state if name.endswith(".0")):
+        whole = first.removesuffix(".0")
+        parts = [f"{whole}.{number}" for number in range(3)]
+        if all(part in joined for part in parts):
+            joined[whole] = torch.cat([joined.pop(part) for part in parts])
+            converted["query, key and value joined"].append(whole)
+    return joined, converted
+
+
+def _numbered(before: str, shift: int, after: str = "") -> Callable[[re.Match[str]], str]:
+    """Replacement of a match whose first group is a number: that number moved by `shift`, between two texts."""
+    return lambda match: f"{before}{int(match[1]) + shift}{after}"
+
+
+def _neighbours_outside(x: Tensor) -> Tensor:
+    """[…, C·4] with a pixel's four neighbours innermost, row by row → [..., 4·C], outermost, column by column."""
+    return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
+
+
+# timm merges patches at the start of a stage, all others at the end of the one before.
+_MERGING = (r"^layers\.(\d+)\.downsample\.", _numbered("layers.", 1, ".downsample."))
+
+_HF_BLOCK: Names = (
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    # The files' names first, then those of transformers 5 in memory.
+    (r"\.attention\.(?:self|attention)\.query\.(\w+)$", r".attn.qkv.\1.0"),
+    (r"\.attention\.(?:self|attention)\.key\.(\w+)$", r".attn.qkv.\1.1"),
+    (r"\.attention\.(?:self|attention)\.value\.(\w+)$", r".attn.qkv.\1.2"),
+    (r"\.attention\.q_proj\.(\w+)$", r".attn.qkv.\1.0"),
+    (r"\.attention\.k_proj\.(\w+)$", r".attn.qkv.\1.1"),
+    (r"\.attention\.v_proj\.(\w+)$", r".attn.qkv.\1.2"),
+    (r"\.attention\.(?:output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.attention\.(?:self|relative_position_bias)\.(relative_position_\w+)$", r".attn.\1"),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^layernorm\.", "norm."),
+)
+
+FORMATS = (
+    Format(
+        source="Hugging Face Swin",
+        sign=r"encoder\.layers\.0\.blocks\.0\.layernorm_before\.",
+        names=(
+            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^embeddings\.norm\.", "patch_embed.norm."),
+            (r"^encoder\.layers\.", "layers."),
+            _MERGING,
+            *_HF_BLOCK,
+            (r"^hidden_states_norms\.stage(\d+)\.", _numbered("norm", -1, ".")),
+            (r"^classifier\.", "head.fc."),
+        ),
+        left_out=((r"^embeddings\.mask_token$", "for masked pretraining only"),),
+    ),
+    Format(
+        source="Hugging Face CvT",
+        sign=r"encoder\.stages\.0\.embedding\.convolution_embeddings\.",
+        names=(
+            (r"^encoder\.stages\.", "stages."),
+            (r"\.embedding\.convolution_embeddings\.projection\.", ".patch_embed.proj."),
+            (r"\.embedding\.convolution_embeddings\.normalization\.", ".patch_embed.norm."),
+            (r"\.layers\.", ".blocks."),
+            (r"\.convolution_projection_([qkv])\w+\.convolution_projection\.", r".conv_proj_\1."),
+            (r"\.attention\.attention\.(conv_proj_[qkv])\.convolution\.", r".attn.\1.conv."),
+            (r"\.attention\.attention\.(conv_proj_[qkv])\.normalization\.", r".attn.\1.bn."),
+            (r"\.attention\.attention\.projection_([qkv])\w+\.", r".attn.proj_\1."),
+            *_HF_BLOCK,
+            (r"^classifier\.", "head."),
+        ),
+    ),
+    Format(
+        source="Hugging Face ViT",
+        sign=r"(?:encoder\.layer|layers)\.0\.layernorm_before\.",
+        names=(
+            (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+            (r"^embeddings\.cls_token$", "cls_token"),
+            (r"^embeddings\.position_embeddings$", "pos_embed"),
+            (r"^(?:encoder\.layer|layers)\.", "blocks."),
+            *_HF_BLOCK,
+            (r"^classifier\.", "head."),
+        ),
+        left_out=(
+            (r"^embeddings\.mask_token$", "for masked pretraining only"),
+            (r"^pooler\.", "pooler of the last layer"),
+        ),
+    ),
+    Format(
+        source="mmseg or mmdet Swin",
+        sign=r"stages\.0\.blocks\.0\.attn\.w_msa\.",
+        names=(
+            (r"^stages\.", "layers."),
+            _MERGING,
+            (r"^patch_embed\.projection\.", "patch_embed.proj."),
+            (r"\.attn\.w_msa\.", ".attn."),
+            (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+            (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+        ),
+        reordered=((r"\.downsample\.(?:norm|reduction)\.", "patch merging reordered", _neighbours_outside),),
+    ),
+    Format(
+        source="Microsoft CvT",
+        sign=r"stage0\.patch_embed\.proj\.",
+        names=((r"^stage(\d)\.", r"stages.\1."),),
+        note="trained with another activation: build the model with act_layer='quick_gelu'",
+    ),
+    Format(
+        source="Microsoft Swin",
+        sign=r"layers\.0\.downsample\.",
+        names=(_MERGING, (r"^head\.", "head.fc.")),
+        left_out=((r"^mask_token$", "for masked pretraining only"),),
+    ),
+)

@@ -1,0 +1,17 @@
+"""The project's names in mmengine's registries: `type='rmoe.NAME'` works from any config, whatever its default scope.
+
+mmengine imports this module by its name when it meets the scope `rmoe`, and the `locations` when something is built.
+What needs mmseg registers when its module is imported: `custom_imports = dict(imports=['rmoe.tasks.segmentation'])`.
+"""
+
+from __future__ import annotations
+
+from mmengine import registry
+from mmengine.registry import Registry
+
+_CLASSIFICATION = "rmoe.tasks.classification"
+
+MODELS = Registry("model", parent=registry.MODELS, scope="rmoe", locations=["rmoe.backbones.pyramid", _CLASSIFICATION])
+DATASETS = Registry("dataset", parent=registry.DATASETS, scope="rmoe", locations=[_CLASSIFICATION])
+METRICS = Registry("metric", parent=registry.METRICS, scope="rmoe", locations=[_CLASSIFICATION])
+TRANSFORMS = Registry("transform", parent=registry.TRANSFORMS, scope="rmoe", locations=["rmoe.tasks.images"])
