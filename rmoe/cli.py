@@ -16,12 +16,14 @@ from typing import NoReturn
 
 from rmoe.config import UserError
 
+_LAYOUTS = ("ade20k", "coco", "imagenet")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's); returns its exit code: 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="rmoe", description="Residual mixture-of-experts vision transformers.")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_data,):
+    for add in (_add_data, _add_import, _add_estimate, _add_report, _add_verify):
         add(groups)
     arguments = parser.parse_args(argv)
     return _exit_code(lambda: arguments.run(arguments), parser.prog)
@@ -54,6 +56,7 @@ def _exit_code(run: Callable[[], int | None], program: str) -> int:
 def _add_data(groups: argparse._SubParsersAction) -> None:
     data = groups.add_parser("data", help="make and check data sets").add_subparsers(metavar="ACTION", required=True)
     _add_scenes(data)
+    _add_prepare(data)
     _add_check(data)
 
 
@@ -100,31 +103,152 @@ def _scenes(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}: {'written' if made else 'there already, with these parameters'}")
 
 
+def _add_prepare(actions: argparse._SubParsersAction) -> None:
+    text = (
+        "Unpacks ADEChallengeData2016.zip; or train2017.zip, val2017.zip and annotations_trainval2017.zip; or "
+        "ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz; then checks what came out. "
+        "Interrupted, it goes on where it stopped."
+    )
+    parser = actions.add_parser("prepare", help="unpack a data set's official archives", description=text)
+    parser.add_argument("layout", choices=_LAYOUTS)
+    parser.add_argument("source", type=Path, metavar="SRC", help="folder with the archives")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument(
+        "--synsets", type=Path, metavar="FILE", help="imagenet: synset of each validation image, instead of the devkit"
+    )
+    parser.set_defaults(run=_prepare, num_classes=None, json=None)
+
+
+def _prepare(arguments: argparse.Namespace) -> int:
+    from rmoe.data.prepare import prepare
+
+    prepare(arguments.layout, arguments.source, arguments.out, arguments.synsets)
+    arguments.path = arguments.out
+    return _check(arguments)
+
+
 def _add_check(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser("check", help="read a whole data set and list what is wrong with it")
-    parser.add_argument("layout", choices=("ade20k", "imagenet"))
-    parser.add_argument("path", type=Path, help="folder with images/ and annotations/, or with train/ and val/")
+    parser.add_argument("layout", choices=_LAYOUTS)
+    parser.add_argument(
+        "path", type=Path, help="folder with images/ and annotations/, with train2017/ and annotations/, or with train/"
+    )
     parser.add_argument(
         "--num-classes", type=int, help="ade20k: classes without void (default: as its class list says)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the problems to FILE as well")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found to FILE as well")
     parser.set_defaults(run=_check)
 
 
 def _check(arguments: argparse.Namespace) -> int:
     from rmoe.data.check import check_ade20k, check_imagenet
+    from rmoe.data.coco import check_coco
 
     if arguments.layout == "ade20k":
-        problems = check_ade20k(arguments.path, arguments.num_classes)
+        report = check_ade20k(arguments.path, arguments.num_classes)
     else:
-        problems = check_imagenet(arguments.path)
-    for problem in problems:
+        report = {"coco": check_coco, "imagenet": check_imagenet}[arguments.layout](arguments.path)
+    for key, count in report.counts.items():
+        print(f"{key}: {count}")
+    for note in report.notes:
+        print(f"note: {note}")
+    for problem in report.problems:
         print(problem.message)
-    print(f"{arguments.path}: {len(problems) or 'no'} problem{'' if len(problems) == 1 else 's'} found")
+    number = len(report.problems)
+    print(f"{arguments.path}: {number or 'no'} problem{'' if number == 1 else 's'} found")
     if arguments.json:
-        content = {"path": str(arguments.path), "problems": [problem._asdict() for problem in problems]}
+        content = {
+            "path": str(arguments.path),
+            "layout": arguments.layout,
+            "counts": report.counts,
+            "notes": report.notes,
+        }
+        content["problems"] = [problem._asdict() for problem in report.problems]
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-    return 2 if problems else 0
+    return 2 if report.problems else 0
+
+
+def _add_import(groups: argparse._SubParsersAction) -> None:
+    text = (
+        "Writes an official dense checkpoint (Swin, CvT or ViT of Microsoft, mmseg, mmdet, Hugging Face or timm) under "
+        "timm's names and says what became of every key. `core=` in a config reads such files as they are, too."
+    )
+    parser = groups.add_parser("import", help="bring a dense checkpoint to timm's names", description=text)
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help=".pth or .safetensors file, or a folder with model.safetensors"
+    )
+    parser.add_argument("model", metavar="MODEL", help="timm's name of the model, such as cvt_13")
+    parser.add_argument("out", type=Path, metavar="OUT", help=".safetensors file to write; must not exist")
+    parser.set_defaults(run=_import_core)
+
+
+def _import_core(arguments: argparse.Namespace) -> None:
+    from rmoe.backbones.build import import_core
+
+    print(import_core(arguments.source, arguments.model, arguments.out))
+    print(f"{arguments.out}: written")
+
+
+def _add_estimate(groups: argparse._SubParsersAction) -> None:
+    text = "Says what a training step of a config costs on each GPU: FLOPs, memory, traffic. Nothing of it needs a GPU."
+    parser = groups.add_parser("estimate", help="what a training step will cost", description=text)
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="config of a classifier or a segmentor")
+    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="processes, one for each GPU")
+    parser.add_argument("--ep-size", type=int, metavar="N", help="GPUs that share the experts (default: the config's)")
+    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=2, help="ZeRO stage (default: %(default)s)")
+    parser.add_argument("--micro-batch", type=int, metavar="N", help="images of each GPU (default: the config's)")
+    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: the config's)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE as well")
+    parser.set_defaults(run=_estimate)
+
+
+def _estimate(arguments: argparse.Namespace) -> None:
+    from rmoe.engine.launch import read_config
+    from rmoe.estimate import Setting, estimate
+
+    for name in ("gpus", "ep_size", "micro_batch"):
+        if (value := getattr(arguments, name)) is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it is at least 1")
+    setting = Setting(
+        processes=arguments.gpus,
+        ep_size=arguments.ep_size,
+        zero=arguments.zero,
+        micro_batch=arguments.micro_batch,
+        precision=arguments.precision,
+        image_size=arguments.image_size and tuple(arguments.image_size),
+    )
+    found = estimate(read_config(arguments.config, {}), setting)
+    print(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+
+
+def _add_report(groups: argparse._SubParsersAction) -> None:
+    text = "Prints what finished runs achieved and cost; writes summary.json and, of segmentation runs, pictures."
+    parser = groups.add_parser("report", help="compare finished runs", description=text)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="work dir of a finished run")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.set_defaults(run=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from rmoe.report import report
+
+    report(arguments.runs, arguments.out)
+
+
+def _add_verify(groups: argparse._SubParsersAction) -> None:
+    text = "Compares small expert-parallel trainings with plain PyTorch. In several processes: launch/verify.py."
+    parser = groups.add_parser("verify", help="check this machine or cluster", description=text)
+    parser.add_argument("--work-dir", default="work_dirs/verify", metavar="DIR", help="default: %(default)s")
+    parser.set_defaults(run=_verify)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from rmoe.verify import main as verify
+
+    return verify(["--work-dir", arguments.work_dir])
 
 
 if __name__ == "__main__":

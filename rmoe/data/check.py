@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -20,14 +22,20 @@ from rmoe.config import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 IGNORED = 255
 _NAMED = 3  # files of one kind that a message names
+_ADE20K = {"training": 20210, "validation": 2000}  # images of the official set
+_CLASS_LISTS = ("classes.json", "classes.txt", "objectInfo150.txt")
+_IMAGENET = {"train": 1281167, "val": 50000}
+_SYNSET = re.compile(r"n\d{8}")
+FETCH_ADE20K = "fetch SceneParse150, ADEChallengeData2016.zip, instead"
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 class Problem(NamedTuple):
     """One finding.
 
     Attributes:
-        kind: `missing-folder`, `no-images`, `image-without-label-map`, `label-map-without-image`, `class-list`,
-            `unreadable`, `mode`, `size`, `label-value`, `empty-class`, `stray-file` or `other-classes`.
+        kind: a short name, the same for all problems of one kind, such as `missing-folder` or `label-value`.
         path: the file or folder.
         message: what was found, what is allowed and what to do, in one line; it names the path.
     """
@@ -35,6 +43,32 @@ class Problem(NamedTuple):
     kind: str
     path: str
     message: str
+
+
+@dataclass
+class Report:
+    """What a check found.
+
+    Attributes:
+        problems: what must be mended.
+        counts: what is there.
+        notes: what is allowed, and worth knowing; in one line each.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, part: Report, name: str) -> None:
+        """Takes in the report of the part called `name`."""
+        self.problems += part.problems
+        self.counts |= {f"{name} {key}": count for key, count in part.counts.items()}
+        self.notes += part.notes
+
+    def compare(self, key: str, official: int | None) -> None:
+        """Notes that the official set has another number of something."""
+        if official is not None and self.counts.get(key) != official:
+            self.notes.append(f"{self.counts.get(key)} {key}; the official set has {official}")
 
 
 def check_segmentation(
@@ -45,7 +79,7 @@ def check_segmentation(
     full: bool = False,
     img_suffix: str = ".jpg",
     seg_map_suffix: str = ".png",
-) -> list[Problem]:
+) -> Report:
     """Checks images and label maps that lie as mmseg reads them: same relative name, another folder and suffix.
 
     Args:
@@ -54,58 +88,64 @@ def check_segmentation(
         full: read every file as well: unreadable ones, label maps of a wrong mode or size, label values too high.
     """
     folders = [Path(img_dir), Path(ann_dir)]
-    missing = [_missing_folder(folder) for folder in folders if not folder.is_dir()]
+    missing = [missing_folder(folder) for folder in folders if not folder.is_dir()]
     if missing:
-        return missing
+        return Report(missing)
     images, maps = (_stems(*pair) for pair in zip(folders, (img_suffix, seg_map_suffix), strict=True))
     if not images:
-        return [
-            Problem("no-images", str(img_dir), f"{img_dir} has no {img_suffix} image; name the folder of the images")
-        ]
-    problems = []
+        found = f"{img_dir} has no {img_suffix} image"
+        return Report([Problem("no-images", str(img_dir), f"{found}; name the folder of the images")])
+    report = Report(counts={"images": len(images), "label maps": len(maps)})
     if lonely := sorted(images - maps):
         found = f"{len(lonely)} of {len(images)} images in {img_dir} have no label map in {ann_dir}: "
         todo = f"add the {seg_map_suffix} files or remove the images"
-        problems.append(Problem("image-without-label-map", str(img_dir), f"{found}{_some(lonely, img_suffix)}; {todo}"))
+        text = f"{found}{some(lonely, img_suffix)}; {todo}"
+        report.problems.append(Problem("image-without-label-map", str(img_dir), text))
     if lonely := sorted(maps - images):
         found = f"{len(lonely)} of {len(maps)} label maps in {ann_dir} have no image in {img_dir}: "
         todo = f"add the {img_suffix} files or remove the label maps"
-        problems.append(
-            Problem("label-map-without-image", str(ann_dir), f"{found}{_some(lonely, seg_map_suffix)}; {todo}")
-        )
+        text = f"{found}{some(lonely, seg_map_suffix)}; {todo}"
+        report.problems.append(Problem("label-map-without-image", str(ann_dir), text))
     if full:
-        pairs = [
-            (f"{folders[0] / stem}{img_suffix}", f"{folders[1] / stem}{seg_map_suffix}")
-            for stem in sorted(images & maps)
-        ]
-        problems += _all(lambda pair: _check_pair(pair[0], pair[1], num_classes, reduce_zero_label), pairs)
-    return problems
+        both = sorted(images & maps)
+        pairs = [(f"{folders[0] / stem}{img_suffix}", f"{folders[1] / stem}{seg_map_suffix}") for stem in both]
+        _read_pairs(pairs, num_classes, reduce_zero_label, report)
+    return report
 
 
-def check_image_folder(root: str | Path, full: bool = False) -> list[Problem]:
+def check_image_folder(root: str | Path, full: bool = False) -> Report:
     """Checks a classification data set of the layout ROOT/CLASS/IMAGE (ImageNet's `train` or `val`)."""
     root = Path(root)
     if not root.is_dir():
-        return [_missing_folder(root)]
+        return Report([missing_folder(root)])
     problems, images = [], []
-    classes = sorted(entry for entry in root.iterdir() if entry.is_dir())
+    classes = class_folders(root)
     if stray := sorted(entry.name for entry in root.iterdir() if _is_image(entry)):
-        found = f"{len(stray)} images lie in {root} itself: {_some(stray)}"
+        found = f"{len(stray)} images lie in {root} itself: {some(stray)}"
         problems.append(Problem("stray-file", str(root), f"{found}; put each into the folder of its class"))
     if len(classes) < 2:
         found = f"{root} has {len(classes)} class folders, a classification set has at least 2"
         problems.append(Problem("no-images", str(root), f"{found}; name the folder that holds one folder per class"))
-    for folder in classes:
+    for name in classes:
+        folder = root / name
         inside = sorted(path for path in folder.rglob("*") if _is_image(path))
         if not inside:
             found = f"class folder {folder} has no image ({', '.join(IMAGE_SUFFIXES)})"
             problems.append(Problem("empty-class", str(folder), f"{found}; add some or remove the folder"))
         images += inside
-    return problems + (_all(lambda path: _read(str(path))[1], images) if full else [])
+    if full:
+        problems += [problem for _, found in each(lambda path: read_image(str(path)), images) for problem in found]
+    return Report(problems, {"classes": len(classes), "images": len(images)})
+
+
+def class_folders(root: Path) -> list[str]:
+    """Names of the folders in `root`, sorted: their positions are the class indices."""
+    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
 
 
 def read_classes(path: str | Path) -> list[str]:
-    """Class names of a list file: JSON (a list, or `classes` of an object), ADE20K's objectInfo150.txt, or one a line.
+    """Class names of a list file: JSON (a list, `classes` of an object, or a COCO annotation file, whose categories are
+    taken in the order of their ids), ADE20K's objectInfo150.txt, or text, one name in each line.
 
     Raises:
         UserError: the file cannot be read or is of none of these forms.
@@ -114,14 +154,17 @@ def read_classes(path: str | Path) -> list[str]:
         text = Path(path).read_text(encoding="utf-8")
         if Path(path).suffix == ".json":
             content = json.loads(text)
-            names = content["classes"] if isinstance(content, dict) else content
+            if isinstance(content, dict) and "categories" in content:
+                names = [one["name"] for one in sorted(content["categories"], key=lambda one: one["id"])]
+            else:
+                names = content["classes"] if isinstance(content, dict) else content
         else:
             lines = [line for line in text.splitlines() if line.strip()]
             table = bool(lines) and lines[0].split("\t")[0].strip() == "Idx"
             names = [line.split("\t")[-1].strip() for line in lines[1:]] if table else [line.strip() for line in lines]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"class list {path} cannot be read ({_reason(error)}); give JSON or text, one name a line"
+            f"class list {path} cannot be read ({reason(error)}); give JSON or text, one name a line"
         ) from None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise UserError(f"class list {path} holds no list of names; give JSON or text, one name a line")
@@ -140,42 +183,52 @@ def check_class_list(path: str | Path, num_classes: int) -> list[Problem]:
     return [Problem("class-list", str(path), f"{found}; make them equal (void is not a class)")]
 
 
-def check_ade20k(root: str | Path, num_classes: int | None = None, full: bool = True) -> list[Problem]:
+def check_ade20k(root: str | Path, num_classes: int | None = None, full: bool = True) -> Report:
     """Checks a whole data set of ADE20K's layout.
 
     Args:
-        num_classes: by default as many as ROOT/classes.json or ROOT/objectInfo150.txt lists.
+        num_classes: by default as many as the class list has: classes.json, classes.txt or objectInfo150.txt in ROOT.
     """
     root = Path(root)
     if not root.is_dir():
-        return [_missing_folder(root)]
+        return Report([missing_folder(root)])
+    if _is_full_ade20k(root):
+        found = f"{root} is the full ADE20K, with a *_seg.png beside each image, whose labels are not the 150 classes'"
+        return Report([Problem("wrong-archive", str(root), f"{found}; {FETCH_ADE20K}")])
+    lists = [root / name for name in _CLASS_LISTS if (root / name).exists()]
     if num_classes is None:
-        lists = [root / name for name in ("classes.json", "objectInfo150.txt") if (root / name).exists()]
         if not lists:
-            found = f"{root} has neither classes.json nor objectInfo150.txt"
-            return [Problem("class-list", str(root), f"{found}; say how many classes there are (--num-classes)")]
+            found = f"{root} has none of {', '.join(_CLASS_LISTS)}"
+            return Report(
+                [Problem("class-list", str(root), f"{found}; say how many classes there are (--num-classes)")]
+            )
         try:
             num_classes = len(read_classes(lists[0]))
         except UserError as error:
-            return [Problem("class-list", str(lists[0]), str(error))]
-    problems = []
-    for split in ("training", "validation"):
+            return Report([Problem("class-list", str(lists[0]), str(error))])
+    report = Report(check_class_list(lists[0], num_classes) if lists else [], {"classes": num_classes})
+    for split, official in _ADE20K.items():
         folders = root / "images" / split, root / "annotations" / split
-        problems += check_segmentation(*folders, num_classes, reduce_zero_label=True, full=full)
-    return problems
+        report.add(check_segmentation(*folders, num_classes, reduce_zero_label=True, full=full), split)
+        if lists and lists[0].name == "objectInfo150.txt":
+            report.compare(f"{split} images", official)
+    return report
 
 
-def check_imagenet(root: str | Path, full: bool = True) -> list[Problem]:
+def check_imagenet(root: str | Path, full: bool = True) -> Report:
     """Checks ROOT/train and ROOT/val, and that both have the same class folders."""
-    splits = [Path(root) / split for split in ("train", "val")]
-    problems = [problem for split in splits for problem in check_image_folder(split, full)]
-    if all(split.is_dir() for split in splits):
-        train, val = ({entry.name for entry in split.iterdir() if entry.is_dir()} for split in splits)
-        if train != val:
-            some = _some(sorted(train ^ val))
-            found = f"{len(train ^ val)} classes are in only one of {splits[0]} and {splits[1]}: {some}"
-            problems.append(Problem("other-classes", str(splits[1]), f"{found}; both need the same class folders"))
-    return problems
+    report, classes = Report(), []
+    for split, official in _IMAGENET.items():
+        folder = Path(root, split)
+        report.add(check_image_folder(folder, full), split)
+        if folder.is_dir():
+            classes.append(set(class_folders(folder)))
+            if len(classes[-1]) == 1000 and all(_SYNSET.fullmatch(name) for name in classes[-1]):
+                report.compare(f"{split} images", official)
+    if len(classes) == 2 and (other := sorted(classes[0] ^ classes[1])):
+        found = f"{len(other)} classes are in only one of {root}/train and {root}/val: {some(other)}"
+        report.problems.append(Problem("other-classes", str(root), f"{found}; both need the same class folders"))
+    return report
 
 
 def require(problems: Sequence[Problem]) -> None:
@@ -185,49 +238,73 @@ def require(problems: Sequence[Problem]) -> None:
         raise UserError(problems[0].message + more)
 
 
-def _check_pair(image_path: str, map_path: str, num_classes: int, reduce_zero_label: bool) -> list[Problem]:
-    image, problems = _read(image_path)
-    labels, more = _read(map_path)
+def _is_full_ade20k(root: Path) -> bool:
+    """Whether this is the data set that ADE20K_2021_17_01.zip or ADE20K_2016_07_26.zip holds."""
+    tell_tales = ("index_ade20k.pkl", "index_ade20k.mat", "images/ADE", "ADE20K_2021_17_01", "ADE20K_2016_07_26")
+    if any((root / name).exists() for name in tell_tales):
+        return True
+    return next((root / "images" / "training").rglob("*_seg.png"), None) is not None
+
+
+def _read_pairs(pairs: Sequence[tuple[str, str]], num_classes: int, reduce_zero_label: bool, report: Report) -> None:
+    """Reads images and label maps, and adds to the `report` what it finds."""
+    seen, empty = np.zeros(256, dtype=bool), []
+    for (_, path), (problems, values) in zip(pairs, each(lambda pair: _check_pair(*pair), pairs), strict=True):
+        report.problems += problems
+        if values is None:
+            continue
+        highest, lowest = (num_classes, 1) if reduce_zero_label else (num_classes - 1, 0)
+        seen[values] = True
+        if not (labels := values[(values >= lowest) & (values != IGNORED)]).size:
+            empty.append(path)
+        elif labels[-1] > highest:
+            allowed = f"0 (void), 1 to {highest}" if reduce_zero_label else f"0 to {highest}"
+            found = (
+                f"label map {path} has the value {labels[-1]}; with {num_classes} classes it may hold {allowed} and 255"
+            )
+            report.problems.append(Problem("label-value", path, f"{found} (ignored): mend it or num_classes"))
+    if (present := np.flatnonzero(seen[:IGNORED])).size:
+        report.counts |= {"lowest label": int(present[0]), "highest label": int(present[-1])}
+    report.counts["empty label maps"] = len(empty)
+    if empty:
+        report.notes.append(f"{len(empty)} of {len(pairs)} label maps hold nothing but void: {some(empty)}")
+
+
+def _check_pair(image_path: str, map_path: str) -> tuple[list[Problem], np.ndarray | None]:
+    """What is wrong with the files, and the values of the label map, uint8 [N], sorted, if it is one."""
+    image, problems = read_image(image_path)
+    labels, more = read_image(map_path)
     problems += more
     if labels is None:
-        return problems
+        return problems, None
     if labels.mode not in ("L", "P"):
         found = f"label map {map_path} has mode {labels.mode}; it must be 8-bit with one channel (L or P)"
-        return [*problems, Problem("mode", map_path, f"{found}: save the class indices, not colours")]
+        return [*problems, Problem("mode", map_path, f"{found}: save the class indices, not colours")], None
     if image is not None and image.size != labels.size:
         sizes = (f"{width}x{height}" for width, height in (labels.size, image.size))
         found = "label map {} is {} pixels, its image {}".format(map_path, *sizes)
         problems.append(Problem("size", map_path, f"{found}; both must have the same width and height"))
-    values = np.flatnonzero(np.bincount(np.asarray(labels).ravel(), minlength=256)[:IGNORED])
-    highest = num_classes if reduce_zero_label else num_classes - 1
-    if values.size and values[-1] > highest:
-        allowed = f"0 (void), 1 to {highest}" if reduce_zero_label else f"0 to {highest}"
-        found = (
-            f"label map {map_path} has the value {values[-1]}; with {num_classes} classes it may hold {allowed} and 255"
-        )
-        problems.append(Problem("label-value", map_path, f"{found} (ignored): mend it or num_classes"))
-    return problems
+    return problems, np.unique(np.asarray(labels))
 
 
-def _read(path: str) -> tuple[Image.Image | None, list[Problem]]:
+def read_image(path: str) -> tuple[Image.Image | None, list[Problem]]:
     """The decoded image, or None and why not."""
     try:
         with Image.open(path) as image:
             image.load()
         return image, []
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        message = f"{path} cannot be read as an image ({_reason(error)}); fetch or write it again"
+        message = f"{path} cannot be read as an image ({reason(error)}); fetch or write it again"
         return None, [Problem("unreadable", path, message)]
 
 
-def _all(check: Callable, items: Iterable) -> list[Problem]:
-    """Runs `check` on every item on all cores (decoding does not hold Python's lock), with a bar on a terminal."""
+def each(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
+    """`function` of every item, on all cores (decoding does not hold Python's lock), with a bar on a terminal."""
     from tqdm import tqdm
 
     items = list(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = tqdm(pool.map(check, items), total=len(items), desc="checking", unit="file", disable=None)
-        return [problem for problems in found for problem in problems]
+        return list(tqdm(pool.map(function, items), total=len(items), desc="checking", unit="file", disable=None))
 
 
 def _stems(folder: Path, suffix: str) -> set[str]:
@@ -240,7 +317,8 @@ def _stems(folder: Path, suffix: str) -> set[str]:
     }
 
 
-def _missing_folder(folder: Path) -> Problem:
+def missing_folder(folder: Path) -> Problem:
+    """What to say of a `folder` that is none."""
     what = "is a file, not a folder" if folder.exists() else "does not exist"
     return Problem(
         "missing-folder", str(folder), f"folder {folder} {what}; correct the path, or put the data set there"
@@ -251,12 +329,14 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
-def _some(names: Sequence[str], suffix: str = "") -> str:
+def some(names: Sequence[str], suffix: str = "") -> str:
+    """The first of the `names`, each with `suffix`, for a message."""
     more = ", …" if len(names) > _NAMED else ""
     return ", ".join(f"{name}{suffix}" for name in names[:_NAMED]) + more
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
+    """The first line of what went wrong."""
     if isinstance(error, KeyError):
         return f"it has no {error}"
     return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).splitlines()[0]

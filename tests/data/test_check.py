@@ -38,7 +38,7 @@ def root(tmp_path) -> Path:
 
 def check(root: Path, **options):
     options = {"num_classes": 3, "reduce_zero_label": True, "full": True} | options
-    return check_segmentation(root / "images" / "training", root / "annotations" / "training", **options)
+    return check_segmentation(root / "images" / "training", root / "annotations" / "training", **options).problems
 
 
 def only(problems):
@@ -49,7 +49,7 @@ def only(problems):
 
 def test_a_sound_set_has_no_problem(root):
     assert check(root) == []
-    assert check_ade20k(root) == []
+    assert check_ade20k(root).problems == []
     assert check(root, num_classes=4, reduce_zero_label=False) == []
     require([])
 
@@ -64,7 +64,7 @@ def test_missing_folder(root, kind):
 
 
 def test_a_file_is_no_folder(root):
-    problem = only(check_image_folder(root / "classes.json"))
+    problem = only(check_image_folder(root / "classes.json").problems)
     assert "is a file, not a folder" in problem.message
 
 
@@ -156,7 +156,7 @@ def test_palette_label_maps_are_read_as_indices(root):
 
 def test_require_raises_one_line():
     with pytest.raises(UserError, match=r"^folder /nowhere/a does not exist; .* \(and 1 more problems\)$"):
-        require(check_segmentation("/nowhere/a", "/nowhere/b", 3))
+        require(check_segmentation("/nowhere/a", "/nowhere/b", 3).problems)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,7 @@ def test_require_raises_one_line():
         ("classes.json", '{"classes": ["sky", "dog"]}'),
         ("classes.json", '["sky", "dog"]'),
         ("classes.txt", "sky\n\ndog\n"),
+        ("instances.json", '{"images": [], "categories": [{"id": 9, "name": "dog"}, {"id": 2, "name": "sky"}]}'),
         ("objectInfo150.txt", "Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t5\t1\t1\tsky\n2\t0.1\t5\t1\t0\tdog\n"),
     ],
 )
@@ -176,7 +177,10 @@ def test_class_lists(tmp_path, name, text):
     assert "has 2 names, num_classes is 3; make them equal" in problem.message
 
 
-@pytest.mark.parametrize("text", ['{"names": []}', '["sky"', '{"classes": 3}', '["sky", 1]'])
+@pytest.mark.parametrize(
+    "text",
+    ['{"names": []}', '["sky"', '{"classes": 3}', '["sky", 1]', '{"categories": [{"id": 1}]}', '{"categories": 3}'],
+)
 def test_unreadable_class_lists(tmp_path, text):
     (tmp_path / "classes.json").write_text(text)
     problem = only(check_class_list(tmp_path / "classes.json", 2))
@@ -184,11 +188,49 @@ def test_unreadable_class_lists(tmp_path, text):
     assert "give JSON or text, one name a line" in problem.message
 
 
+def test_what_is_there_is_counted(root):
+    report = check_ade20k(root)
+    found = {"images": 5, "label maps": 5, "lowest label": 0, "highest label": 3, "empty label maps": 2}
+    assert report.counts == {"classes": 3} | {
+        f"{s} {key}": n for s in ("training", "validation") for key, n in found.items()
+    }
+    void = [root / "annotations" / "validation" / f"ADE_{number}.png" for number in (0, 4)]
+    assert report.notes[1] == f"2 of 5 label maps hold nothing but void: {void[0]}, {void[1]}"
+
+
+def test_the_official_numbers_are_known(root):
+    (root / "classes.json").unlink()
+    (root / "objectInfo150.txt").write_text("Idx\tRatio\tName\n1\t0.1\tsky\n2\t0.1\tdog\n3\t0.1\tcat\n")
+    report = check_ade20k(root, full=False)
+    assert report.problems == []
+    assert report.notes == [
+        "5 training images; the official set has 20210",
+        "5 validation images; the official set has 2000",
+    ]
+
+
+@pytest.mark.parametrize("trace", ["images/ADE/training/urban/street/ADE_train_1_seg.png", "index_ade20k.pkl"])
+def test_the_wrong_archive_of_ade20k_is_named(tmp_path, trace):
+    (tmp_path / trace).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / trace).write_bytes(b"")
+    problem = only(check_ade20k(tmp_path).problems)
+    assert problem.kind == "wrong-archive"
+    assert "is the full ADE20K" in problem.message
+    assert problem.message.endswith("fetch SceneParse150, ADEChallengeData2016.zip, instead")
+
+
+def test_the_full_ade20k_of_2016(tmp_path):
+    scene = tmp_path / "images" / "training" / "a" / "abbey"
+    scene.mkdir(parents=True)
+    (scene / "ADE_train_00000001_seg.png").write_bytes(b"")
+    assert only(check_ade20k(tmp_path).problems).kind == "wrong-archive"
+
+
 def test_missing_class_list(root):
     assert "No such file" in only(check_class_list(root / "names.txt", 2)).message
     (root / "classes.json").unlink()
-    assert "--num-classes" in only(check_ade20k(root)).message
-    assert check_ade20k(root, num_classes=3) == []
+    assert "--num-classes" in only(check_ade20k(root).problems).message
+    assert check_ade20k(root, num_classes=3).problems == []
 
 
 @pytest.fixture
@@ -201,22 +243,22 @@ def folder(tmp_path) -> Path:
 
 
 def test_a_sound_image_folder_has_no_problem(folder):
-    assert check_image_folder(folder / "train", full=True) == []
-    assert check_imagenet(folder) == []
+    assert check_image_folder(folder / "train", full=True).problems == []
+    assert check_imagenet(folder).problems == []
 
 
 def test_image_folder_problems(folder):
-    assert only(check_image_folder(folder / "test")).kind == "missing-folder"
+    assert only(check_image_folder(folder / "test").problems).kind == "missing-folder"
     (folder / "train" / "bird").mkdir()
-    problem = only(check_image_folder(folder / "train"))
+    problem = only(check_image_folder(folder / "train").problems)
     assert problem.kind == "empty-class"
     assert f"class folder {folder / 'train' / 'bird'} has no image" in problem.message
-    assert [found.kind for found in check_imagenet(folder)] == ["empty-class", "other-classes"]
-    assert "1 classes are in only one of" in check_imagenet(folder)[1].message
+    assert [found.kind for found in check_imagenet(folder).problems] == ["empty-class", "other-classes"]
+    assert "1 classes are in only one of" in check_imagenet(folder).problems[1].message
 
 
 def test_images_outside_class_folders(folder):
-    problems = check_image_folder(folder / "train" / "cat")
+    problems = check_image_folder(folder / "train" / "cat").problems
     assert [problem.kind for problem in problems] == ["stray-file", "no-images"]
     assert "put each into the folder of its class" in problems[0].message
 
@@ -224,5 +266,5 @@ def test_images_outside_class_folders(folder):
 def test_truncated_image_in_a_class_folder(folder):
     path = folder / "train" / "dog" / "1.JPEG"
     path.write_bytes(path.read_bytes()[:100])
-    assert check_image_folder(folder / "train") == []
-    assert only(check_image_folder(folder / "train", full=True)).path == str(path)
+    assert check_image_folder(folder / "train").problems == []
+    assert only(check_image_folder(folder / "train", full=True).problems).path == str(path)

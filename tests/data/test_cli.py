@@ -21,7 +21,8 @@ def test_scenes_then_check(tmp_path, capsys):
     assert capsys.readouterr().out == f"{out}: written\n{out}: there already, with these parameters\n"
     assert main(["data", "check", "ade20k", str(out / "ade20k")]) == 0
     assert main(["data", "check", "imagenet", str(out / "upstream")]) == 0
-    assert capsys.readouterr().out.count("no problems found") == 2
+    assert main(["data", "check", "coco", str(out / "coco")]) == 0
+    assert capsys.readouterr().out.count("no problems found") == 3
 
 
 def test_every_flag_reaches_the_manifest(tmp_path):
@@ -61,6 +62,7 @@ def test_check_lists_problems_and_writes_them(tmp_path, capsys):
     written = json.loads(file.read_text())
     assert [problem["message"] for problem in written["problems"]] == lines[:-1]
     assert {problem["kind"] for problem in written["problems"]} == {"missing-folder"}
+    assert (written["layout"], written["counts"], written["notes"]) == ("imagenet", {}, [])
 
 
 def test_run_guarded_ends_the_process(capsys):

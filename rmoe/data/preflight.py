@@ -1,0 +1,95 @@
+"""What a config's data sets need on disk, looked for before anything is built."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rmoe.config import UserError
+from rmoe.data.check import Problem, check_class_list, check_segmentation, missing_folder, require
+from rmoe.data.coco import check_annotations, check_images, read_annotations
+
+_PAIRS = {
+    "SegDataset",
+    "ADE20K",
+    "BaseSegDataset",
+    "ADE20KDataset",
+}  # images *.jpg, label maps *.png, if nothing is said
+_COCO = {"Coco", "DetDataset", "CocoDataset"}
+
+
+def preflight(cfg: Mapping[str, Any]) -> None:
+    """Checks that the files which the config's training and validation sets name are there and fit together.
+
+    Folders are listed and annotation files read, images are not. Data sets of unknown kinds are left to themselves
+    where their keys do not say what to look for, and so are those that are not on this machine's file system.
+
+    Raises:
+        UserError: of one line.
+    """
+    problems: list[Problem] = []
+    for name in ("train_dataloader", "val_dataloader"):
+        for dataset in _leaves((cfg.get(name) or {}).get("dataset")):
+            problems += _check(dataset)
+    require(problems)
+
+
+def _leaves(node: Any) -> Iterator[Mapping[str, Any]]:
+    """The data sets inside mmengine's wrappers."""
+    if isinstance(node, Mapping):
+        inner = [*([node["dataset"]] if "dataset" in node else []), *node.get("datasets", [])]
+        for one in inner:
+            yield from _leaves(one)
+        if not inner:
+            yield node
+
+
+def _check(dataset: Mapping[str, Any]) -> list[Problem]:
+    kind, prefix = str(dataset.get("type")).rpartition(".")[2], dataset.get("data_prefix") or {}
+    if dataset.get("backend_args") or "://" in str(dataset.get("data_root")):
+        return []
+    problems = _check_classes(dataset)
+    if kind == "ImageFolder":
+        folders = (Path(dataset["root"], split) for split in ("train", dataset["split"]))
+        problems += [missing_folder(folder) for folder in folders if not folder.is_dir()]
+    elif "img_path" in prefix:
+        problems += _check_pairs(dataset, kind)
+    elif kind in _COCO:
+        problems += _check_coco(dataset)
+    return problems
+
+
+def _check_classes(dataset: Mapping[str, Any]) -> list[Problem]:
+    classes, number = dataset.get("classes"), dataset.get("num_classes")
+    return check_class_list(classes, number) if isinstance(classes, str) and number else []
+
+
+def _check_pairs(dataset: Mapping[str, Any], kind: str) -> list[Problem]:
+    """Of mmseg."""
+    folders = [_path(dataset, prefix) for prefix in dataset["data_prefix"].values()]
+    if missing := [missing_folder(Path(folder)) for folder in folders if not Path(folder).is_dir()]:
+        return missing
+    suffixes = {key: dataset[key] for key in ("img_suffix", "seg_map_suffix") if key in dataset}
+    if dataset.get("ann_file") or len(folders) != 2 or (kind not in _PAIRS and len(suffixes) != 2):
+        return []
+    images, maps = (_path(dataset, dataset["data_prefix"][key]) for key in ("img_path", "seg_map_path"))
+    return check_segmentation(images, maps, num_classes=0, **suffixes).problems
+
+
+def _check_coco(dataset: Mapping[str, Any]) -> list[Problem]:
+    """Of mmdet."""
+    path = _path(dataset, dataset["ann_file"])
+    try:
+        content = read_annotations(path)
+    except UserError as error:
+        return [Problem("annotation-file", path, str(error))]
+    problems = check_annotations(content, path).problems
+    if not problems:
+        problems = check_images(content, _path(dataset, dataset.get("data_prefix", {}).get("img", "")), full=False)
+    return problems
+
+
+def _path(dataset: Mapping[str, Any], path: str) -> str:
+    return os.path.join(dataset.get("data_root") or "", path)
