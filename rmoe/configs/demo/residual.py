@@ -1,0 +1,14 @@
+"""Demo, step 2b: the same finetune with residual experts in every other block of the last two stages, core frozen.
+
+    deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/residual.py \
+        --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/residual
+
+For 2 CPU cores, about 2 minutes. --cfg-options model.backbone.moe.residual=full gives every expert a residual of the
+core's shape. No published figure belongs to it; the full-size recipe is
+segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py.
+"""
+
+_base_ = ["dense.py"]
+
+stage = "residual"
+model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, residual="low_rank", ep_size=2)))

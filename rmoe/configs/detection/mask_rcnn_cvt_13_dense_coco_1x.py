@@ -1,0 +1,23 @@
+"""Lower bound: dense finetune of Mask R-CNN on CvT-13, COCO, 12 epochs.
+
+    deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_dense_coco_1x.py \
+        --deepspeed_config ds_configs/zero2.json
+
+For 8 GPUs with 2 images each (16 in all; keep that product). The core is a checkpoint of CvT-13. Its three maps have
+the strides 4, 8 and 16; the feature pyramid adds 32 and 64. The recipe is Swin-T's, no figure of a dense CvT-13 was
+found. Nobody has run this file at full scale.
+"""
+
+_base_ = [
+    "../_base_/runtime.py",
+    "../_base_/coco.py",
+    "../_base_/mask_rcnn_swin_tiny.py",
+    "../_base_/schedule_1x.py",
+]
+
+stage = "dense"
+default_scope = "mmdet"
+model = dict(
+    backbone=dict(model="cvt_13", out_indices=(0, 1, 2), core="work_dirs/cvt_13_core_imagenet1k"),
+    neck=dict(in_channels=[64, 192, 384]),
+)

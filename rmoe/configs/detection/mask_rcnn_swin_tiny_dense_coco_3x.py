@@ -1,0 +1,21 @@
+"""Lower bound: dense finetune of Mask R-CNN on Swin-T, COCO, 36 epochs.
+
+    deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_dense_coco_3x.py \
+        --deepspeed_config ds_configs/zero2.json
+
+For 8 GPUs with 2 images each (16 in all; keep that product). The core is the work dir of
+upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options model.backbone.core=None
+model.backbone.kwargs.pretrained=True. The recipe is the published one (arXiv 2103.14030 and its code): box AP 46.0,
+mask AP 41.6. Nobody has run this file at full scale.
+"""
+
+_base_ = [
+    "../_base_/runtime.py",
+    "../_base_/coco.py",
+    "../_base_/mask_rcnn_swin_tiny.py",
+    "../_base_/schedule_3x.py",
+]
+
+stage = "dense"
+default_scope = "mmdet"
+model = dict(backbone=dict(kwargs=dict(drop_path_rate=0.2)))

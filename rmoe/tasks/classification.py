@@ -1,0 +1,173 @@
+"""ImageNet-style classification with timm's models and transforms, for mmengine's runner: upstream of everything."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm.data
+import torch
+import torch.nn.functional as F
+from mmengine.evaluator import BaseMetric
+from mmengine.model import BaseModel
+from PIL import Image
+from timm.data.readers.reader_image_folder import ReaderImageFolder
+from torch import Tensor
+
+from rmoe.backbones.build import add_core, add_experts, timm_model
+from rmoe.config import UserError
+from rmoe.registry import DATASETS, METRICS, MODELS
+
+
+@MODELS.register_module()
+class TimmClassifier(BaseModel):
+    """A timm model with its own classifier, and its loss.
+
+    Args:
+        model: the timm model's name.
+        num_classes: classes of the data set.
+        kwargs: further arguments of `timm.create_model`.
+        core: checkpoint of the dense core, see `rmoe.backbones.core.load_core`.
+        moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the model dense.
+        label_smoothing: share of the target spread evenly over the classes.
+        mixup: arguments of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, …) for training; needs even batches.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        num_classes: int,
+        kwargs: Mapping[str, Any] | None = None,
+        core: str | None = None,
+        moe: Mapping[str, Any] | None = None,
+        label_smoothing: float = 0.0,
+        mixup: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = timm_model(model, {**(kwargs or {}), "num_classes": num_classes})
+        add_core(self.model, core)
+        add_experts(self.model, moe)
+        self.label_smoothing = label_smoothing
+        self.mixup = None
+        if mixup is not None:
+            self.mixup = timm.data.Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes)
+
+    def init_weights(self) -> None:
+        """timm has initialised the model already; mmengine's way would do it again, over the loaded core."""
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor") -> Any:
+        """One pass in mmengine's protocol.
+
+        Args:
+            inputs: images [B, 3, H, W], normalised.
+            labels: class indices [B], int64.
+            mode: "tensor" → logits [B, classes]; "loss" → {"loss_cls": scalar}; "predict" → for each image a dict with
+                "logits" [classes] and, if labels are given, its "label".
+        """
+        if mode == "loss":
+            assert labels is not None
+            return {"loss_cls": self._loss(inputs, labels)}
+        logits = self.model(inputs)
+        if mode == "tensor":
+            return logits
+        if labels is None:
+            return [{"logits": row} for row in logits]
+        return [{"logits": row, "label": label} for row, label in zip(logits, labels.tolist(), strict=True)]
+
+    def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        if self.mixup is None:
+            return F.cross_entropy(self.model(inputs), labels, label_smoothing=self.label_smoothing)
+        inputs, targets = self.mixup(inputs, labels)  # smoothed targets [B, classes]
+        return F.cross_entropy(self.model(inputs), targets)
+
+
+@DATASETS.register_module()
+class ImageFolder(torch.utils.data.Dataset):
+    """Images in the layout ROOT/SPLIT/CLASS/*.jpg, as ImageNet's; the class list is that of ROOT/train.
+
+    Items are {"inputs": float32 [3, H, W], "labels": int}, for a loader with `collate_fn=dict(type="default_collate")`.
+    `metainfo["classes"]` are the folders' names, in the order of the class indices.
+
+    Args:
+        root: folder with the splits.
+        split: "train", "val", …
+        num_classes: classes of the model.
+        transform: arguments of `timm.data.create_transform`; `is_training` is true for the split "train".
+
+    Raises:
+        UserError: a missing folder, no image, another number of classes, a class that ROOT/train does not have, and
+            when an item is read, a file that is no image or was cut short.
+    """
+
+    def __init__(self, root: str, split: str, num_classes: int, transform: Mapping[str, Any]) -> None:
+        folder = Path(root, split)
+        classes = _class_folders(Path(root, "train"))
+        if len(classes) != num_classes:
+            raise UserError(f"{root}/train has {len(classes)} class folders; the config says num_classes={num_classes}")
+        if unknown := sorted(set(_class_folders(folder)) - set(classes)):
+            raise UserError(
+                f"{folder} has the class '{unknown[0]}', which {root}/train has not; the splits share classes"
+            )
+        self.samples = _samples(folder, classes)
+        self.transform = timm.data.create_transform(**transform, is_training=split == "train")
+        self.metainfo = {"classes": tuple(classes)}
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        path, label = self.samples[index]
+        return {"inputs": self.transform(_read_image(path)), "labels": label}
+
+
+def _class_folders(folder: Path) -> list[str]:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; the layout is ROOT/SPLIT/CLASS/*.jpg with a split 'train'")
+    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+
+
+def _samples(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
+    """(path, class index) of every image."""
+    try:
+        return ReaderImageFolder(str(folder), class_map={name: index for index, name in enumerate(classes)}).samples
+    except RuntimeError as error:
+        raise UserError(f"{folder} holds no image; the layout is ROOT/SPLIT/CLASS/*.jpg") from error
+
+
+def _read_image(path: str) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except OSError as error:
+        raise UserError(f"{path} is no readable image ({error}); restore or remove the file") from error
+
+
+@METRICS.register_module()
+class Accuracy(BaseMetric):
+    """Top-1 and top-5 accuracy in percent, under the names "top1" and "top5".
+
+    An image counts for top-k if fewer than k classes have a logit at least as high as its own class's, that class
+    aside: ties are never counted in the model's favour.
+    """
+
+    default_prefix = "accuracy"
+    ranks = (1, 5)
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
+        """Takes the predictions of `TimmClassifier`."""
+        for sample in data_samples:
+            logits, label = sample["logits"], sample["label"]
+            self.results.append(int((~(logits < logits[label])).sum()) - 1)  # NaN counts as above
+
+    def compute_metrics(self, results: list[int]) -> dict[str, float]:
+        """results: for each image, the number of wrong classes at least as likely as the right one."""
+        above = torch.tensor(results)
+        return {f"top{k}": 100 * (above < k).double().mean().item() for k in self.ranks}
+
+
+def majority_top1(train: ImageFolder, val: ImageFolder) -> float:
+    """Top-1 accuracy in percent of answering for every image of `val` the class commonest in `train`."""
+    commonest = Counter(label for _, label in train.samples).most_common(1)[0][0]
+    return 100 * sum(label == commonest for _, label in val.samples) / len(val)
