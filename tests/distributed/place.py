@@ -83,7 +83,8 @@ def train(zero: int, moe: dict[str, Any], clip: float) -> dict[str, Any]:
     # Evaluation: as many batches as there are ranks after this one, so any communication would hang.
     engine.eval()
     with local_experts(engine.module), torch.no_grad():
-        logits = [engine.module(images[:2]) for _ in range(1 + rank)][0]
+        for _ in range(1 + rank):
+            logits = engine.module(images[:2])
     return {"losses": losses, "norms": norms, "logits": logits, "state": global_state_dict(engine.module)}
 
 

@@ -12,7 +12,7 @@ from conftest import run_processes
 
 SCRIPT = Path(__file__).with_name("place.py")
 LOSSES = {"importance": 0.1, "gshard": 0.1, "z": 0.01}
-# What is trained, under each stage of ZeRO: every kind, every way to combine and to exchange, with a capacity and without.
+# What is trained: every kind, every way to combine and to exchange, with a capacity and without.
 LAYERS: dict[str, dict[str, Any]] = {
     "low_rank": {"losses": LOSSES},
     "low_rank_tokens": {"exchange": "tokens", "losses": LOSSES, "train_core": True},
@@ -34,14 +34,13 @@ PLACES = [(2, 1), (2, 2), (4, 2)]
 
 
 def cases(ep_size: int) -> dict[str, dict[str, Any]]:
-    every = {
+    return {
         f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": ep_size}}
         for name, moe in LAYERS.items()
         for zero in STAGES
         # All of them under ZeRO-2, the two kinds under the others too.
         if zero == 2 or name in ("low_rank", "full")
     }
-    return every
 
 
 @pytest.fixture(scope="module")

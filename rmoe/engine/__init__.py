@@ -1,0 +1,1 @@
+"""The runner: mmengine on DeepSpeed."""

@@ -1,0 +1,352 @@
+"""Checkpoints on disk: complete or invisible, verified before they are used, read at any layout.
+
+A training checkpoint is a folder: `part_*.safetensors`, the tensors of `rmoe.engine.elastic`, written by as many
+processes as hold different ones; `run.json` and `history.safetensors`, how far the run is and what it has logged; and
+`complete.json`, written last of all, with the size and the SHA-256 of every other file. It is written aside, under
+another name, and renamed when all of it is on the disk. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.dist import all_gather_object, get_dist_info, is_main_process
+from mmengine.logging import print_log
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rmoe.backbones.core import read_checkpoint
+from rmoe.config import UserError
+from rmoe.engine.elastic import WEIGHT
+from rmoe.layers.moe import global_state_dict, load_global_state_dict
+
+MARKER, RUN, HISTORY = "complete.json", "run.json", "history.safetensors"
+PARTIAL, REPLACED = ".partial", ".replaced"
+_LISTED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How a run is spread, and what must be the same for another to go on where it stopped (`check_layout`).
+
+    Attributes:
+        processes: number of processes.
+        ep_size: processes over which the experts of a layer are spread; 1 in a dense model.
+        num_experts: experts of a layer; 0 in a dense model.
+        micro_batch: samples of one process in one iteration.
+        accumulation: iterations for one step of the optimizer.
+        seed: of the order of samples, of augmentation and of noise.
+    """
+
+    processes: int
+    ep_size: int
+    num_experts: int
+    micro_batch: int
+    accumulation: int
+    seed: int
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(self).items())
+
+    @property
+    def iteration_batch(self) -> int:
+        """Samples of all processes in one iteration."""
+        return self.processes * self.micro_batch
+
+
+def whole(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """The checkpoints of `folder` with all their files in full length, those of most iterations first; and what is
+    wrong with each of the others. Contents are not read, see `intact`.
+    """
+    found, wrong = [], {}
+    for path in sorted(path for path in folder.glob("*/") if _is_checkpoint(path)):
+        if (harm := _missing(path)) is None:
+            found.append(path)
+        else:
+            wrong[path] = harm
+    return sorted(found, key=lambda path: _marker(path)["iteration"], reverse=True), wrong
+
+
+def intact(folder: Path, warn: Callable[[str], object]) -> Path:
+    """The newest checkpoint of `folder` whose files are what was written. All processes call it and share the reading.
+
+    Args:
+        folder: a work dir.
+        warn: told of every newer one that is damaged.
+
+    Raises:
+        UserError: there is none.
+    """
+    for path in whole(folder)[0]:
+        if (harm := _damage(path)) is None:
+            return path
+        warn(f"{path} is {harm}; it is ignored")
+    raise UserError(f"every checkpoint in {folder} is damaged; move them away to start anew")
+
+
+def check_layout(path: Path, layout: Layout) -> None:
+    """Refuses to resume where the run would not go on as it had: other numbers of processes, ep_size and ZeRO stage
+    are fine, other batches of one step or seeds are not.
+
+    Raises:
+        UserError: naming both layouts and the way out.
+    """
+    made_by = Layout(**_marker(path)["layout"])
+    same = [(one.num_experts, one.iteration_batch, one.accumulation, one.seed) for one in (made_by, layout)]
+    if same[0] == same[1]:
+        return
+    way_out = "Resume with the former"
+    if made_by.iteration_batch != layout.iteration_batch and made_by.iteration_batch % layout.processes == 0:
+        batch = made_by.iteration_batch // layout.processes
+        way_out = f"Resume with train_dataloader.batch_size {batch}, for {made_by.iteration_batch} samples as before"
+    raise UserError(
+        f"{path} was made with {made_by}; this run has {layout}. {way_out}, or start a new run from its weights alone: "
+        f"another --work-dir and --cfg-options load_from={path}"
+    )
+
+
+def write(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    history: Mapping[str, Tensor],
+    iteration: int,
+    layout: Layout,
+) -> None:
+    """Writes a training checkpoint; it bears the name `path` when it is complete. All processes call it.
+
+    Args:
+        path: its name.
+        tensors: this process's share, see `rmoe.engine.elastic.gather`.
+        about: what JSON can hold; the first process's is written, as is its `history`.
+        history: what has been logged.
+        iteration: how many the run has done.
+        layout: of the run.
+
+    Raises:
+        UserError: a file cannot be written. What there was is as it was.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    written: dict[str, dict[str, Any]] = {}
+    with _all_or_none(partial):
+        if is_main_process():
+            _remove(partial)
+            partial.mkdir(parents=True)
+    with _all_or_none(partial):
+        if tensors:
+            name = f"part_{get_dist_info()[0]:05d}.safetensors"
+            save_file(dict(tensors), partial / name)
+            written[name] = _seal(partial / name)
+        if is_main_process():
+            save_file(dict(history), partial / HISTORY)
+            (partial / RUN).write_text(json.dumps(about, indent=1) + "\n")
+            written |= {name: _seal(partial / name) for name in (HISTORY, RUN)}
+    files = {name: about for each in all_gather_object(written) for name, about in each.items()}
+    with _all_or_none(partial):
+        if is_main_process():
+            write_marker(partial, iteration, layout, files)
+            put_in_place(partial, path)
+
+
+def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Writes a file of a whole model's weights, such as the best one's. All processes call it; the first one writes.
+
+    Raises:
+        UserError: see `write`.
+    """
+    partial = path.with_name(path.name + PARTIAL)
+    with _all_or_none(partial):
+        if is_main_process():
+            _remove(partial)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save({"state_dict": dict(state)}, partial)
+            _sync(partial)
+            put_in_place(partial, path)
+
+
+def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Declares the checkpoint folder `path` complete."""
+    content = {"iteration": iteration, "layout": dataclasses.asdict(layout), "files": dict(sorted(files.items()))}
+    (path / MARKER).write_text(json.dumps({**content, "sha256": _digest_of(content)}, indent=1) + "\n")
+    _sync(path / MARKER)
+    _sync(path)
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Gives a complete file or folder its name. Where there is one of that name already, it lives on until then."""
+    replaced = path.with_name(path.name + REPLACED)
+    if path.is_dir():
+        path.rename(replaced)
+    partial.rename(path)
+    _sync(path.parent)
+    if replaced.exists():
+        shutil.rmtree(replaced)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _all_or_none(partial: Path) -> Iterator[None]:
+    """What one process cannot write ends all of them, with the same error. All processes wait for each other."""
+    error = ""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as failure:  # the last is torch.save's
+        error = f"{failure} (process {get_dist_info()[0]})"
+    if errors := [one for one in all_gather_object(error) if one]:
+        if is_main_process():
+            _remove(partial)
+        raise UserError(
+            f"{partial.with_name(partial.name.removesuffix(PARTIAL))} cannot be written: {errors[0]}; earlier "
+            "checkpoints are as they were: make room, then go on with --resume"
+        )
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Brings a file to the disk; what its marker says of it."""
+    _sync(path)
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _is_checkpoint(path: Path) -> bool:
+    return path.name.endswith(PARTIAL) or any((path / name).exists() for name in (MARKER, RUN))
+
+
+def _marker(path: Path) -> dict[str, Any]:
+    return json.loads((path / MARKER).read_text())
+
+
+def _missing(path: Path) -> str | None:
+    """What a look at the names and lengths of its files tells against a checkpoint."""
+    if not (path / MARKER).is_file():
+        return f"half written (it has no {MARKER})"
+    try:
+        marker = _marker(path)
+        if marker.pop("sha256") != _digest_of(marker):
+            raise ValueError
+    except (ValueError, KeyError, AttributeError, OSError):
+        return f"damaged ({MARKER} is not what was written)"
+    for name, about in marker["files"].items():
+        if not (path / name).is_file():
+            return f"damaged ({name} is missing)"
+        if (length := (path / name).stat().st_size) != about["bytes"]:
+            return f"damaged ({name} has {length} bytes, not {about['bytes']})"
+    return None
+
+
+def _damage(path: Path) -> str | None:
+    """What the contents of its files tell against a checkpoint. The processes share them and agree."""
+    rank, processes = get_dist_info()
+    bad = _missing(path)
+    try:
+        for name, about in list(_marker(path)["files"].items())[rank::processes] if bad is None else ():
+            if _digest(path / name) != about["sha256"]:
+                bad = f"damaged ({name} is not what was written: its SHA-256 differs)"
+    except OSError as error:
+        bad = f"damaged ({error})"
+    return next((one for one in all_gather_object(bad) if one), None)
+
+
+class Tensors(Mapping[str, Tensor]):
+    """The tensors of a training checkpoint by name; each is read when it is asked for.
+
+    Raises:
+        UserError: a file cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        parts = [path / name for name in _marker(path)["files"] if name.startswith("part_")]
+        self._files: dict[str, Any] = {}
+        for part in parts:
+            try:
+                file = safe_open(part, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise UserError(f"{part} cannot be read ({error}); give an earlier checkpoint") from error
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._files[key].get_tensor(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What `write` was given as `about` and `history`."""
+    return json.loads((path / RUN).read_text()), load_file(path / HISTORY)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Loads all weights of `model`: from a `.pth` or `.safetensors` file, the work dir of a finished run, or a training
+    checkpoint of any number of processes and any ep_size. All processes call it.
+
+    Raises:
+        UserError: no such file, one cut short or with values that are not finite, or another model's.
+    """
+    if _is_checkpoint(path):
+        state = _weights(path)
+    else:
+        state = {key.removeprefix("module."): value for key, value in read_checkpoint(path).items()}
+    wanted = global_state_dict(model)
+    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
+    other = sorted(key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape)
+    if missing or unexpected or other:
+        raise UserError(
+            f"{path} is another model's: {_some('missing', missing)}, {_some('unexpected', unexpected)}, "
+            f"{_some('of another shape', other)}, of {len(wanted)} weights; give the checkpoint of this model"
+        )
+    load_global_state_dict(model, state)
+    print_log(f"{len(wanted)} weights loaded from {path}", logger="current")
+
+
+def _some(what: str, keys: list[str]) -> str:
+    return f"{len(keys)} {what}" + (
+        f" ({', '.join(keys[:_LISTED])}{', …' if len(keys) > _LISTED else ''})" if keys else ""
+    )
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """All weights of a training checkpoint, as `global_state_dict` names them."""
+    if harm := _damage(path):
+        raise UserError(f"{path} is {harm}; give an earlier checkpoint")
+    tensors = Tensors(path)
+    state = {key.removeprefix(WEIGHT): tensors[key] for key in tensors if key.startswith(WEIGHT)}
+    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if bad:
+        raise UserError(f"{path} has {_some('weights that are not finite', bad)}; give an earlier checkpoint")
+    return state

@@ -1,0 +1,358 @@
+"""Weights and optimizer state without the layout of the run that wrote them.
+
+A checkpoint's tensors are named `KIND/NAME`: KIND is `weight` or a state of the optimizer (`exp_avg`, `step`, …), NAME
+that of a parameter or buffer in the model, an expert's with its global id. A tensor is always whole, in the shape that
+its parameter has in the model. So any number of processes, any ep_size and any ZeRO stage can write it, and any other
+read it: DeepSpeed's own files of ZeRO partitions are silently wrong where ep_size changes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.moe.utils import is_moe_param
+from deepspeed.utils import groups
+from torch import Tensor, nn
+
+from rmoe.config import UserError
+from rmoe.layers.moe import moe_layers
+
+WEIGHT = "weight/"
+_COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
+_STEP = "step"
+_LAYOUT_KEYS = {"params", "name", "moe"}  # of an optimizer's group: what depends on the layout
+
+
+def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a checkpoint of `engine` holds. All processes call it.
+
+    Args:
+        engine: what `deepspeed.initialize` returned, at any ZeRO stage.
+
+    Returns:
+        This process's share of the tensors, on the CPU: of each tensor there is one in all processes together. And
+        the engine's counters, the scale of the loss and the optimizer's settings, which JSON can hold; the same on
+        every process.
+
+    Raises:
+        UserError: the optimizer keeps a state that is neither of its parameter's shape nor a single number.
+    """
+    names = _Names(engine.module)
+    tensors: dict[str, Tensor] = {}
+    numbers: set[str] = set()
+    with _whole_parameters(engine):
+        for name, x in names.weights().items():
+            if names.leads(name):
+                tensors |= {WEIGHT + key: _copy(one) for key, one in names.split(name, x)}
+    for holder in _holders(engine, names):
+        for kind, value in sorted(_state(engine, holder.values).items()):
+            if _is_number(kind, value, holder.values):
+                numbers.add(kind)
+            for part in holder.parts:
+                whole = _whole(engine, part, holder.values, kind, value)
+                if names.leads(part.name):
+                    tensors |= {f"{kind}/{key}": _copy(one) for key, one in names.split(part.name, whole)}
+    return tensors, {
+        "optimizer": type(_base_optimizer(engine)).__name__,
+        "numbers": sorted(numbers),
+        "counters": {name: getattr(engine, name) for name in _COUNTERS},
+        "loss_scale": scaler.state_dict() if (scaler := _scaler(engine)) else None,
+        "groups": [
+            {"parameters": [names.of[p] for p in parameters], "settings": settings(group)}
+            for group, parameters in zip(engine.optimizer.param_groups, _parameters_of_groups(engine), strict=True)
+        ],
+    }
+
+
+def restore(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Brings a freshly initialised `engine` to the state that `gather` saw, whatever the layout was there.
+
+    Each process reads what it needs of `tensors`. All processes call it.
+
+    Args:
+        engine: what `deepspeed.initialize` returned, before its first step.
+        tensors: of all processes of the run that called `gather`; values may be read when they are asked for.
+        about: what `gather` returned besides.
+
+    Raises:
+        UserError: another model's or another optimizer's.
+    """
+    names, kind = _Names(engine.module), type(_base_optimizer(engine)).__name__
+    if about["optimizer"] != kind:
+        raise UserError(
+            f"the checkpoint is of optimizer {about['optimizer']}, the config's is {kind}; resume with the former, or "
+            "start a new run with load_from"
+        )
+    with _whole_parameters(engine, modified=True), torch.no_grad():
+        _load_weights(names, tensors)
+    if engine.zero_optimization():
+        engine.optimizer.refresh_fp32_params()
+    _load_states(engine, names, tensors, set(about["numbers"]))
+    saved = {name: group["settings"] for group in about["groups"] for name in group["parameters"]}
+    for group, parameters in zip(engine.optimizer.param_groups, _parameters_of_groups(engine), strict=True):
+        found = [saved.get(names.of[p]) for p in parameters]
+        if any(one is None or one != found[0] for one in found):
+            raise UserError(
+                "the checkpoint's optimizer has other groups of parameters: resume with the model, optim_wrapper and "
+                "paramwise_cfg of the run that wrote it, or start a new run with load_from"
+            )
+        change_settings(group, found[0])  # type: ignore[arg-type]
+    for name, value in about["counters"].items():
+        setattr(engine, name, value)
+    if (scaler := _scaler(engine)) and about["loss_scale"]:
+        scaler.load_state_dict(about["loss_scale"])
+
+
+def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimizer group's numbers, such as its learning rate, in a form that JSON keeps."""
+    kept = {key: value for key, value in group.items() if key not in _LAYOUT_KEYS}
+    return {key: value.item() if isinstance(value, Tensor) else _listed(value) for key, value in kept.items()}
+
+
+def change_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Sets what `settings` returned."""
+    for key, value in saved.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+class _Names:
+    """The names of a model's tensors in a checkpoint."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.of = {parameter: name for name, parameter in module.named_parameters()}
+        self._module = module
+        self._parameters = {name: parameter for parameter, name in self.of.items()}
+        self._layers = {
+            f"{name}.deepspeed_moe.experts".removeprefix("."): layer for name, layer in moe_layers(module).items()
+        }
+
+    def weights(self) -> dict[str, Tensor]:
+        """Parameters, those of experts stacked, and persistent buffers."""
+        stacked = {name: p.detach() for name, p in self._parameters.items() if self.stacked(name)}
+        single = {k: x for k, x in self._module.state_dict().items() if "deepspeed_experts." not in k}
+        return {**single, **stacked}
+
+    def split(self, name: str, x: Tensor) -> list[tuple[str, Tensor]]:
+        """`x`, of the shape of the parameter `name` or a single number for all of it, under its names in a file."""
+        keys = self.keys(name)
+        each = [x] if not self.stacked(name) else x.unbind() if x.ndim else [x] * len(keys)
+        return list(zip(keys, each, strict=True))
+
+    def keys(self, name: str) -> list[str]:
+        """The names in a file of the parameter or buffer `name`: of experts, one for each of this process."""
+        layer = self._layer(name)
+        if layer is None:
+            return [name]
+        prefix, _, field = name.rpartition(".")
+        first = layer._expert_rank() * layer.num_local_experts
+        return [f"{prefix}.deepspeed_experts.{first + e}.{field}" for e in range(layer.num_local_experts)]
+
+    def stacked(self, name: str) -> bool:
+        """Whether the first dimension of the parameter `name` is that of experts."""
+        return self._layer(name) is not None
+
+    def leads(self, name: str) -> bool:
+        """Whether this process is the first of those that hold the same values of the parameter or buffer `name`."""
+        parameter = self._parameters.get(name)
+        return dist.get_rank() == 0 if parameter is None else dist.get_rank(_replicas(parameter)) == 0
+
+    def _layer(self, name: str) -> Any:
+        return self._layers.get(name.rpartition(".")[0])
+
+
+def _replicas(parameter: nn.Parameter) -> Any:
+    """The processes that hold the same values of a parameter."""
+    if is_moe_param(parameter):
+        return groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
+    return groups._get_data_parallel_group()
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Which values of a parameter's state this process holds: `count` of them from `first` on, at `offset`."""
+
+    name: str
+    parameter: nn.Parameter
+    offset: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True)
+class _Holder:
+    """A tensor that the optimizer steps, and the parameters that are, in part, in it: at ZeRO stage 0 one is all."""
+
+    values: Tensor
+    parts: list[_Part]
+
+
+def _holders(engine: Any, names: _Names) -> Iterator[_Holder]:
+    """All tensors that the optimizer steps, in the same order on every process."""
+    of, stage, optimizer = names.of, engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                yield _Holder(p, [_Part(of[p], p, 0, 0, p.numel())])
+    elif stage < 3:
+        for values, group in zip(optimizer.single_partition_of_fp32_groups, optimizer.bit16_groups, strict=True):
+            yield _Holder(values, [_linked_part(of[p], p) for p in group])
+    else:
+        for values, group in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            yield _Holder(values, [_partitioned_part(of[p], p, optimizer) for p in group])
+
+
+def _linked_part(name: str, p: Any) -> _Part:
+    if (link := p._hp_mapping) is None:
+        return _Part(name, p, 0, 0, 0)
+    return _Part(
+        name, p, link.hp_fragment_address.start, link.lp_fragment_address.start, link.hp_fragment_address.numel
+    )
+
+
+def _partitioned_part(name: str, p: Any, optimizer: Any) -> _Part:
+    _, offset, count = optimizer.grad_position[optimizer.get_param_id(p)]
+    first = dist.get_rank() * count
+    return _Part(name, p, offset, first, max(0, min(count, p.ds_numel - first)))  # the last ones are padded
+
+
+def _parameters_of_groups(engine: Any) -> list[list[nn.Parameter]]:
+    """The model's parameters of each group of the optimizer, whose own may be flat partitions."""
+    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return [group["params"] for group in optimizer.param_groups]
+    if stage < 3:
+        return optimizer.bit16_groups
+    found: dict[int, list[nn.Parameter]] = defaultdict(list)
+    for i, group in enumerate(optimizer.fp16_groups):
+        found[optimizer.sub_group_to_group_id[i]] += group
+    return [found[i] for i in range(len(optimizer.param_groups))]
+
+
+def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    return engine.optimizer.optimizer if engine.zero_optimization() else engine.optimizer
+
+
+def _state(engine: Any, values: Tensor) -> dict[str, Any]:
+    """What the optimizer keeps of `values`."""
+    state = _base_optimizer(engine).state.get(values, {})
+    return {kind: value for kind, value in state.items() if value is not None}
+
+
+def _shape(parameter: Any) -> torch.Size:
+    return getattr(parameter, "ds_shape", parameter.shape)
+
+
+def _is_number(kind: str, value: Any, values: Tensor) -> bool:
+    """Whether a state is one number for all of `values`."""
+    return kind == _STEP or not isinstance(value, Tensor) or value.ndim < min(values.ndim, 1)
+
+
+def _whole(engine: Any, part: _Part, values: Tensor, kind: str, value: Any) -> Tensor:
+    """A state of a whole parameter; at ZeRO stages, collective over the processes that share it."""
+    if _is_number(kind, value, values):
+        return torch.as_tensor(value, dtype=torch.float32).reshape(())
+    if value.shape != values.shape:
+        raise UserError(
+            f"{type(_base_optimizer(engine)).__name__} keeps '{kind}' of shape {tuple(value.shape)} for {part.name}, "
+            "which a checkpoint cannot spread over processes; use an optimizer such as AdamW or SGD"
+        )
+    if not engine.zero_optimization():
+        return value
+    shape = _shape(part.parameter)
+    whole = torch.zeros(shape.numel(), dtype=value.dtype, device=engine.device)
+    whole[part.first : part.first + part.count] = value[part.offset : part.offset + part.count]
+    dist.all_reduce(whole, group=_replicas(part.parameter))
+    return whole.view(shape)
+
+
+def _load_weights(names: _Names, tensors: Mapping[str, Tensor]) -> None:
+    wanted = {WEIGHT + key: one for name, x in names.weights().items() for key, one in names.split(name, x)}
+    known = {key for key in tensors if key.startswith(WEIGHT) and "deepspeed_experts." not in key}
+    surplus = known - wanted.keys()
+    wrong = sorted(surplus | (wanted.keys() - set(tensors)))
+    wrong = wrong or sorted(key for key, x in wanted.items() if tensors[key].shape != x.shape)
+    if wrong:
+        raise UserError(
+            f"the checkpoint is another model's: {len(wrong)} weights differ, such as {wrong[0].removeprefix(WEIGHT)}; "
+            "resume with the model of the run that wrote it"
+        )
+    for key, x in wanted.items():
+        x.copy_(tensors[key])
+
+
+def _load_states(engine: Any, names: _Names, tensors: Mapping[str, Tensor], numbers: set[str]) -> None:
+    kinds = sorted({key.partition("/")[0] for key in tensors} - {WEIGHT.rstrip("/")})
+    state = _base_optimizer(engine).state
+    state.clear()
+    for holder in _holders(engine, names):
+        found: dict[str, Tensor] = {}
+        for kind in kinds:
+            parts = [part for part in holder.parts if f"{kind}/{names.keys(part.name)[0]}" in tensors]
+            if not parts:
+                continue  # never trained: at stage 0, without a gradient
+            if kind in numbers:
+                found[kind] = _number(names, parts, kind, tensors).to(_number_device(engine, holder.values))
+            else:
+                found[kind] = torch.zeros_like(holder.values)
+                for part in parts:
+                    _read(names, part, kind, tensors, found[kind])
+        if found:
+            state[holder.values] = found
+
+
+def _number(names: _Names, parts: list[_Part], kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    several = {tensors[f"{kind}/{key}"].item() for part in parts for key in names.keys(part.name)}
+    if len(several) > 1:
+        raise UserError(
+            f"the checkpoint's parameters have different values of '{kind}', from {min(several):g} to "
+            f"{max(several):g}, and ZeRO keeps one for all; resume with zero_optimization.stage 0"
+        )
+    return torch.tensor(several.pop())
+
+
+def _read(names: _Names, part: _Part, kind: str, tensors: Mapping[str, Tensor], target: Tensor) -> None:
+    """Those values of a parameter's state that this process holds go to their place in `target`."""
+    if not part.count:
+        return
+    pieces = [tensors[f"{kind}/{key}"] for key in names.keys(part.name)]
+    whole = torch.stack(pieces) if names.stacked(part.name) else pieces[0]
+    if whole.shape != (shape := _shape(part.parameter)):
+        raise UserError(f"the checkpoint's {kind} of {part.name} is {tuple(whole.shape)}; the model's {tuple(shape)}")
+    target.view(-1)[part.offset : part.offset + part.count] = whole.flatten()[part.first : part.first + part.count]
+
+
+def _number_device(engine: Any, values: Tensor) -> torch.device:
+    """Fused and capturable optimizers count on the device."""
+    first = engine.optimizer.param_groups[0]
+    return values.device if first.get("fused") or first.get("capturable") else torch.device("cpu")
+
+
+def _scaler(engine: Any) -> Any:
+    """What scales the loss under float16, if it is."""
+    at_zero = engine.torch_autocast_z0_gradscaler
+    return at_zero or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
+
+
+def _whole_parameters(engine: Any, modified: bool = False) -> Any:
+    """Inside, parameters are whole at ZeRO stage 3 too."""
+    sharded = engine.zero_optimization_partition_weights()
+    return deepspeed.zero.GatheredParameters(
+        list(engine.module.parameters()), modifier_rank=0 if modified else None, enabled=sharded
+    )
+
+
+def _copy(x: Tensor) -> Tensor:
+    return x.detach().to("cpu", copy=True).contiguous()

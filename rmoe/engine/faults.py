@@ -1,0 +1,311 @@
+"""What befalls a run from outside: a signal to make room, a process that dies or hangs, a network that is cut.
+
+A signal is remembered until all processes agree, between two steps, to save and leave. Against everything else each
+process has a thread that writes a heartbeat into the work dir once a second: what the process has finished, and whether
+it waits for others. A process that cannot go on reads the heartbeats, says in one line which process is the cause, and
+ends, at the latest `timeout` seconds after its last progress.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import EpochBasedTrainLoop
+from torch.distributed import distributed_c10d
+
+PREEMPTED = 85  # exit code of a run that left on request: Slurm's RequeueExit knows it, and so do our batch scripts
+FAULT = 3  # exit code of a process that a fault of another one, or its own standstill, has ended
+HEARTBEATS = "heartbeats"  # folder in the work dir
+_SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+_RECORD = 1024  # bytes of a heartbeat, padded: it is overwritten in place
+_MISSED = 4  # heartbeats, after which a process counts as gone
+
+
+class Preempted(Exception):
+    """All processes have left the training loop, because one of them got a signal; the message says what is saved."""
+
+
+class Fault(RuntimeError):
+    """Training cannot go on; the message names the process that is the cause, and its last finished step."""
+
+
+class Signals:
+    """Remembers SIGUSR1 and SIGTERM instead of dying of them, while it is entered.
+
+    Attributes:
+        caught: the first of them that came, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.caught = 0
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        for number, handler in self._before.items():
+            # The first to leave makes Slurm send SIGTERM to the others, which are on their way out with their own code.
+            signal.signal(number, signal.SIG_IGN if kind is Preempted else handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.caught = self.caught or number
+
+
+class PreemptionHook(Hook):
+    """Before each step the processes ask each other whether one was told to leave; then all save and leave.
+
+    It costs one all-reduce of a number in each step. Everything that belongs to the steps before, evaluation included,
+    is done by then.
+
+    Args:
+        signals: of this process.
+    """
+
+    priority = "HIGHEST"
+
+    def __init__(self, signals: Signals) -> None:
+        self._signals = signals
+
+    def before_train(self, runner: Any) -> None:
+        """Remembers where this process started: there is nothing to save there."""
+        self._start = runner.iter
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Collective.
+
+        Raises:
+            Preempted: on all processes.
+        """
+        if runner.iter % runner.strategy.layout.accumulation:
+            return
+        caught = torch.tensor(self._signals.caught, device="cuda" if torch.cuda.is_available() else "cpu")
+        dist.all_reduce(caught, op=dist.ReduceOp.MAX)
+        if number := int(caught.item()):
+            raise Preempted(f"{signal.Signals(number).name} after step {runner.iter}: {self._save(runner)}")
+
+    def _save(self, runner: Any) -> str:
+        """Through the run's own checkpoint hook, which keeps count of the old ones."""
+        if isinstance(runner.train_loop, EpochBasedTrainLoop):
+            return "a loop over epochs goes on from its last checkpoint"
+        saver = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
+        if saver is None:
+            return "not saved, for the config has no CheckpointHook"
+        name = saver.filename_tmpl.format(runner.iter)
+        if runner.iter > self._start and Path(saver.last_ckpt or "").name != name:
+            meta = {"epoch": runner.epoch, "iter": runner.iter}
+            saver._save_checkpoint_with_step(runner, runner.iter, meta=meta)
+        return f"{name} is saved" if runner.iter else "nothing to save yet"
+
+
+class Watch:
+    """The heartbeat of this process and its look at those of the others, while it is entered.
+
+    Args:
+        folder: the run's work dir, which all processes see.
+        timeout: seconds without progress after which the process is ended.
+    """
+
+    def __init__(self, folder: Path, timeout: float) -> None:
+        self.timeout, self._folder = timeout, folder / HEARTBEATS
+        self._interval = min(1.0, timeout / 20)
+        self._rank, self._processes = dist.get_rank(), dist.get_world_size()
+        self._file = self._folder / f"{self._rank}.json"
+        self._state: dict[str, Any] = {"beat": 0, "step": 0, "host": socket.gethostname(), "process": os.getpid()}
+        self._progress: float | None = None  # when the last one was; None while nobody counts on it
+        self._main, self._lock, self._over = threading.get_ident(), threading.Lock(), threading.Event()
+
+    def __enter__(self) -> Watch:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._beat()
+        self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._over.set()
+        self._thread.join()
+        if error is None or isinstance(error, Preempted):
+            self._file.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self._folder.rmdir()  # by the last one
+        else:
+            self._beat(ended=f"{type(error).__name__}: {error}".splitlines()[0])
+
+    def step(self, finished: int) -> None:
+        """Notes progress: `finished` steps are done. The first call starts the clock."""
+        self._state["step"], self._progress = finished, time.monotonic()
+
+    def rest(self) -> None:
+        """Stops the clock."""
+        self._progress = None
+
+    def explain(self, error: BaseException | None = None) -> str:
+        """Who is the cause of `error`, or of the standstill. Takes a few heartbeats.
+
+        Returns:
+            One line.
+        """
+        before = self._read()
+        for _ in range(_MISSED):
+            time.sleep(self._interval)
+            self._beat()
+        after = self._read()
+        cause = self._cause(before, after)
+        reason = f" ({str(error).splitlines()[0][:200]})" if error is not None and str(error) else ""
+        return (
+            f"rank {self._rank} on {self._state['host']} ends after step {self._state['step']}: {cause}{reason}; "
+            "--resume goes on from the last checkpoint"
+        )
+
+    def _cause(self, before: Mapping[int, dict[str, Any]], after: Mapping[int, dict[str, Any]]) -> str:
+        ranks = range(self._processes)
+        if absent := [rank for rank in ranks if rank not in after]:
+            return f"rank {absent[0]} has no heartbeat in {self._folder}"
+        silent = [rank for rank in ranks if before.get(rank, {}).get("beat") == after[rank]["beat"]]
+        if gone := [rank for rank in silent if not after[rank].get("ended")]:
+            return "; ".join(f"{_name(rank, after[rank])} is gone or stopped" for rank in gone)
+        if silent:  # they left because of another one, or are the cause
+            said = next((after[rank]["ended"] for rank in silent if not after[rank]["ended"].startswith("Fault")), None)
+            return f"{_name(silent[0], after[silent[0]])} ended ({said or after[silent[0]]['ended']})"
+        slowest = min(after[rank]["step"] for rank in ranks)
+        behind = [rank for rank in ranks if after[rank]["step"] == slowest]
+        busy = [rank for rank in behind if not after[rank]["waits"]]
+        if busy and (len(busy) < self._processes or self._processes == 1):
+            return "; ".join(f"{_name(rank, after[rank])} hangs at {after[rank]['at']}" for rank in busy)
+        hosts = sorted({one["host"] for one in after.values()})
+        return f"all ranks wait for each other after step {slowest}; look at the network of {', '.join(hosts)}"
+
+    def _run(self) -> None:
+        while not self._over.wait(self._interval):
+            self._beat()
+            if self._progress is not None and time.monotonic() - self._progress > self.timeout:
+                text = self.explain(TimeoutError(f"no progress for {self.timeout:g} s, see --timeout"))
+                if not self._over.is_set():
+                    self._beat(ended=f"Fault: {text}")
+                    leave(text)
+
+    def _beat(self, ended: str = "") -> None:
+        with self._lock:
+            waits, at = _stacks(self._main)
+            self._state |= {"beat": self._state["beat"] + 1, "waits": waits, "at": at, "ended": ended[: _RECORD // 2]}
+            # In place and closed each time: so other machines see it at once, on a network file system too.
+            descriptor = os.open(self._file, os.O_CREAT | os.O_WRONLY, 0o644)
+            os.write(descriptor, json.dumps(self._state).encode().ljust(_RECORD))
+            os.close(descriptor)
+
+    def _read(self) -> dict[int, dict[str, Any]]:
+        """By rank; one that cannot be read is left out."""
+        found = {}
+        for rank in range(self._processes):
+            with contextlib.suppress(OSError, json.JSONDecodeError):
+                found[rank] = json.loads((self._folder / f"{rank}.json").read_text())
+        return found
+
+
+class WatchHook(Hook):
+    """Tells the watch of every step, of training and of evaluation."""
+
+    priority = "LOWEST"
+
+    def __init__(self, watch: Watch) -> None:
+        self._watch = watch
+
+    def before_train(self, runner: Any) -> None:
+        """From here on a standstill ends the process."""
+        self._watch.step(runner.iter)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """The step and its checkpoint are done."""
+        self._watch.step(runner.iter + 1)
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """A batch has been evaluated."""
+        self._watch.step(runner.iter)
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """The metrics are computed."""
+        self._watch.step(runner.iter)
+
+    def after_train(self, runner: Any) -> None:
+        """The whole model is written."""
+        self._watch.rest()
+
+
+def limit_groups(timeout: float) -> None:
+    """Makes `timeout` seconds what new process groups wait: DeepSpeed makes its own with torch's default, half an
+    hour.
+    """
+    distributed_c10d.default_pg_timeout = timedelta(seconds=timeout)
+    distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout)
+
+
+def limit_group(timeout: float) -> None:
+    """The same for the group of all processes, once they have met."""
+    distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
+
+
+def of_a_collective(error: BaseException) -> bool:
+    """Whether `error` says that the other processes cannot be reached, and nothing about this one."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "peer"))
+    )
+
+
+def leave(text: str) -> NoReturn:
+    """Says `text`, ends this process and its loaders' workers at once: a group that lost a member cannot be closed."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.stdout.flush()
+    print(f"rmoe: error: {text}", file=sys.stderr, flush=True)
+    os._exit(FAULT)
+
+
+def spare_worker(worker_id: int) -> None:
+    """Start of a loader's worker: a scheduler's SIGTERM goes to all processes of a job, but the worker is needed until
+    its own process has saved, and ends with that one.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_on_request, daemon=True).start()
+
+
+def _end_on_request() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
+
+
+def _stacks(main: int) -> tuple[bool, str]:
+    """Whether a thread of this process waits for others, and where the main one is."""
+    frames = sys._current_frames()
+    waits = any(_in_collective(frame) for thread, frame in frames.items() if thread != threading.get_ident())
+    top = frames.get(main)
+    return waits, f"{Path(top.f_code.co_filename).name}:{top.f_lineno}" if top else ""
+
+
+def _in_collective(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == distributed_c10d.__file__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _name(rank: int, state: Mapping[str, Any]) -> str:
+    return f"rank {rank} (process {state['process']} on {state['host']}, last seen after step {state['step']})"

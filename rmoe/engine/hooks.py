@@ -1,0 +1,188 @@
+"""Hooks of mmengine's runner: evaluation without communication, cost, progress, and what a finished run leaves."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from mmengine.dist import barrier, get_world_size, is_main_process
+from mmengine.hooks import Hook
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from rmoe import cost
+from rmoe.engine.ds_json import precision, zero_stage
+from rmoe.layers.moe import local_experts
+
+
+class LocalExpertsHook(Hook):
+    """Every process holds all experts while it evaluates, so that processes may run different batches."""
+
+    priority = "HIGHEST"  # the first after an evaluation: the best checkpoint is saved by a later hook
+
+    def __init__(self) -> None:
+        self._open = ExitStack()
+
+    def before_val_epoch(self, runner: Any) -> None:
+        """Collective over the expert groups."""
+        self._open.enter_context(local_experts(runner.model.module))
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """Processes may train again."""
+        self._open.close()
+
+    before_test_epoch, after_test_epoch = before_val_epoch, after_val_epoch
+
+
+class CostHook(Hook):
+    """Adds up what training costs and writes `cost.json` at its end. A resumed run goes on adding.
+
+    Args:
+        stage: of the pipeline, as the config says.
+    """
+
+    priority = "VERY_HIGH"  # other hooks' time does not count
+    _KEY = "cost"  # in the message hub, whose content is part of a checkpoint
+
+    def __init__(self, stage: str | None = None) -> None:
+        self._stage = stage
+        self._counting = ExitStack()
+        self._flops: list[int] = []
+
+    def before_train(self, runner: Any) -> None:
+        """From where the checkpoint left off, if there is one."""
+        empty = {"train_seconds": 0.0, "steps": 0, "images": 0, "flops_per_step": None, "flops_step": None}
+        self._sums: dict[str, Any] = dict(runner.message_hub.runtime_info.get(self._KEY, empty))
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Starts the clock; the first step of a run is counted."""
+        self._start = time.perf_counter()
+        if self._sums["flops_per_step"] is None:
+            self._counting.enter_context(cost.counted_flops(self._flops))
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Adds the step up."""
+        if self._sums["flops_per_step"] is None:
+            self._counting.close()
+            self._sums |= {"flops_per_step": self._flops[0], "flops_step": runner.iter + 1}
+        self._sums["train_seconds"] += time.perf_counter() - self._start
+        self._sums["steps"] += 1
+        self._sums["images"] += _samples(data_batch) * get_world_size()
+        runner.message_hub.update_info(self._KEY, dict(self._sums))
+
+    def after_train(self, runner: Any) -> None:
+        """Collective; the first process writes."""
+        peak, parameters, strategy = cost.peak_memory(), runner.strategy.parameters, runner.strategy
+        if not is_main_process():
+            return
+        devices, seconds = get_world_size(), self._sums["train_seconds"]
+        content = {
+            "stage": self._stage,
+            "device": cost.device_kind(),
+            "devices": devices,
+            "train_seconds": seconds,
+            "device_seconds": seconds * devices,
+            **{key: value for key, value in self._sums.items() if key != "train_seconds"},
+            "params_total": parameters.total,
+            "params_active": parameters.active,
+            "params_trainable": parameters.trainable,
+            "peak_memory_bytes": peak,
+            "zero_stage": zero_stage(strategy.config),
+            "precision": precision(strategy.config),
+            "ep_size": strategy.layout.ep_size,
+            "software": cost.software(),
+        }
+        write_json(Path(runner.work_dir) / "cost.json", content)
+
+
+class ExportHook(Hook):
+    """Leaves `model.safetensors`, the whole model, and `model.json`, what it is, in the work dir.
+
+    Args:
+        stage: of the pipeline, as the config says.
+    """
+
+    def __init__(self, stage: str | None = None) -> None:
+        self._stage = stage
+
+    def after_train(self, runner: Any) -> None:
+        """Collective; the first process writes."""
+        state = runner.strategy.whole_state_dict()
+        if is_main_process():
+            folder = Path(runner.work_dir)
+            partial = folder / "model.safetensors.partial"
+            save_file({key: x.contiguous() for key, x in state.items()}, partial)
+            os.replace(partial, folder / "model.safetensors")
+            about = {"stage": self._stage, "iterations": runner.iter, "model": _plain(runner.cfg.model.to_dict())}
+            write_json(folder / "model.json", about)
+        barrier()
+
+
+class ProgressHook(Hook):
+    """A progress bar with the time left, where standard error is a terminal; the log file has plain lines anyway."""
+
+    priority = "LOWEST"
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+
+    def before_train(self, runner: Any) -> None:
+        """Shows the bar and keeps plain lines off the terminal."""
+        if not is_main_process() or not sys.stderr.isatty():
+            return
+        self._quiet = [handler for handler in runner.logger.handlers if type(handler) is logging.StreamHandler]
+        for handler in self._quiet:
+            handler.setLevel(logging.WARNING)
+        self._bar = tqdm(total=runner.max_iters, initial=runner.iter, desc="train", unit="step", dynamic_ncols=True)
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """One step on."""
+        if self._bar is not None:
+            self._bar.set_postfix(loss=f"{float(outputs['loss']):.4g}", refresh=False)
+            self._bar.update()
+
+    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
+        """A line above the bar."""
+        if self._bar is not None:
+            values = (f"{name} {value:.4g}" for name, value in (metrics or {}).items() if isinstance(value, float))
+            self._bar.write(f"step {runner.iter}: {', '.join(values)}", file=sys.stderr)
+
+    def restore_terminal(self, runner: Any) -> None:
+        """Called by our runner at the end, whatever that was."""
+        if self._bar is not None:
+            self._bar.close()
+            for handler in self._quiet:
+                handler.setLevel(logging.INFO)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes aside, then renames."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
+def _samples(batch: Any) -> int:
+    """Of a collated batch: a dict of lists or tensors, or a sequence of them."""
+    first = (
+        next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0] if isinstance(batch, Sequence) else batch
+    )
+    return len(first)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it; classes by their names."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(inner) for inner in value]
+    return (
+        value if value is None or isinstance(value, (str, int, float, bool)) else getattr(value, "__name__", str(value))
+    )

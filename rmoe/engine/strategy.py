@@ -1,0 +1,288 @@
+"""mmengine's runner on its DeepSpeed strategy, with what a residual mixture of experts needs besides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from mmengine._strategy import BaseStrategy
+from mmengine._strategy.deepspeed import DeepSpeedStrategy, MMDeepSpeedEngineWrapper
+from mmengine.hooks import CheckpointHook
+from mmengine.model import revert_sync_batchnorm
+from mmengine.optim import BaseOptimWrapper
+from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
+from torch import Tensor, nn
+
+from rmoe.config import UserError
+from rmoe.cost import Parameters, count_parameters
+from rmoe.engine import checkpoint, elastic, run_state
+from rmoe.engine.checkpoint import Layout
+from rmoe.engine.clipping import mend_clipping
+from rmoe.layers.moe import collect, global_state_dict
+
+
+class Diverged(RuntimeError):
+    """The loss or the weights are no longer finite; the message names the step and the last good checkpoint."""
+
+
+class Engine(MMDeepSpeedEngineWrapper):
+    """DeepSpeed's engine as mmengine's loops call it."""
+
+    def train_step(self, data: Any, optim_wrapper: BaseOptimWrapper) -> dict[str, Tensor]:
+        """One iteration; the gates' losses join the model's as `loss_moe_aux`.
+
+        Returns:
+            What the model reports, averaged over all processes, and `grad_norm`, before clipping.
+
+        Raises:
+            Diverged: the loss of some process is not finite. Nothing has been updated then.
+        """
+        module = self.model.module
+        data = module.data_preprocessor(data, training=True)
+        with collect() as records:
+            losses = self._run_forward(data, mode="loss")
+        if (auxiliary := records.loss()) is not None:
+            losses["loss_moe_aux"] = auxiliary
+        loss, log_vars = module.parse_losses(losses)
+        log_vars = _averaged(log_vars)
+        if not log_vars["loss"].isfinite():
+            raise Diverged("the loss is not finite")
+        optim_wrapper.update_params(loss)
+        if (norm := self.model.get_global_grad_norm()) is not None:
+            log_vars["grad_norm"] = torch.as_tensor(float(norm))
+        return log_vars
+
+    def val_step(self, data: Any) -> list[Any]:
+        """Predictions, computed in float32 whatever training is computed in: metrics and box operations need it."""
+        module = self.model.module
+        return module(**module.data_preprocessor(data, False), mode="predict")
+
+    test_step = val_step
+
+
+def _averaged(log_vars: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Over the processes. If one of them has a value that is not finite, all of them get one, and stop together."""
+    values = torch.stack([torch.as_tensor(value).detach().float() for value in log_vars.values()])
+    dist.all_reduce(values)
+    return dict(zip(log_vars, values / dist.get_world_size(), strict=True))
+
+
+class Strategy(DeepSpeedStrategy):
+    """mmengine's DeepSpeed strategy, mended for mixtures of experts.
+
+    Args:
+        config: what `rmoe.engine.ds_json.resolve` returned.
+        layout: of this run.
+        load_from: whole weights to start from, see `rmoe.engine.checkpoint.load_weights`.
+        **kwargs: of mmengine's `BaseStrategy`.
+    """
+
+    parameters: Parameters
+
+    def __init__(
+        self, *, config: dict[str, Any], layout: dict[str, int], load_from: str | None = None, **kwargs: Any
+    ) -> None:
+        # Not DeepSpeedStrategy's constructor: it imports optimizers that DeepSpeed no longer has.
+        BaseStrategy.__init__(self, **kwargs)
+        # Plain data: DeepSpeed writes it into checkpoints, which are read with weights_only=True.
+        self.config = json.loads(json.dumps(dict(config, steps_per_print=10**15)))
+        self.layout, self._load_from = Layout(**layout), load_from
+
+    def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
+        """See `BaseStrategy`; without a GPU, synchronised batch norm becomes batch norm of each process."""
+        with user_errors("model"):
+            built = super().build_model(model)
+        return built if torch.cuda.is_available() else revert_sync_batchnorm(built)
+
+    def _init_model_weights(self, model: nn.Module) -> nn.Module:
+        """mmengine's would then give every process the experts of the first one; DeepSpeed sends the others."""
+        if hasattr(model, "init_weights"):
+            model.init_weights()  # type: ignore[operator]
+        if self._load_from:
+            checkpoint.load_weights(model, Path(self._load_from))
+        self.parameters = count_parameters(model)
+        return model
+
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> BaseOptimWrapper:
+        """See `BaseStrategy`."""
+        with user_errors("optim_wrapper"):
+            return super().build_optim_wrapper(optim_wrapper, model)
+
+    def build_param_scheduler(self, *args: Any, **kwargs: Any) -> Any:
+        """See `BaseStrategy`."""
+        with user_errors("param_scheduler"):
+            return super().build_param_scheduler(*args, **kwargs)
+
+    def _wrap_model(self, model: nn.Module) -> Engine:
+        self._scale_lr()
+        engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
+        )
+        mend_clipping(engine)
+        return Engine(model=engine)
+
+    def save_checkpoint(
+        self,
+        filename: str,
+        *,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        extra_ckpt: dict[str, Any] | None = None,
+        callback: Any = None,
+    ) -> None:
+        """Writes aside, then renames: what bears the name `filename` is complete.
+
+        With `save_optimizer` it is a folder to resume from, without it a file of the whole model's weights.
+
+        Raises:
+            Diverged: a weight is not finite; nothing is written.
+            UserError: it cannot be written.
+        """
+        path = Path(filename)
+        self._require_finite_weights()
+        if not save_optimizer:
+            checkpoint.write_weights(path, self.whole_state_dict())
+            return
+        tensors, engine = elastic.gather(self.model.model)
+        about, history = run_state.collect(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
+        about["engine"] = engine
+        checkpoint.write(path, tensors, about, history, about["meta"]["iter"], self.layout)
+
+    def resume(self, filename: str, **kwargs: Any) -> dict[str, Any]:
+        """Loads weights, optimizer and schedulers, at whatever layout they were saved; returns the runner's state.
+
+        Raises:
+            UserError: the checkpoint is another model's or optimizer's.
+        """
+        path = Path(filename)
+        checkpoint.check_layout(path, self.layout)
+        about, history = checkpoint.read_run(path)
+        elastic.restore(self.model.model, checkpoint.Tensors(path), about["engine"])
+        return run_state.restore(about, history, self.optim_wrapper, self._schedulers())
+
+    def _schedulers(self) -> list[Any]:
+        return getattr(self, "param_schedulers", None) or []
+
+    def whole_state_dict(self) -> dict[str, Tensor]:
+        """All weights on the CPU, experts under global ids; the same on every process, which all must call it."""
+        module, sharded = self.model.module, self.model.zero_optimization_partition_weights()
+        with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
+            return {key: x.clone() for key, x in global_state_dict(module).items()}
+
+    def _require_finite_weights(self) -> None:
+        shards = [getattr(p, "ds_tensor", p).detach() for p in self.model.module.parameters()]
+        finite = torch.stack([x.isfinite().all() for x in shards]).all().float()
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+        if not finite.item():
+            raise Diverged("a weight is not finite; it was not saved")
+
+
+class Runner(FlexibleRunner):
+    """mmengine's `FlexibleRunner`, whose checkpoints say how far they are, and which `train`s from `resume` on."""
+
+    strategy: Strategy
+
+    def build_train_loop(self, loop: Any) -> Any:
+        """See `FlexibleRunner`; refuses checkpoints in the middle of a gradient accumulation."""
+        with user_errors("train_cfg and train_dataloader"):
+            built = super().build_train_loop(loop)
+        self._check_accumulation(built)
+        return built
+
+    def build_val_loop(self, loop: Any) -> Any:
+        """See `FlexibleRunner`."""
+        with user_errors("val_cfg, val_dataloader and val_evaluator"):
+            return super().build_val_loop(loop)
+
+    def load_or_resume(self) -> None:
+        """Resumes from the newest checkpoint that is intact, if `rmoe.engine.launch` found any; weights alone were
+        loaded with the model.
+        """
+        if self._resume:
+            self.resume(str(checkpoint.intact(Path(self.work_dir), self.logger.warning)))
+
+    def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
+        """Goes on from the checkpoint folder `filename`."""
+        state = self.strategy.resume(filename)
+        self.train_loop._epoch, self.train_loop._iter = state["meta"]["epoch"], state["meta"]["iter"]
+        self.message_hub.load_state_dict(state["message_hub"])
+        self.logger.info(f"resumed {filename}, epoch {self.epoch}, iteration {self.iter}")
+
+    def train(self) -> nn.Module:
+        """See `FlexibleRunner`.
+
+        Raises:
+            Diverged: the loss or a weight is no longer finite.
+        """
+        try:
+            return super().train()
+        except Diverged as error:
+            found, _ = checkpoint.whole(Path(self.work_dir))
+            good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
+            raise Diverged(
+                f"{error} at step {self.iter + 1}; {good}; lower the learning rate or clip gradients"
+            ) from error
+        finally:
+            self.call_hook("restore_terminal")
+
+    def save_checkpoint(
+        self,
+        out_dir: str,
+        filename: str,
+        file_client_args: dict[str, Any] | None = None,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        meta: dict[str, Any] | None = None,
+        by_epoch: bool = True,
+        backend_args: dict[str, Any] | None = None,
+    ) -> None:
+        """See `FlexibleRunner`, which adds one to the epoch or iteration of `meta` even after a validation, where
+        they have been counted already: a run resumed from there would leave one out.
+        """
+        meta = dict(meta or {}, experiment_name=self.experiment_name, cfg=self.cfg.pretty_text)
+        self.strategy.save_checkpoint(
+            str(Path(out_dir) / filename),
+            save_optimizer=save_optimizer,
+            save_param_scheduler=save_param_scheduler,
+            extra_ckpt={"meta": meta, "message_hub": self.message_hub.state_dict()},
+        )
+
+    def _check_accumulation(self, loop: Any) -> None:
+        steps = self.strategy.layout.accumulation
+        epoch = len(loop.dataloader) if isinstance(loop, EpochBasedTrainLoop) else 1
+        for hook in self.hooks:
+            if isinstance(hook, CheckpointHook):
+                saved_at = {"the last iteration": loop.max_iters}
+                if hook.interval > 0:
+                    saved_at["the checkpoint interval"] = hook.interval * (epoch if hook.by_epoch else 1)
+                if hook.save_best:
+                    saved_at["the validation interval"] = loop.val_interval * epoch
+                for name, iteration in saved_at.items():
+                    if iteration % steps:
+                        raise UserError(
+                            f"{name}, {iteration}, is not a multiple of gradient_accumulation_steps {steps}: the "
+                            "checkpoint would lack half a step; change either"
+                        )
+
+
+@contextmanager
+def user_errors(where: str) -> Iterator[None]:
+    """Turns what mmengine raises for a name that it does not know into a `UserError`."""
+    try:
+        yield
+    except KeyError as error:
+        if "registry" in str(error):
+            raise UserError(f"{where}: {error.args[0]}") from error
+        raise
+    except TypeError as error:
+        if "unexpected keyword argument" in str(error) or "required positional argument" in str(error):
+            raise UserError(f"{where}: {error}; see the signature of that class") from error
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"{where}: {error}; check the path") from error

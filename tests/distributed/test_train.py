@@ -1,0 +1,378 @@
+"""Whole runs of launch/train.py on a toy: placement, stopping and resuming, evaluation, and what a run leaves.
+
+Starting a process takes seconds, a toy run does not: `several_runs.py` does many in one group of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, Finished, free_port_number, run_processes
+from safetensors.torch import load_file
+from torch import Tensor
+from toy import write_config, write_json
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
+TRAIN = ROOT / "launch" / "train.py"
+GLOBAL_BATCH = 8
+# Without noise, for comparisons between numbers of processes; the clipping is active in every step.
+CALM = {"model.drop_path": 0.0, "optim_wrapper.clip_grad.max_norm": 0.05}
+MOE = {"num_experts": 4, "rank": 2, "noise": 0.0, "losses": {"importance": 0.01, "z": 0.001}}
+# With all that is random: drop path, gate noise, augmentation.
+WILD = {"model.moe": MOE | {"noise": 1.0, "ep_size": 2}, "model.drop_path": 0.3}
+PLAIN_STOP, SAVING_STOP = {"at": 5}, {"at": 4, "while_saving": True}
+
+
+@dataclass
+class Runs:
+    """The work dirs of all runs, and how each ended."""
+
+    folder: Path
+    killed: list[Finished]
+    killed_while_saving: list[Finished]
+    outcomes: dict[str, list[str]]
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        return load_file(self.folder / name / "model.safetensors")
+
+    def cost(self, name: str) -> dict[str, Any]:
+        return json.loads((self.folder / name / "cost.json").read_text())
+
+    def scalars(self, name: str, key: str) -> list[float]:
+        """What was logged under `key`, over all starts of the run."""
+        files = sorted((self.folder / name).glob("*/vis_data/scalars.json"))
+        rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
+        return [row[key] for row in rows if key in row]
+
+
+def command(folder: Path, name: str, options: dict[str, Any], stage: int, *words: str, **content: Any) -> list[str]:
+    """The arguments of launch/train.py for a run of that name; its config is named like it."""
+    config = write_config(folder / f"{name.replace(' ', '_')}_{len(list(folder.iterdir()))}.py", options)
+    written = write_json(config.with_suffix(".json"), stage, **content)
+    return [str(config), "--deepspeed_config", str(written), "--work-dir", str(folder / name), *words]
+
+
+def run_all(folder: Path, processes: int, commands: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Runs them in one group; by name, how each ended on each rank."""
+    listed = folder / f"runs_{processes}.json"
+    listed.write_text(json.dumps(list(commands.values())))
+    run_processes(folder, [ROOT / "tests" / "several_runs.py", listed], processes, timeout=280)
+    ended = [json.loads(Path(f"{listed}.{rank}").read_text()) for rank in range(processes)]
+    return {name: list(each) for name, each in zip(commands, zip(*ended, strict=True), strict=True)}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All runs that the tests below look at: two killed ones, then one group of two processes and one alone."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def make(name: str, options: dict[str, Any], stage: int, *words: str, **content: Any) -> list[str]:
+        return command(folder, name, options, stage, *words, **content)
+
+    def stopped(options: dict[str, Any], stop: dict[str, Any]) -> dict[str, Any]:
+        return options | {"custom_hooks": [{"type": "toy.KillHook", **stop}]}
+
+    alone_wild = {**WILD, "model.moe": WILD["model.moe"] | {"ep_size": 1}}
+    killed = run_processes(folder, [TRAIN, *make("resumed alone", stopped(alone_wild, PLAIN_STOP), 0)], 0, check=False)
+    three = {"default_hooks.checkpoint.max_keep_ckpts": 3}
+    words = [TRAIN, *make("resumed pair", stopped(WILD | three, SAVING_STOP), 2)]
+    while_saving = run_processes(folder, words, 2, check=False, grace=0.5)
+    shutil.copytree(folder / "resumed pair", folder / "other layout")
+    cut = shutil.copytree(folder / "resumed alone", folder / "cut short") / "iter_4.pth" / "part_00000.safetensors"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    flipped = shutil.copytree(folder / "resumed pair", folder / "flipped") / "iter_3.pth" / "part_00001.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + bytes([flipped.read_bytes()[-1] ^ 1]))
+
+    half = CALM | {"train_dataloader.batch_size": GLOBAL_BATCH // 2}
+    whole = CALM | {"train_dataloader.batch_size": GLOBAL_BATCH}
+    poisoned = {"train_dataloader.sampler.shuffle": False, "train_dataloader.dataset.poison": 9}
+    constant = {"param_scheduler": []}
+    frozen = {"optim_wrapper.optimizer.lr": 0.0, "optim_wrapper.optimizer.weight_decay": 0.0}
+    pair = {
+        **{f"pair dense {stage}": make(f"pair dense {stage}", half, stage) for stage in (0, 2)},
+        "pair ep1 2": make("pair ep1 2", half | {"model.moe": MOE}, 2),
+        **{f"pair ep2 {s}": make(f"pair ep2 {s}", half | {"model.moe": MOE | {"ep_size": 2}}, s) for s in (0, 1, 2)},
+        "whole pair": make("whole pair", WILD, 2),
+        "resumed pair": make("resumed pair", WILD, 2, "--resume"),
+        "flipped": make("flipped", WILD, 2, "--resume"),
+        "poisoned pair": make("poisoned pair", CALM | poisoned | {"train_dataloader.batch_size": 2}, 2),
+    }
+    outcomes = run_all(folder, 2, pair)
+    moe = whole | {"model.moe": MOE}
+    best, last = next((folder / "pair ep2 2").glob("best_*")), folder / "pair ep2 2" / "iter_6.pth"
+    alone = {
+        **{f"alone dense {stage}": make(f"alone dense {stage}", whole, stage) for stage in (0, 1, 2, 3)},
+        **{f"alone moe {stage}": make(f"alone moe {stage}", moe, stage) for stage in (0, 2)},
+        "accumulated": make(
+            "accumulated",
+            half | constant | {"train_cfg.max_iters": 12, "default_hooks.checkpoint.interval": 4, "val_cfg": None}
+            | {"val_dataloader": None, "val_evaluator": None, "default_hooks.checkpoint.save_best": None},
+            1,
+            gradient_accumulation_steps=2,
+        ),
+        "constant": make("constant", whole | constant, 1),
+        "scaled": make(
+            "scaled",
+            whole
+            | constant
+            | {"auto_scale_lr": {"enable": True, "base_batch_size": 16}, "optim_wrapper.optimizer.lr": 0.02},
+            1,
+        ),
+        "mid-accumulation": make("mid-accumulation", half, 1, gradient_accumulation_steps=4),
+        "whole alone": make("whole alone", alone_wild | {"train_dataloader.num_workers": 1}, 0),
+        "resumed alone": make("resumed alone", alone_wild, 0, "--resume"),
+        "cut short": make("cut short", alone_wild, 0, "--resume"),
+        "other layout": make("other layout", alone_wild, 2, "--resume"),
+        "from checkpoint": make("from checkpoint", moe | frozen | {"load_from": str(last)}, 2),
+        "from best": make("from best", moe | frozen | {"load_from": str(best)}, 0),
+        "bad loop": make("bad loop", {"train_cfg.max_iter": 3}, 0),
+        "bad data": make("bad data", {"train_dataloader.dataset.lenght": 3}, 0),
+        "bad model": make("bad model", {"model.type": "ToyModle"}, 0),
+        "bfloat16": make("bfloat16", moe, 2, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
+    }  # fmt: skip
+    outcomes |= run_all(folder, 1, alone)
+    return Runs(folder, killed, while_saving, outcomes)
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def saved_weights(path: Path) -> dict[str, Tensor]:
+    """Of a training checkpoint."""
+    files = [load_file(part) for part in path.glob("part_*.safetensors")]
+    return {key.removeprefix("weight/"): x for file in files for key, x in file.items() if key.startswith("weight/")}
+
+
+@pytest.mark.parametrize(
+    ("reference", "others"),
+    [
+        ("alone dense 0", ["alone dense 1", "alone dense 2", "alone dense 3", "pair dense 0", "pair dense 2"]),
+        ("alone moe 0", ["alone moe 2", "pair ep1 2", "pair ep2 0", "pair ep2 1", "pair ep2 2"]),
+    ],
+)
+def test_placement_changes_nothing(runs: Runs, reference: str, others: list[str]) -> None:
+    """Loss, gradient norm before an active clipping, and weights: any stage, any number of processes, any ep_size."""
+    losses, norms = runs.scalars(reference, "loss"), runs.scalars(reference, "grad_norm")
+    assert len(losses) == 6
+    assert all(norm > CALM["optim_wrapper.clip_grad.max_norm"] for norm in norms)
+    for other in others:
+        assert runs.scalars(other, "loss") == pytest.approx(losses, abs=1e-5), other
+        assert runs.scalars(other, "grad_norm") == pytest.approx(norms, abs=1e-5), other
+        assert_equal(runs.weights(other), runs.weights(reference), atol=1e-5)
+
+
+def test_the_gates_losses_are_in_the_loss(runs: Runs) -> None:
+    parts = zip(*(runs.scalars("pair ep2 2", key) for key in ("loss", "loss_cls", "loss_moe_aux")), strict=True)
+    assert all(loss == pytest.approx(task + aux) and aux > 0 for loss, task, aux in parts)
+    assert not runs.scalars("pair dense 2", "loss_moe_aux")
+
+
+def test_accumulation_is_a_larger_batch(runs: Runs) -> None:
+    assert_equal(runs.weights("accumulated"), runs.weights("constant"), atol=1e-5)
+    assert "not a multiple of gradient_accumulation_steps 4" in runs.outcomes["mid-accumulation"][0]
+
+
+def test_the_learning_rate_follows_the_batch_size(runs: Runs) -> None:
+    """mmengine's auto_scale_lr, which its own DeepSpeed strategy leaves out: 0.02 for 16 samples is 0.01 for 8."""
+    assert_equal(runs.weights("scaled"), runs.weights("constant"))
+
+
+def test_killed_and_resumed_is_never_stopped(runs: Runs) -> None:
+    """Without a launcher, at the end of a step that was not saved; augmented by a loader worker in one of the two."""
+    assert [one.returncode for one in runs.killed] == [-9]
+    assert runs.outcomes["resumed alone"] == ["done"]
+    assert_equal(runs.weights("resumed alone"), runs.weights("whole alone"))
+
+
+def test_killed_while_saving_and_resumed_is_never_stopped(runs: Runs) -> None:
+    """Two processes, experts spread over them, ZeRO 2: the half-written checkpoint is ignored, and said to be."""
+    assert runs.killed_while_saving[0].returncode == -9
+    assert runs.outcomes["resumed pair"] == ["done", "done"]
+    logs = "".join(path.read_text() for path in (runs.folder / "resumed pair").glob("*/*.log"))
+    assert "iter_4.pth.partial is half written (it has no complete.json); it is ignored" in logs
+    assert "resuming from" in logs
+    assert "iter_3.pth" in logs.partition("resuming from")[2].splitlines()[0]
+    assert_equal(runs.weights("resumed pair"), runs.weights("whole pair"))
+
+
+def test_the_seed_is_not_all_that_makes_runs_equal(runs: Runs) -> None:
+    """The comparison above would see another augmentation or drop path."""
+    calm, wild = runs.weights("alone moe 0"), runs.weights("whole alone")
+    assert not all(torch.equal(calm[key], wild[key]) for key in calm if "gate" in key)
+
+
+def test_another_layout_is_refused(runs: Runs) -> None:
+    said = runs.outcomes["other layout"][0]
+    assert "processes 2, ep_size 2" in said
+    assert "processes 1, ep_size 1" in said
+    assert "load_from" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "harm", "before", "whole"),
+    [
+        ("cut short", "iter_4.pth is damaged (part_00000.safetensors has", 3, "whole alone"),
+        ("flipped", "iter_3.pth is damaged (part_00001.safetensors is not what was written", 2, "whole pair"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    runs: Runs, name: str, harm: str, before: int, whole: str
+) -> None:
+    """By its length before anything starts; by one flipped byte in what the second of two processes checks."""
+    assert set(runs.outcomes[name]) == {"done"}
+    logs = "".join(path.read_text() for path in (runs.folder / name).glob("*/*.log"))
+    assert harm in logs
+    assert f"iter_{before}.pth, epoch 0, iteration {before}" in logs
+    assert_equal(runs.weights(name), runs.weights(whole))
+
+
+@pytest.mark.parametrize("name", ["from checkpoint", "from best"])
+def test_weights_load_at_any_layout(runs: Runs, name: str) -> None:
+    """Two processes' experts in one; the best checkpoint is of step 3 or 6, the other of step 6."""
+    assert runs.outcomes[name] == ["done"]
+    if name == "from checkpoint":
+        assert_equal(runs.weights(name), runs.weights("pair ep2 2"), atol=0)
+    else:
+        best = next((runs.folder / "pair ep2 2").glob("best_*"))
+        assert_equal(runs.weights(name), torch.load(best, weights_only=True)["state_dict"], atol=0)
+
+
+def test_frozen_weights_stay_and_are_saved(runs: Runs) -> None:
+    a, b = runs.weights("alone dense 0"), runs.weights("whole alone")
+    assert torch.equal(a["backbone.0.weight"], b["backbone.0.weight"])  # the same seed, other runs
+    core = [key for key in b if ".core." in key]
+    first = saved_weights(runs.folder / "whole alone" / "iter_4.pth")
+    assert core
+    assert all(torch.equal(first[key], b[key]) for key in core)
+    trained = [key for key in first if "gate" in key]
+    assert trained
+    assert not any(torch.equal(first[key], b[key]) for key in trained)
+
+
+def test_only_the_last_checkpoints_are_kept(runs: Runs) -> None:
+    for name in ("whole pair", "resumed pair", "resumed alone"):
+        kept = sorted(path.name for path in (runs.folder / name).glob("iter_*"))
+        assert kept == ["iter_4.pth", "iter_6.pth"], name
+        assert len(list((runs.folder / name).glob("best_accuracy_iter_*.pth"))) == 1
+
+
+def test_each_image_counts_once(runs: Runs) -> None:
+    """7 samples of different sizes in batches of 2, on one process and on two."""
+    for name in ("alone moe 2", "pair ep1 2", "pair ep2 2"):
+        assert runs.scalars(name, "count") == [7.0, 7.0], name
+        assert runs.scalars(name, "accuracy") == runs.scalars("alone moe 0", "accuracy"), name
+
+
+def test_a_loss_that_is_not_a_number_stops_all(runs: Runs) -> None:
+    """Sample 9 is of the second process, in step 3; both stop there, and the checkpoint of step 2 is good."""
+    for said in runs.outcomes["poisoned pair"]:
+        assert said.startswith("Diverged: the loss is not finite at step 3")
+        assert "iter_2.pth" in said
+    folder = runs.folder / "poisoned pair"
+    assert [path.name for path in folder.glob("iter_*")] == ["iter_2.pth"]
+    assert all(value.isfinite().all() for value in saved_weights(folder / "iter_2.pth").values())
+    assert not (folder / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("bad loop", "max_iter'"), ("bad data", "lenght'"), ("bad model", "ToyModle is not in the")],
+)
+def test_names_that_mmengine_does_not_know(runs: Runs, name: str, message: str) -> None:
+    assert runs.outcomes[name][0].startswith("UserError")
+    assert message in runs.outcomes[name][0]
+
+
+def test_bfloat16_is_close(runs: Runs) -> None:
+    precise, coarse = runs.scalars("alone moe 2", "loss"), runs.scalars("bfloat16", "loss")
+    assert coarse == pytest.approx(precise, abs=0.02)
+    assert coarse != precise
+    assert all(value.dtype == torch.float32 for value in runs.weights("bfloat16").values())
+    assert runs.cost("bfloat16")["precision"] == "bfloat16"
+
+
+def test_the_cost(runs: Runs) -> None:
+    cost = runs.cost("pair ep2 2")
+    assert cost["steps"] == 6
+    assert cost["images"] == 6 * GLOBAL_BATCH
+    assert cost["devices"] == 2
+    assert cost["device_seconds"] == pytest.approx(2 * cost["train_seconds"])
+    assert 0 < cost["train_seconds"] < 60
+    assert cost["peak_memory_bytes"] > 10**7
+    assert (cost["stage"], cost["zero_stage"], cost["precision"], cost["ep_size"]) == ("residual", 2, "float32", 2)
+    alone = runs.cost("alone moe 0")
+    for key in ("params_total", "params_active", "params_trainable"):
+        assert cost[key] == alone[key]
+    assert cost["params_trainable"] < cost["params_total"]
+    assert cost["params_active"] < cost["params_total"]
+    assert cost["flops_per_step"] == pytest.approx(alone["flops_per_step"], rel=0.2)
+    assert cost["flops_step"] == 1
+    # The dense network's products: embedding and two blocks forward, and two gradients of all but the embedding.
+    assert runs.cost("pair dense 2")["flops_per_step"] == runs.cost("alone dense 0")["flops_per_step"]
+
+
+def test_the_cost_goes_on_after_a_resume(runs: Runs) -> None:
+    cost, whole = runs.cost("resumed alone"), runs.cost("whole alone")
+    assert (cost["steps"], cost["images"]) == (whole["steps"], whole["images"]) == (6, 24)
+    assert cost["flops_per_step"] == whole["flops_per_step"]
+    assert cost["flops_step"] == 1
+
+
+def test_what_a_run_leaves(runs: Runs) -> None:
+    folder = runs.folder / "pair ep2 2"
+    assert json.loads((folder / "model.json").read_text())["model"]["moe"]["ep_size"] == 2
+    assert any("deepspeed_experts.3." in key for key in runs.weights("pair ep2 2"))
+    assert next(folder.glob("*/vis_data/events.out.tfevents.*")).stat().st_size > 0
+    assert next(folder.glob("*/*.log")).read_text().count("Iter(train)") == 6
+    assert not list(folder.glob("*.partial"))
+    assert not list(folder.glob("zero_to_fp32.py"))
+    assert len(list(folder.glob("*.py"))) == 1
+
+
+@pytest.fixture(scope="module")
+def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Finished, Path]]:
+    """Starts `deepspeed --num_accelerators 2 launch/train.py …` as a user does."""
+
+    def run(name: str, options: dict[str, Any], stage: int) -> tuple[Finished, Path]:
+        folder = tmp_path_factory.mktemp(name)
+        words = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
+        words += ["--master_port", str(free_port_number()), TRAIN, *command(folder, "work", options, stage)]
+        return run_processes(folder, words, 0, check=False)[0], folder / "work"
+
+    return run
+
+
+def test_the_launcher_trains(launcher: Callable[..., tuple[Finished, Path]]) -> None:
+    ended, folder = launcher("trains", {"model.moe": MOE | {"ep_size": 2}}, 2)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert json.loads((folder / "cost.json").read_text())["devices"] == 2
+
+
+def test_the_launcher_shows_one_line_and_leaves_with_2(launcher: Callable[..., tuple[Finished, Path]]) -> None:
+    ended, folder = launcher("refuses", {"model.moe": MOE}, 3)
+    assert ended.returncode == 2
+    lines = [line for line in ended.stderr.splitlines() if "rmoe: error:" in line]
+    assert len(lines) == 1
+    assert "stage is 3" in lines[0]
+    assert "Traceback" not in ended.stdout + ended.stderr
+    assert not folder.exists()
+
+
+def test_divergence_leaves_with_1(tmp_path: Path) -> None:
+    words = command(tmp_path, "work", {"train_dataloader.dataset.poison": 0, "train_cfg.max_iters": 3}, 0)
+    ended = run_processes(tmp_path, [TRAIN, *words], 0, check=False)[0]
+    assert ended.returncode == 1
+    assert "rmoe: error: the loss is not finite" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert not list((tmp_path / "work").glob("iter_*"))

@@ -1,0 +1,95 @@
+"""The DeepSpeed JSON: what is refused, and what "auto" becomes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rmoe.config import UserError
+from rmoe.engine.ds_json import precision, read_json, resolve, zero_stage
+
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
+BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
+
+
+def resolved(processes: int = 2, **content: Any) -> dict[str, Any]:
+    return resolve(content, batch_size=4, accumulation=1, max_norm=0.5, processes=processes)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped(path: Path) -> None:
+    content = read_json(path)
+    whole = resolve(content, batch_size=4, accumulation=1, max_norm=0.5, processes=2)
+    assert [whole[key] for key in BATCH] == [4, 1, 8]
+    assert whole["gradient_clipping"] == 0.5
+    assert zero_stage(content) == int(path.stem[4])
+    assert precision(content) == {"bf16": "bfloat16", "fp16": "float16"}.get(path.stem.partition("_")[2], "float32")
+
+
+def test_there_is_one_for_each_stage_and_precision() -> None:
+    assert [path.stem for path in SHIPPED] == ["zero0", "zero1", "zero2", "zero2_bf16", "zero2_fp16"]
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, [4, 1, 8]),
+        ({"train_micro_batch_size_per_gpu": 3}, [3, 1, 6]),
+        ({"gradient_accumulation_steps": 5}, [4, 5, 40]),
+        ({"train_batch_size": 24}, [4, 3, 24]),
+        ({"train_batch_size": 24, "gradient_accumulation_steps": 2}, [6, 2, 24]),
+        ({"train_batch_size": 24, "train_micro_batch_size_per_gpu": 6}, [6, 2, 24]),
+        ({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 1}, [1, 1, 2]),
+    ],
+)
+def test_batch_sizes(content: dict[str, Any], expected: list[int]) -> None:
+    assert [resolved(**content)[key] for key in BATCH] == expected
+
+
+def test_clipping_is_always_named() -> None:
+    assert resolved()["gradient_clipping"] == 0.5
+    assert resolved(gradient_clipping=2)["gradient_clipping"] == 2.0
+    assert resolve({}, batch_size=1, accumulation=1, max_norm=0.0, processes=1)["gradient_clipping"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train_batch_size": 9}, "train_batch_size 9 is not"),
+        ({"train_batch_size": 2, "gradient_accumulation_steps": 2}, "train_batch_size 2 is not"),
+        ({"train_micro_batch_size_per_gpu": 0}, "train_micro_batch_size_per_gpu is 0"),
+        ({"zero_optimization": {"stag": 2}}, "stag"),
+    ],
+)
+def test_what_does_not_fit(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        resolved(**content)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"zero_optimisation": {"stage": 2}}', "no key 'zero_optimisation'; did you mean 'zero_optimization'"),
+        ('{"optimizer": {"type": "Adam"}}', "optim_wrapper"),
+        ('{"bf16": {"enabled": true}}', 'torch_autocast.*"bfloat16"'),
+        ("{", "not JSON"),
+        ("[]", "JSON object"),
+    ],
+)
+def test_files(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_json(tmp_path / "x.json")
+
+
+def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="there is no DeepSpeed JSON file"):
+        read_json(tmp_path / "absent.json")
+
+
+def test_sections_that_are_off_are_let_pass(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text(json.dumps({"fp16": {"enabled": False}}))
+    assert read_json(tmp_path / "x.json")

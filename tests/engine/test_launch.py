@@ -1,0 +1,275 @@
+"""Everything that a user can get wrong is refused before anything is built or written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT
+from mmengine.config import Config
+from toy import write_config, write_json
+
+from rmoe.config import UserError
+from rmoe.engine import launch
+from rmoe.engine.checkpoint import RUN, Layout, write_marker
+from rmoe.engine.ds_json import read_json
+
+MOE = {"num_experts": 4, "ep_size": 2}
+
+
+def prepared(tmp_path: Path, options: dict[str, Any] | None = None, processes: int = 2, **content: Any) -> Any:
+    """The config after `prepare`, from files."""
+    stage, resume = content.pop("stage", 2), content.pop("resume", False)
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), options or {})
+    read = read_json(write_json(tmp_path / "ds.json", stage, **content))
+    launch.prepare(cfg, read, processes, tmp_path / "work", resume)
+    return cfg
+
+
+def test_the_json_rules_the_batch_size(tmp_path: Path) -> None:
+    cfg = prepared(tmp_path, train_micro_batch_size_per_gpu=3, gradient_accumulation_steps=2)
+    assert cfg.train_dataloader.batch_size == 3
+    assert cfg.strategy.config.train_batch_size == 12
+    assert cfg.strategy.config.gradient_clipping == 0.5  # the config's clip_grad
+
+
+def test_the_layout(tmp_path: Path) -> None:
+    cfg = prepared(tmp_path, {"model.moe": MOE})
+    assert Layout(**cfg.strategy.layout) == Layout(2, 2, 4, 4, 1, 3)
+
+
+def test_what_a_config_need_not_say(tmp_path: Path) -> None:
+    cfg = prepared(tmp_path, {"optim_wrapper.constructor": "DefaultOptimWrapperConstructor"})
+    assert cfg.optim_wrapper.paramwise_cfg == {"exempt": False}
+    assert cfg.train_dataloader.sampler.type == "rmoe.InfiniteSampler"
+    assert cfg.train_dataloader.dataset.dataset.type == "ToyTokens"
+    assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
+    assert cfg.work_dir == str(tmp_path / "work")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_dumped_config_runs_again(tmp_path: Path) -> None:
+    once = prepared(tmp_path, {"load_from": "x.pth", "train_dataloader.sampler.type": "DefaultSampler"})
+    once.dump(tmp_path / "dumped.py")
+    twice = launch.read_config(tmp_path / "dumped.py", {})
+    launch.prepare(twice, read_json(tmp_path / "ds.json"), 2, None, False)
+    assert twice.to_dict() == once.to_dict()
+
+
+def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path: Path) -> None:
+    cfg = prepared(tmp_path, {"default_hooks.checkpoint.max_keep_ckpts": 1})
+    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "message"),
+    [
+        ({"model.moe": MOE}, {"stage": 3}, "stage is 3.*use stage 2"),
+        ({"model.moe": MOE}, {"processes": 3}, r"ep_size 2 does not divide the 3 processes; use one of \[1\]"),
+        ({"model.moe": MOE | {"ep_size": 3}}, {}, "ep_size 3 does not divide the 4 experts"),
+        ({"model.moe.num_expert": 4}, {}, "no key 'num_expert'; did you mean 'num_experts'"),
+        ({"model.moe.losses.zz": 4}, {}, "no key 'zz'; did you mean 'z'"),
+        ({"train_cfgg.max_iters": 4}, {}, "no 'train_cfgg'; did you mean 'train_cfg'"),
+        ({"optim_wrapper.clip_grad.norm_type": 1}, {}, "clip_grad"),
+        ({"optim_wrapper.clip_gradd.max_norm": 1}, {}, "no key 'clip_gradd'; did you mean 'clip_grad'"),
+        ({"optim_wrapper.constructor": "LayerDecay"}, {}, "'LayerDecay'; use 'rmoe.ParamGroups'"),
+        ({"custom_hooks": [{"type": "EMAHook"}]}, {}, "EMAHook"),
+        ({"param_scheduler.5.power": 1}, {}, "do not fit"),
+        ({}, {"train_batch_size": 7}, "train_batch_size 7"),
+    ],
+)
+def test_mistakes(options: dict[str, Any], content: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, options, **content)
+    assert not (tmp_path / "work").exists()
+
+
+def test_stage_3_is_for_dense_models(tmp_path: Path) -> None:
+    assert prepared(tmp_path, stage=3).strategy.config.zero_optimization.stage == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model = dict(", "cannot be read as a config"),
+        ("_base_ = 'absent.py'", "there is no config"),
+        ("custom_imports = dict(imports=['rmoe.nothing'])", "cannot be read as a config"),
+    ],
+)
+def test_config_files(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(UserError, match=message):
+        launch.read_config(tmp_path / "x.py", {})
+    with pytest.raises(UserError, match="there is no config"):
+        launch.read_config(tmp_path / "y.py", {})
+
+
+def half_a_checkpoint(work_dir: Path, iteration: int, layout: Layout) -> None:
+    (work_dir / f"iter_{iteration}.pth").mkdir(parents=True)
+    write_marker(work_dir / f"iter_{iteration}.pth", iteration, layout, {})
+
+
+def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    half_a_checkpoint(tmp_path / "work", 4, Layout(2, 1, 0, 4, 1, 3))
+    with pytest.raises(UserError, match="iter_4.pth is there already; give --resume"):
+        prepared(tmp_path)
+
+
+def test_resume_takes_the_newest_and_its_own_layout(tmp_path: Path) -> None:
+    layout = Layout(processes=2, ep_size=1, num_experts=0, micro_batch=4, accumulation=1, seed=3)
+    for iteration in (4, 10, 6):
+        half_a_checkpoint(tmp_path / "work", iteration, layout)
+    assert prepared(tmp_path, {"load_from": "x.pth"}, resume=True).resume.endswith("iter_10.pth")
+    with pytest.raises(UserError, match="made with processes 2, .*this run has processes 4, .*load_from"):
+        prepared(tmp_path, processes=4, resume=True)
+    with pytest.raises(UserError, match="num_experts 0.*num_experts 4"):
+        prepared(tmp_path, {"model.moe": MOE | {"ep_size": 1}}, resume=True)
+
+
+def test_resume_with_nothing_there_starts(tmp_path: Path) -> None:
+    cfg = prepared(tmp_path, {"load_from": "x.pth"}, resume=True)
+    assert cfg.resume is False
+    assert cfg.strategy.load_from == "x.pth"
+
+
+def test_what_was_left_out_is_told(tmp_path: Path) -> None:
+    (tmp_path / "work" / "iter_9.pth").mkdir(parents=True)
+    (tmp_path / "work" / "iter_9.pth" / RUN).touch()
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {"default_hooks.checkpoint.max_keep_ckpts": 1})
+    cfg.train_dataloader.sampler = {"type": "SomeSampler"}
+    notes = "\n".join(launch.prepare(cfg, {}, 1, tmp_path / "work", True))
+    assert "iter_9.pth is half written" in notes
+    assert "starting anew" in notes
+    assert "keeping 2" in notes
+    assert "SomeSampler" in notes
+
+
+def test_an_error_in_a_loader_worker_is_one_line() -> None:
+    worker = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+    assert launch.innermost(worker + "rmoe.config.UserError: image a.jpg has no label map") == (
+        "image a.jpg has no label map"
+    )
+    assert launch.innermost("plain") == "plain"
+
+
+def test_a_process_without_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "x")
+        monkeypatch.delenv(name)
+    launch.set_alone()
+    assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_other_processes_let_the_first_one_speak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(launch.time, "sleep", slept.append)
+    words = [str(tmp_path / "absent.py"), "--deepspeed_config", str(write_json(tmp_path / "x.json"))]
+    monkeypatch.setenv("RANK", "1")
+    assert launch.main(words) == 2
+    assert slept
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="there is no config"):
+        launch.main(words)
+    assert len(slept) == 1
+
+
+def test_the_launcher_may_pass_local_rank(tmp_path: Path) -> None:
+    words = ["--local_rank=1", "c.py", "--deepspeed_config", "x.json", "--cfg-options", "a.b=[1,2]"]
+    arguments = launch.parser().parse_args(words)
+    assert arguments.config == Path("c.py")
+    assert arguments.cfg_options == {"a.b": [1, 2]}
+
+
+def slurm_step(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
+    """The environment that srun gives a rank, and none of a launcher's."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "x")  # so that all of them are put back
+        monkeypatch.delenv(name)
+    step = {"JOB_ID": "12", "STEP_ID": "0", "PROCID": "5", "LOCALID": "1", "NODEID": "2", "STEP_NUM_TASKS": "7"}
+    step |= {"STEP_NUM_NODES": "3", "STEP_NODELIST": "gpu[08-09,11]-a,login", "STEP_TASKS_PER_NODE": "2(x2),3"}
+    for name, value in (step | variables).items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+
+
+def test_srun_starts_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_step(monkeypatch)
+    launch.set_slurm()
+    found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
+    assert list(found.values()) == ["5", "7", "1", "3", "gpu08-a"]
+    assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
+
+
+def test_on_one_node_they_meet_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_step(monkeypatch, STEP_NUM_NODES="1", NODEID="0")
+    monkeypatch.setenv("MASTER_PORT", "77")
+    launch.set_slurm()
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "77")
+
+
+def test_another_launcher_wins_over_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    slurm_step(monkeypatch)
+    monkeypatch.setenv("RANK", "0")
+    launch.set_slurm()
+    assert "WORLD_SIZE" not in os.environ
+
+
+def test_the_shell_of_an_allocation_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch script and salloc's shell have SLURM_NTASKS, even SLURM_PROCID, but no step."""
+    slurm_step(monkeypatch, NTASKS="7")
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    launch.set_slurm()
+    assert "RANK" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [("n1", "n1"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("r[3-4]n[01,07],x", "r3n01"), ("a-b[7]", "a-b7")],
+)
+def test_the_first_host(nodes: str, first: str) -> None:
+    assert launch.first_host(nodes) == first
+
+
+def test_a_safe_config_is_data(tmp_path: Path) -> None:
+    text = '{"model": {"type": "mmseg.EncoderDecoder"}, "custom_imports": {"imports": ["rmoe.tasks.classification"]}}'
+    (tmp_path / "x.json").write_text(text)
+    assert launch.read_config(tmp_path / "x.json", {"model.a": 1}, safe=True).model.a == 1
+    program = write_config(tmp_path / "toy_run.py")
+    with pytest.raises(UserError, match="toy_run.py is a program.*dump it as JSON"):
+        launch.read_config(program, {}, safe=True)
+
+
+@pytest.mark.parametrize("name", ["demo/core", "demo/residual", "demo/detection_residual"])
+def test_a_shipped_config_is_safe_once_it_is_data(name: str, tmp_path: Path) -> None:
+    whole = Config.fromfile(ROOT / "rmoe" / "configs" / f"{name}.py")
+    whole.dump(tmp_path / "x.json")
+    assert launch.read_config(tmp_path / "x.json", {}, safe=True).model.type == whole.model.type
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("_base_: x.py", "without _base_"),
+        ("custom_imports: {imports: evil}", "names 'evil'"),
+        ("default_scope: evil", "names 'evil'"),
+        ("custom_imports: {imports: [os.path]}", "names 'os.path'"),
+        ("model: {type: subprocess.Popen}", "names 'subprocess.Popen'"),
+        ("a: [{b: {type: rmoe.cost.subprocess.Popen}}]", "neither ours nor OpenMMLab's"),
+        ("a: !!python/object/apply:os.system [ls]", "cannot be read as YAML"),
+        ("a: {type: rmoe.engine.hooks.write_json}", "names 'rmoe.engine.hooks.write_json'"),
+        ("default_scope: a.b", "names 'a.b'"),
+    ],
+)
+def test_a_safe_config_runs_nothing(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        launch.read_config(tmp_path / "x.yaml", {}, safe=True)
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "soon"])
+def test_a_timeout_is_a_time(seconds: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        launch.parser().parse_args(["c.py", "--deepspeed_config", "x.json", "--timeout", seconds])
+    assert "--timeout" in capsys.readouterr().err

@@ -1,0 +1,127 @@
+"""Optimizer groups: each parameter once, at the learning rate and decay that the rules give it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from timm.layers import Mlp
+from torch import nn
+
+from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.engine.optim import ParamGroups, param_groups
+from rmoe.layers.moe import ResidualMoE
+
+Rates = dict[str, tuple[float, float]]
+
+
+def rates(model: nn.Module, groups: list[dict[str, Any]]) -> Rates:
+    """(learning rate, weight decay) by name; fails where a parameter is in two groups."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    found: Rates = {}
+    for group in groups:
+        for parameter in group["params"]:
+            assert names[parameter] not in found
+            found[names[parameter]] = (round(group["lr"], 9), round(group["weight_decay"], 9))
+    return found
+
+
+class Small(nn.Module):
+    """A backbone with a norm, a table and an MoE layer, and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleDict(
+            {"norm": nn.LayerNorm(4), "mlp": ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=2, residual="full"))}
+        )
+        self.backbone.relative_position_bias_table = nn.Parameter(torch.zeros(3, 2))
+        self.head = nn.Linear(4, 2)
+
+
+def test_roles_have_their_own_rates() -> None:
+    model = Small()
+    groups = param_groups(
+        model, 1.0, 0.5, residual_lr_mult=2.0, residual_decay_mult=3.0, gate_lr_mult=4.0, head_lr_mult=5.0
+    )
+    experts = "backbone.mlp.deepspeed_moe.experts"
+    assert rates(model, groups) == {
+        "backbone.norm.weight": (1.0, 0.0),
+        "backbone.norm.bias": (1.0, 0.0),
+        "backbone.relative_position_bias_table": (1.0, 0.0),
+        "backbone.mlp.gate.weight": (4.0, 0.5),
+        f"{experts}.w1_EHC": (2.0, 1.5),
+        f"{experts}.b1_EH": (2.0, 0.0),
+        f"{experts}.w2_ECH": (2.0, 1.5),
+        f"{experts}.b2_EC": (2.0, 0.0),
+        "head.weight": (5.0, 0.5),
+        "head.bias": (5.0, 0.0),
+    }
+
+
+def test_experts_are_marked_and_names_are_unique() -> None:
+    groups = param_groups(Small(), 1.0, 0.1, head_lr_mult=5.0)
+    marked = [group for group in groups if group.get("moe")]
+    others = [group["name"] for group in groups if not group.get("moe")]
+    assert marked
+    assert all(group["name"] == "ep_size_1" for group in marked)
+    assert all(parameter.allreduce is False for group in marked for parameter in group["params"])
+    assert len(set(others)) == len(others)
+    assert all(group["params"] for group in groups)
+
+
+def test_equal_rates_are_one_group() -> None:
+    assert len(param_groups(timm.create_model("test_vit"), 1.0, 0.1)) == 2
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = Small()
+    model.head.requires_grad_(False)
+    assert not any(name.startswith(("head", "backbone.mlp.core")) for name in rates(model, param_groups(model, 1.0)))
+    with pytest.raises(UserError, match="nothing|no parameter to train"):
+        param_groups(model.requires_grad_(False), 1.0)
+
+
+def test_timms_own_exceptions() -> None:
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))
+    listed = model.no_weight_decay()
+    found = rates(model, param_groups(model, 1.0, 0.1))
+    assert listed
+    assert all(found[name][1] == 0 for name in listed)
+    vit = timm.create_model("test_vit")
+    assert rates(vit, param_groups(vit, 1.0, 0.1))["pos_embed"][1] == 0
+
+
+def test_the_classifier_of_a_model_without_backbone() -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+    found = rates(model, param_groups(model, 1.0, 0.1, head_lr_mult=7.0))
+    assert {name for name, (lr, _) in found.items() if lr == 7.0} == {"head.weight", "head.bias"}
+
+
+def test_a_stock_config_gives_what_mmengine_gives() -> None:
+    """The published Swin's paramwise_cfg, without our exceptions, against mmengine's own constructor."""
+    from mmengine.optim import DefaultOptimWrapperConstructor
+
+    model = timm.create_model("swin_tiny_patch4_window7_224", depths=(1, 1, 1, 1), embed_dim=24, num_heads=(1, 1, 1, 1))
+    optimizer = {"type": "AdamW", "lr": 6e-5, "weight_decay": 0.01}
+    custom = {"relative_position_bias_table": {"decay_mult": 0.0}, "norm": {"decay_mult": 0.0}, "head": {"lr_mult": 10}}
+    paramwise = {"custom_keys": custom, "bias_decay_mult": 0.5, "norm_decay_mult": 0.25}
+    theirs = DefaultOptimWrapperConstructor({"type": "OptimWrapper", "optimizer": optimizer}, paramwise)(model)
+    wrapper = {"type": "DeepSpeedOptimWrapper", "optimizer": optimizer}
+    ours = ParamGroups(wrapper, paramwise | {"exempt": False})(model)
+    assert rates(model, ours.optimizer.param_groups) == rates(model, theirs.optimizer.param_groups)
+    assert len(ours.optimizer.param_groups) < 6
+
+
+@pytest.mark.parametrize(
+    ("wrapper", "paramwise", "message"),
+    [
+        ({"lr": 1.0}, {"residual_lr_mul": 2}, "no key 'residual_lr_mul'; did you mean 'residual_lr_mult'"),
+        ({"lr": 1.0}, {"custom_keys": {"norm": {"decay_mul": 0}}}, "no key 'decay_mul'; did you mean 'decay_mult'"),
+        ({}, {}, "no lr"),
+    ],
+)
+def test_mistakes(wrapper: dict[str, Any], paramwise: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ParamGroups({"optimizer": {"type": "AdamW", **wrapper}}, paramwise)(Small())
