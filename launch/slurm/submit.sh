@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Sends a batch script off with the size that OpenMMLab's variables ask for; the script's own header is the default.
+#
+#   [GPUS=16] [GPUS_PER_NODE=8] [CPUS_PER_TASK=8] [SRUN_ARGS=…] submit.sh [--dry-run] [SBATCH_OPTION…] SCRIPT [WORDS…]
+#
+# Prints the job's number. --dry-run prints the sbatch command instead, and what the script would run.
+set -euo pipefail
+dry_run=
+if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
+options=()
+while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+
+if [[ ${GPUS:-} ]]; then
+  per_node=${GPUS_PER_NODE:-8}
+  if ((GPUS < per_node)); then per_node=$GPUS; fi
+  if ((GPUS % per_node)); then
+    echo "submit.sh: GPUS $GPUS is not a multiple of GPUS_PER_NODE $per_node; change either" >&2
+    exit 2
+  fi
+  options+=("--nodes=$((GPUS / per_node))" "--ntasks-per-node=$per_node" "--gpus-per-node=$per_node")
+elif [[ ${GPUS_PER_NODE:-} ]]; then
+  options+=("--ntasks-per-node=$GPUS_PER_NODE" "--gpus-per-node=$GPUS_PER_NODE")
+fi
+if [[ ${CPUS_PER_TASK:-} ]]; then options+=("--cpus-per-task=$CPUS_PER_TASK"); fi
+command=(sbatch --parsable "${options[@]}" "$@")
+if [[ $dry_run ]]; then
+  printf '%q ' "${command[@]}"
+  echo
+  bash "$1" --dry-run "${@:2}"
+else
+  "${command[@]}"
+fi

@@ -1,0 +1,111 @@
+"""The shell scripts and the Dockerfile, without a cluster: what they would run, and what linters say."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(path for path in (ROOT / "launch" / "slurm").iterdir())
+OURS = (
+    "GPUS",
+    "GPUS_PER_NODE",
+    "CPUS_PER_TASK",
+    "SRUN_ARGS",
+    "MAX_RESTARTS",
+    "TIMEOUT",
+    "PYTHON",
+    "SLURM_CPUS_PER_TASK",
+)
+
+
+def printed(*words: str, code: int = 0, **env: str) -> list[list[str]]:
+    """What a script prints, in words."""
+    kept = {name: value for name, value in os.environ.items() if name not in OURS}
+    done = subprocess.run(["bash", *words], cwd=ROOT, env=kept | env, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
+    return [shlex.split(line) for line in (done.stdout or done.stderr).splitlines()]
+
+
+@pytest.mark.parametrize(("tool", "files"), [("shellcheck", SCRIPTS), ("hadolint", [ROOT / "Dockerfile"])])
+def test_linters_are_content(tool: str, files: list[Path]) -> None:
+    program = Path(sys.executable).parent / tool
+    found = subprocess.run([program, *files], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout
+
+
+def test_a_word_with_spaces_stays_one_word() -> None:
+    words = ["a config; rm -rf x.py", "d.json", "work $(dirs)", "--cfg-options", "a.b=1"]
+    (command,) = printed(
+        "launch/slurm/run.sh", "--dry-run", *words, PYTHON="py", TIMEOUT="60", SRUN_ARGS="-v --mpi=none"
+    )
+    assert command[:5] == ["srun", "--kill-on-bad-exit=1", "-v", "--mpi=none", "py"]
+    assert command[5:8] == ["-u", "launch/train.py", words[0]]
+    assert command[-7:] == ["--work-dir", words[2], "--resume", "--timeout", "60", *words[3:]]
+
+
+@pytest.mark.parametrize("name", ["pretrain_core", "finetune_residual"])
+def test_the_scripts_have_defaults_that_exist(name: str) -> None:
+    (command,) = printed(f"launch/slurm/{name}.sbatch", "--dry-run", CPUS_PER_TASK="5")
+    assert "--cpus-per-task=5" in command
+    script = command.index("launch/train.py")
+    assert all((ROOT / file).is_file() for file in (command[script], command[script + 1], command[script + 3]))
+
+
+def test_the_grid_has_one_element_for_each_config() -> None:
+    commands = printed("launch/slurm/grid.sbatch", "--dry-run", "--cfg-options", "randomness.seed=1")
+    configs = {command[command.index("launch/train.py") + 1] for command in commands}
+    there = [path for task in ("segmentation", "detection") for path in (ROOT / "rmoe" / "configs" / task).glob("*.py")]
+    assert configs == {str(path.relative_to(ROOT)) for path in there}
+    assert f"#SBATCH --array=0-{len(commands) - 1}%" in (ROOT / "launch" / "slurm" / "grid.sbatch").read_text()
+    assert all(command[-1] == "randomness.seed=1" for command in commands)
+
+
+def test_openmmlabs_variables_size_the_job() -> None:
+    script = "launch/slurm/finetune_residual.sbatch"
+    sbatch, _ = printed("launch/slurm/submit.sh", "--dry-run", script, GPUS="16", GPUS_PER_NODE="4", CPUS_PER_TASK="5")
+    sizes = ["--nodes=4", "--ntasks-per-node=4", "--gpus-per-node=4", "--cpus-per-task=5"]
+    assert sbatch == ["sbatch", "--parsable", *sizes, script]
+    assert "--nodes=1" in printed("launch/slurm/submit.sh", "--dry-run", script, GPUS="2")[0]
+    (said,) = printed("launch/slurm/submit.sh", "--dry-run", script, GPUS="6", GPUS_PER_NODE="4", code=2)
+    assert "GPUS 6 is not a multiple of GPUS_PER_NODE 4" in " ".join(said)
+
+
+def test_the_chain_hands_the_core_on() -> None:
+    whole = printed("launch/slurm/chain.sh", "--dry-run", "w", "a.py", "b.py", "c.py")
+    assert [command[0] for command in whole] == ["sbatch", "srun"] * 3
+    assert [command[-1] for command in whole[2:]] == ["model.core=w/core"] * 2 + [
+        "model.backbone.core=w/intermediate"
+    ] * 2
+    short = printed("launch/slurm/chain.sh", "--dry-run", "w", "a.py", "-", "c.py")
+    assert len(short) == 4
+    assert "--dependency=afterok:JOB_OF_core" in short[2]
+    assert short[3][-1] == "model.backbone.core=w/core"
+
+
+@pytest.mark.parametrize(
+    ("code", "warned", "restarts", "ends"),
+    [(0, False, 0, 0), (1, False, 0, 1), (2, True, 0, 85), (3, False, 0, 85), (137, False, 3, 137), (85, False, 9, 85)],
+)
+def test_what_is_requeued(tmp_path: Path, code: int, warned: bool, restarts: int, ends: int) -> None:
+    """A batch script with the training, `scontrol` and `scancel` replaced by words in a file."""
+    shutil.copytree(ROOT / "launch", tmp_path / "launch")
+    (tmp_path / "bin").mkdir()
+    fakes = {"scontrol": "", "scancel": "", "sleep": "", "srun": f"{'kill -USR1 $PPID;' if warned else ''} exit {code}"}
+    for name, line in fakes.items():
+        (tmp_path / "bin" / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{tmp_path}/said\n{line}\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "slurm-7.restarts").write_text(str(restarts))
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "python"}
+    words = ["bash", "launch/slurm/run.sh", "c.py", "d.json", "work"]
+    done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == ends, done.stderr
+    assert ("scontrol requeue 7" in (tmp_path / "said").read_text()) == (ends == 85)
+    assert ("scancel --signal=USR1 7" in (tmp_path / "said").read_text()) == warned
