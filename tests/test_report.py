@@ -1,0 +1,164 @@
+"""The table, summary.json and the pictures, from work dirs as finished runs leave them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from mmengine.config import Config
+from mmengine.registry import MODELS, init_default_scope
+from PIL import Image
+from rich.console import Console
+from safetensors.torch import save_file
+
+from rmoe.config import UserError
+from rmoe.layers.moe import global_state_dict
+from rmoe.report import Row, report, table
+
+KEYS = {
+    "arm",
+    "task",
+    "metric",
+    "value",
+    "majority",
+    "train_seconds",
+    "device_seconds",
+    "flops_per_step",
+    "params_total",
+    "params_active",
+    "params_trainable",
+}
+COST = {
+    "train_seconds": 12.5,
+    "device_seconds": 25.0,
+    "flops_per_step": 3_000_000_000,
+    "params_total": 300,
+    "params_active": 200,
+    "params_trainable": 100,
+    "steps": 7,
+}
+BACKBONE = {
+    "type": "rmoe.TimmPyramid",
+    "model": "swin_tiny_patch4_window7_224",
+    "kwargs": {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4},
+    "core": "work_dirs/gone",
+}
+HEAD = {
+    "type": "UPerHead",
+    "in_channels": [8, 16, 32, 64],
+    "in_index": [0, 1, 2, 3],
+    "channels": 8,
+    "num_classes": 2,
+    "norm_cfg": {"type": "GN", "num_groups": 2},
+    "align_corners": False,
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three scenes for each split: sky above, grass below; in training grass is the commoner."""
+    for split, horizon in {"training": 12, "validation": 16}.items():
+        for folder in ("images", "annotations"):
+            (tmp_path / folder / split).mkdir(parents=True)
+        labels = np.ones((32, 32), dtype=np.uint8)
+        labels[horizon:] = 2
+        for index in range(3):
+            Image.fromarray(np.stack([labels * 60] * 3, -1)).save(tmp_path / f"images/{split}/{index}.jpg")
+            Image.fromarray(labels).save(tmp_path / f"annotations/{split}/{index}.png")
+    return tmp_path
+
+
+def split(root: Path, name: str) -> dict[str, Any]:
+    return {
+        "type": "rmoe.SegDataset",
+        "classes": ["sky", "grass"],
+        "num_classes": 2,
+        "data_root": str(root),
+        "data_prefix": {"img_path": f"images/{name}", "seg_map_path": f"annotations/{name}"},
+        "reduce_zero_label": True,
+        "pipeline": [
+            {"type": "rmoe.LoadImage"},
+            {"type": "rmoe.LoadLabels", "num_classes": 2},
+            {"type": "PackSegInputs"},
+        ],
+    }
+
+
+def run_dir(folder: Path, data: Path, stage: str, moe: dict[str, Any] | None) -> Path:
+    model = {
+        "type": "EncoderDecoder",
+        "data_preprocessor": {"type": "SegDataPreProcessor"},
+        "backbone": {**BACKBONE, "moe": moe},
+        "decode_head": HEAD,
+        "test_cfg": {"mode": "whole"},
+    }
+    config = Config(
+        {
+            "stage": stage,
+            "default_scope": "mmseg",
+            "custom_imports": {"imports": ["rmoe.tasks.segmentation"]},
+            "model": model,
+            # as the engine dumps it: the training set wrapped
+            "train_dataloader": {"dataset": {"type": "rmoe.SeededDataset", "dataset": split(data, "training")}},
+            "val_dataloader": {"dataset": split(data, "validation")},
+            "val_evaluator": {"type": "IoUMetric"},
+        }
+    )
+    logs = folder / "20260101_000000" / "vis_data"
+    logs.mkdir(parents=True)
+    config.dump(folder / "config.py")
+    lines = [{"loss": 2.0, "step": 5}, {"mIoU": 11.0, "step": 5}, {"mIoU": 42.25, "aAcc": 80.0, "step": 7}]
+    (logs / "scalars.json").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
+    (folder / "cost.json").write_text(json.dumps(COST))
+    init_default_scope("mmseg")
+    alone = {**BACKBONE, "core": None, "moe": moe and {**moe, "ep_size": 1}}
+    built = MODELS.build(Config({"model": {**model, "backbone": alone}}).model)
+    save_file(global_state_dict(built), folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def runs(tmp_path: Path, data: Path) -> list[Path]:
+    residual = run_dir(tmp_path / "residual", data, "residual", {"num_experts": 4, "ep_size": 2})
+    return [run_dir(tmp_path / "dense", data, "dense", None), residual]
+
+
+def test_what_a_report_leaves(runs, tmp_path, capsys):
+    rows = report(runs, tmp_path / "out")
+    content = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [set(entry) for entry in content] == [KEYS, KEYS]
+    assert [entry["arm"] for entry in content] == ["dense", "residual"]
+    # grass everywhere: right on 16 of 32 rows
+    expected = {"task": "segmentation", "metric": "mIoU", "value": 42.25, "majority": 25.0, "train_seconds": 12.5}
+    assert {key: content[0][key] for key in expected} == expected
+    assert rows[0].params_trainable == 100
+    shown = capsys.readouterr().out
+    assert "42.25" in shown
+    assert "residual" in shown
+    assert "trainable" in shown
+    for name, columns in {"predictions.png": 4, "experts.png": 3}.items():
+        with Image.open(tmp_path / "out" / name) as image:
+            assert image.width > 200 * columns
+            assert image.height > 3 * 200
+            assert len(set(image.convert("RGB").get_flattened_data())) > 20
+
+
+def test_the_table_is_not_cut():
+    row = Row("residual", "segmentation", "mIoU", 45.6, 1.0, 12345.6, 98765.4, 10**15, 10**9, 10**9, 10**9)
+    console = Console(width=150, record=True, quiet=False)
+    with console.capture() as capture:
+        console.print(table([row]))
+    assert "…" not in capture.get()
+    assert "1,000,000,000" in capture.get()
+
+
+@pytest.mark.parametrize(
+    "gone", ["cost.json", "model.safetensors", "20260101_000000/vis_data/scalars.json", "config.py"]
+)
+def test_an_unfinished_run_is_refused(runs, tmp_path, gone):
+    (runs[0] / gone).unlink()
+    with pytest.raises(UserError, match="finished run|finish the run"):
+        report(runs[:1], tmp_path / "out")
