@@ -1,0 +1,1 @@
+"""Benchmarks of the layer, the training step, whole pipelines and scaling; each prints a table and writes JSON."""

@@ -1,0 +1,307 @@
+"""What all benchmarks share: paired timing, fresh processes with a chosen allocator, JSON, tables, pictures.
+
+Ratios come from one process in which the contenders take turns: what else the machine does then hits all of them alike.
+A ratio is the median over the rounds of (time in that round) / (the reference's time in the same round).
+
+The C library's allocator decides part of a ratio on a CPU: with glibc's defaults, large tensors are mapped and given
+back at every step, and the page faults slow the dense network most. So ratios are taken under both `ALLOCATORS`, each
+in a process of its own, since glibc reads its settings once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+QUICK_RESULTS = ROOT / "work_dirs" / "benchmarks"
+
+# What glibc reads at start. "tuned": huge pages, nothing mapped for a single tensor, nothing given back.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    "tuned": {
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": "100000000000",
+        "MALLOC_TOP_PAD_": "268435456",
+    },
+}
+_ALLOCATOR_VARIABLES = {name for settings in ALLOCATORS.values() for name in settings}
+
+Row = dict[str, Any]
+Times = dict[str, list[float]]
+
+
+class Ratio(NamedTuple):
+    """Median of paired ratios, between their quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], object]], *, seconds: float, rounds: tuple[int, int], warmup: int = 1
+) -> Times:
+    """Times calls that take turns.
+
+    Args:
+        contenders: what to call, by name.
+        seconds: no further round begins once the timed ones took so long, …
+        rounds: … but at least the first and at most the second number of rounds are run.
+        warmup: rounds before that are not timed.
+
+    Returns:
+        For each contender its seconds, one entry for each round; entry i of all of them is of the same round.
+    """
+    names = list(contenders)
+    times: Times = {name: [] for name in names}
+    fewest, most = rounds
+    start = time.perf_counter()
+    for number in range(-warmup, most):
+        if number == 0:
+            start = time.perf_counter()
+        if number >= fewest and time.perf_counter() - start > seconds:
+            break
+        # Everyone comes first, and after each other contender, in turn.
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            before = time.perf_counter()
+            contenders[name]()
+            if number >= 0:
+                times[name].append(time.perf_counter() - before)
+    return times
+
+
+def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
+    """Ratio of `times` to `reference`, whose entries are of the same rounds."""
+    ratios = sorted(a / b for a, b in zip(times, reference, strict=True))
+    if len(ratios) == 1:
+        return Ratio(ratios[0], ratios[0], ratios[0])
+    low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    return Ratio(median, low, high)
+
+
+def timing_rows(times: Times, reference: str) -> list[Row]:
+    """One row for each contender: its median milliseconds and its ratio to `reference`."""
+    return [
+        {
+            "contender": name,
+            "ratio": (ratio := paired_ratio(seconds, times[reference])).median,
+            "ratio_low": ratio.low,
+            "ratio_high": ratio.high,
+            "ms": 1e3 * statistics.median(seconds),
+            "rounds": len(seconds),
+        }
+        for name, seconds in times.items()
+    ]
+
+
+def in_child(function: str, *, allocator: str, threads: int, processes: int = 1, **arguments: Any) -> Any:
+    """Calls a function in fresh interpreters under one of the `ALLOCATORS` and returns what it returned.
+
+    Args:
+        function: "module:name"; its arguments and what it returns are plain data.
+        allocator: key of `ALLOCATORS`.
+        threads: of torch, in each process.
+        processes: of one gloo group; more than one only for functions that join it. The answer is the first one's.
+        **arguments: of the function.
+
+    Raises:
+        RuntimeError: a process did not end with 0; its own words are on stderr.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder, "answer.json")
+        command = [sys.executable, "-m", __name__, function, json.dumps(arguments), str(answer)]
+        shared = _environment(allocator, threads, processes)
+        children: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in map(str, range(processes)):
+                ranked = shared | {"RANK": rank, "LOCAL_RANK": rank}
+                children.append(subprocess.Popen(command, env=ranked, cwd=ROOT, stdout=sys.stderr))
+            while any(child.poll() is None for child in children) and not any(child.poll() for child in children):
+                time.sleep(0.05)
+            if codes := [child.returncode for child in children if child.poll()]:
+                raise RuntimeError(f"{function} with {arguments} ended with exit code {codes[0]}")
+        finally:
+            for child in children:
+                child.kill()
+                child.wait()
+        return json.loads(answer.read_text())
+
+
+def _environment(allocator: str, threads: int, processes: int) -> dict[str, str]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    kept = {name: value for name, value in os.environ.items() if name not in _ALLOCATOR_VARIABLES}
+    group = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # These numbers are a CPU's, also where there is a GPU.
+    own = {
+        "OMP_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "DS_ACCELERATOR": "cpu",
+        "PYTHONWARNINGS": "ignore",
+    }
+    return kept | ALLOCATORS[allocator] | group | own
+
+
+def join_group() -> None:
+    """Makes this child one of its gloo group."""
+    import deepspeed
+    import deepspeed.ops
+
+    # Compiled for a minute, into a folder that all share, for a function that nothing here calls.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("gloo", verbose=False)
+
+
+class Arguments(NamedTuple):
+    """The command line of a benchmark."""
+
+    name: str
+    quick: bool
+    threads: int
+    out: Path
+
+
+def parse(name: str, description: str | None, argv: Sequence[str] | None = None) -> Arguments:
+    """Reads the command line that all benchmarks share.
+
+    Args:
+        name: of the benchmark; its files are called so.
+        description: its module's docstring.
+        argv: default: the process's.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
+    parser.add_argument("--threads", type=int, help="default: all cores, quick 1")
+    parser.add_argument("--out", type=Path, help=f"default: {_relative(RESULTS)}, quick {_relative(QUICK_RESULTS)}")
+    given = parser.parse_args(argv)
+    threads = given.threads or (1 if given.quick else len(os.sched_getaffinity(0)))
+    return Arguments(name, given.quick, threads, given.out or (QUICK_RESULTS if given.quick else RESULTS))
+
+
+def publish(arguments: Arguments, config: Mapping[str, Any], rows: Sequence[Row], table: Sequence[Row]) -> None:
+    """Prints `table` and writes NAME.json: the rows, the config, and all that a number depends on besides."""
+    from rmoe.cost import software
+
+    versions = software()
+    commit = versions.pop("commit") or ""
+    content = {
+        "benchmark": arguments.name,
+        "command": f"python -m benchmarks.{arguments.name}{' --quick' * arguments.quick}",
+        "quick": arguments.quick,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine() | {"threads": arguments.threads, "allocators": ALLOCATORS},
+        "versions": versions,
+        "commit": commit.removesuffix("-dirty") or None,
+        "dirty": commit.endswith("-dirty"),
+        "config": dict(config),
+        "rows": list(rows),
+    }
+    show(table, title=f"{arguments.name}, {arguments.threads} threads")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / f"{arguments.name}.json"
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    print(f"{_relative(path)} written")
+
+
+def machine() -> Row:
+    """The CPU on which this runs."""
+    from rmoe.cost import device_kind
+
+    return {"cpu": device_kind(), "cores": len(os.sched_getaffinity(0)), "gpu": None}
+
+
+def show(rows: Sequence[Row], title: str) -> None:
+    """Prints rows as a table; its columns are the keys of the first."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title)
+    for name in rows[0]:
+        table.add_column(name, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(cell(value) for value in row.values()))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """Rows as a Markdown table; its columns are the keys of the first."""
+    lines = [list(rows[0]), ["---" if isinstance(value, str) else "---:" for value in rows[0].values()]]
+    lines += [[cell(value) for value in row.values()] for row in rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """A value as tables show it: three significant digits of a number, − for what was not measured."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) or (isinstance(value, float) and abs(value) >= 100):
+        return f"{value:,.0f}"
+    return f"{value:#.3g}" if isinstance(value, float) else str(value)
+
+
+def pivot(rows: Sequence[Row], index: Sequence[str], column: str, value: str) -> list[Row]:
+    """One row for each combination of `index`, one column for each value of `column`; None where there is none."""
+    columns = dict.fromkeys(row[column] for row in rows)
+    found: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        key = tuple(row[name] for name in index)
+        line = found.setdefault(key, dict(zip(index, key, strict=True)) | dict.fromkeys(columns))
+        line[row[column]] = row[value]
+    return list(found.values())
+
+
+@contextmanager
+def picture(arguments: Arguments, columns: int, title: str) -> Iterator[Sequence[Any]]:
+    """Axes side by side to draw into; saved as NAME.png afterwards."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, columns, figsize=(5 * columns, 4), squeeze=False, layout="constrained")
+    yield axes[0]
+    figure.suptitle(title)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(arguments.out / f"{arguments.name}.png", dpi=110)
+    pyplot.close(figure)
+
+
+def _relative(path: Path) -> Path:
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def _answer(function: str, arguments: str, answer: str) -> None:
+    """The child's side of `in_child`."""
+    module, name = function.split(":")
+    run = getattr(importlib.import_module(module), name)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
+    result = run(**json.loads(arguments))
+    if torch and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if os.environ["RANK"] == "0":
+        Path(answer).write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    _answer(*sys.argv[1:])

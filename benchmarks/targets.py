@@ -1,0 +1,114 @@
+"""The project's speed and memory targets, each beside what was measured.
+
+    python -m benchmarks.layer; python -m benchmarks.step; python -m benchmarks.targets
+
+Reads layer.json and step.json and writes targets.json: a list of one object for each target. `measured` is the worst
+of the sizes, `at` says which; it is taken under the allocator in which the dense network is fastest, `tuned`, with the
+worst under glibc's default beside it. null: not measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+from benchmarks import common
+from benchmarks.common import Row
+
+# (sizes, which cells of the grid, highest ratio to the trained dense network in float32)
+Limits = tuple[tuple[str, Callable[[Row], bool], float], ...]
+LOW_RANK: Limits = (
+    ("C ≥ 384, T ≥ 6272", lambda row: row["width"] >= 384 and row["tokens"] >= 6272, 0.78),
+    ("C ≥ 384, T 1568", lambda row: row["width"] >= 384 and row["tokens"] == 1568, 0.85),
+    ("C 192", lambda row: row["width"] == 192, 0.95),
+    ("C 96", lambda row: row["width"] == 96, 1.10),
+)
+FULL: Limits = (
+    ("C ≥ 384, T ≥ 6272", lambda row: row["width"] >= 384 and row["tokens"] >= 6272, 1.00),
+    ("C < 384, T ≥ 6272", lambda row: row["width"] < 384 and row["tokens"] >= 6272, 1.15),
+    ("T 1568", lambda row: row["tokens"] == 1568, 1.20),
+)
+STOCK, GATE, GROWTH = 0.85, 0.08, {"low_rank_8": 1.10, "full": 1.25}
+STEP, MEMORY = {"low_rank": 1.00, "full": 1.03}, {"low_rank": 1.00, "full": 1.15}
+MORE_IN_BFLOAT16 = 0.20
+JUDGED, ASIDE = "tuned", "default"
+LAYER_COMMAND, STEP_COMMAND = "python -m benchmarks.layer", "python -m benchmarks.step"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    arguments = common.parse("targets", __doc__, argv)
+    layer, step = (json.loads((arguments.out / f"{name}.json").read_text())["rows"] for name in ("layer", "step"))
+    rows = [*layer_targets(layer), *step_targets(step)]
+    common.show(table(rows), "targets")
+    path = arguments.out / "targets.json"
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+    print(f"{sum(row['met'] is True for row in rows)} of {len(rows)} targets met; {path} written")
+
+
+def layer_targets(rows: Sequence[Row]) -> Iterator[Row]:
+    """Of one layer."""
+    for dtype, more in (("float32", 0.0), ("bfloat16", MORE_IN_BFLOAT16)):
+        grid = [row for row in rows if row["part"] == "grid" and row["dtype"] == dtype]
+        for title, names, limits in (
+            ("low_rank 8 and 16", ("low_rank_8", "low_rank_16"), LOW_RANK),
+            ("full", ("full",), FULL),
+        ):
+            mine = [row for row in grid if row["contender"] in names]
+            for sizes, fits, limit in limits:
+                what = f"{title}, {dtype}, {sizes}"
+                yield _target(what, "dense FFN, trained", limit + more, filter(fits, mine), "ratio", LAYER_COMMAND)
+        for name in ("full", "upper_bound"):
+            mine = [row for row in grid if row["contender"] == name]
+            against = "stock deepspeed.moe layer, same experts"
+            yield _target(f"{name}, {dtype}", against, STOCK + more, mine, "to_stock", LAYER_COMMAND)
+    gate = [row for row in rows if row["part"] == "gate" and row["contender"] != "layer"]
+    yield _target("gate + dispatch + combine alone", "the layer", GATE, gate, "ratio", LAYER_COMMAND)
+    for name, limit in GROWTH.items():
+        mine = [row for row in rows if row["part"] == "growth" and row["contender"] == name]
+        yield _target(f"64 experts, {name}", "8 experts", limit, mine, "ratio", LAYER_COMMAND)
+
+
+def step_targets(rows: Sequence[Row]) -> Iterator[Row]:
+    """Of a whole training step, the worst of UPerNet and Mask R-CNN."""
+    for what, key, limits in (
+        ("training step", "ratio", STEP),
+        ("peak memory of the step", "beyond_weights_ratio", MEMORY),
+    ):
+        for arm, limit in limits.items():
+            mine = [row for row in rows if row["contender"] == arm]
+            yield _target(f"{what}, {arm}", "dense step", limit, mine, key, STEP_COMMAND)
+
+
+def table(rows: Sequence[Row]) -> list[Row]:
+    """The targets for print."""
+    names = {"target": "target", "against": "against", "limit": "at most", "measured": "measured", "met": "met"}
+    return [
+        {new: row[old] for old, new in (names | {"measured_default_allocator": "glibc's default"}).items()}
+        for row in rows
+    ]
+
+
+def _target(what: str, against: str, limit: float, rows: Iterable[Row], key: str, command: str) -> Row:
+    found = list(rows)
+    worst, aside = _worst(found, key, JUDGED), _worst(found, key, ASIDE)
+    measured = worst.get(key)
+    return {
+        "target": what,
+        "against": against,
+        "limit": round(limit, 2),
+        "measured": measured,
+        "met": None if measured is None else measured <= limit,
+        "command": command,
+        "at": {name: worst[name] for name in ("task", "tokens", "width", "contender") if name in worst},
+        "measured_default_allocator": aside.get(key),
+    }
+
+
+def _worst(rows: Sequence[Row], key: str, allocator: str) -> Row:
+    """The row with the highest value; an empty one where nothing was measured."""
+    return max((row for row in rows if row["allocator"] == allocator), key=lambda row: row[key], default={})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import common, layer, targets
+from benchmarks.common import Row
+
+KEYS = {"target", "against", "limit", "measured", "met", "command"}
+
+
+def grid(contender: str, tokens: int, width: int, ratio: float, dtype: str = "float32", **more: Any) -> Row:
+    row = {
+        "part": "grid",
+        "allocator": "tuned",
+        "dtype": dtype,
+        "tokens": tokens,
+        "width": width,
+        "contender": contender,
+    }
+    return row | {"ratio": ratio, "to_stock": ratio / 1.5} | more
+
+
+def everything(ratio: float) -> list[Row]:
+    """A layer.json in which all cells have one ratio."""
+    rows = [
+        grid(name, tokens, width, ratio, dtype, allocator=allocator)
+        for allocator in ("default", "tuned")
+        for dtype in ("float32", "bfloat16")
+        for tokens in layer.TOKENS
+        for width in layer.WIDTHS
+        for name in ("low_rank_8", "low_rank_16", "full", "upper_bound")
+    ]
+    others = [("gate", "low_rank_8"), ("gate", "full"), ("growth", "low_rank_8"), ("growth", "full")]
+    return rows + [grid(name, 1568, 96, ratio, part=part) for part, name in others]
+
+
+def steps(ratio: float) -> list[Row]:
+    return [
+        {"task": task, "allocator": "tuned", "contender": arm, "ratio": ratio, "beyond_weights_ratio": ratio}
+        for task in ("segmentation", "detection")
+        for arm in ("dense", "low_rank", "full")
+    ]
+
+
+def test_the_worst_size_decides() -> None:
+    rows = [
+        grid("low_rank_8", 1568, 192, 0.90),
+        grid("low_rank_16", 6272, 192, 0.94),
+        grid("low_rank_8", 6272, 96, 1.2),
+    ]
+    found = {row["target"]: row for row in targets.layer_targets(rows)}
+    fine = found["low_rank 8 and 16, float32, C 192"]
+    assert (fine["limit"], fine["measured"], fine["met"]) == (0.95, 0.94, True)
+    assert fine["at"] == {"tokens": 6272, "width": 192, "contender": "low_rank_16"}
+    slow = found["low_rank 8 and 16, float32, C 96"]
+    assert (slow["limit"], slow["measured"], slow["met"]) == (1.10, 1.2, False)
+
+
+def test_bfloat16_may_cost_more_and_the_tuned_allocator_is_judged() -> None:
+    rows = [grid("full", 1568, 96, 1.30, "bfloat16"), grid("full", 1568, 96, 1.9, "bfloat16", allocator="default")]
+    found = {row["target"]: row for row in targets.layer_targets(rows)}["full, bfloat16, T 1568"]
+    assert (found["limit"], found["measured"], found["met"]) == (1.40, 1.30, True)
+    assert found["measured_default_allocator"] == 1.9
+
+
+def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
+    for row in [*targets.layer_targets([]), *targets.step_targets([])]:
+        assert row["measured"] is None
+        assert row["met"] is None
+
+
+@pytest.mark.parametrize(("ratio", "met"), [(0.05, True), (3.0, False)])
+def test_every_cell_of_the_grid_has_its_target(tmp_path: Path, ratio: float, met: bool) -> None:
+    for name, rows in (("layer", everything(ratio)), ("step", steps(ratio))):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
+    targets.main(["--out", str(tmp_path)])
+    found = json.loads((tmp_path / "targets.json").read_text())
+    assert len(found) == 2 * (4 + 3 + 2) + 1 + 2 + 4
+    assert all(set(row) >= KEYS for row in found)
+    assert all(row["met"] is met for row in found)
+    assert common.markdown(targets.table(found)).count("| yes |" if met else "| no |") == len(found)
+
+
+@pytest.mark.parametrize("limits", [targets.LOW_RANK, targets.FULL])
+def test_limits_cover_the_grid_without_overlap(limits: targets.Limits) -> None:
+    for tokens in layer.TOKENS:
+        for width in layer.WIDTHS:
+            assert sum(fits({"tokens": tokens, "width": width}) for _, fits, _ in limits) == 1

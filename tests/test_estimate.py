@@ -1,0 +1,257 @@
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import init_default_scope
+from torch import Tensor, nn
+
+from rmoe.cli import main
+from rmoe.config import UserError
+from rmoe.cost import counted_flops
+from rmoe.engine.optim import param_groups
+from rmoe.estimate import Estimate, Setting, Work, estimate, run_without_values, share_out, trace, training_loss
+from rmoe.registry import MODELS
+
+SIZE, IMAGES = 64, 2
+SWIN = dict(embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8), window_size=4, drop_path_rate=0.1)
+MOE = {
+    "dense": None,
+    "low_rank": dict(residual="low_rank"),
+    "full": dict(residual="full"),
+    "experts": dict(residual="experts"),
+    "two of four": dict(num_experts=4, top_k=2),
+    "recomputed": dict(recompute=True),
+}
+
+
+def segmentor(moe: dict[str, Any] | None, **backbone: Any) -> Config:
+    model = dict(
+        type="EncoderDecoder",
+        data_preprocessor=dict(type="SegDataPreProcessor", size=(SIZE, SIZE)),
+        backbone=dict(type="rmoe.TimmPyramid", model="swin_tiny_patch4_window7_224", kwargs=SWIN, moe=moe, **backbone),
+        decode_head=dict(
+            type="UPerHead",
+            in_channels=[16, 32, 64, 128],
+            in_index=[0, 1, 2, 3],
+            channels=16,
+            num_classes=11,
+            norm_cfg=dict(type="SyncBN"),
+            align_corners=False,
+        ),
+        train_cfg=dict(),
+        test_cfg=dict(mode="whole"),
+    )
+    return Config(dict(model=model, default_scope="mmseg", train_dataloader=dict(batch_size=IMAGES)))
+
+
+def classifier(moe: dict[str, Any] | None, model: str = "swin_tiny_patch4_window7_224", **kwargs: Any) -> Config:
+    kwargs = kwargs or dict(SWIN, img_size=SIZE)
+    model_cfg = dict(type="rmoe.TimmClassifier", model=model, kwargs=kwargs, num_classes=7, moe=moe, core="nowhere")
+    dataset = dict(transform=dict(input_size=SIZE))
+    return Config(dict(model=model_cfg, train_dataloader=dict(batch_size=IMAGES, dataset=dataset)))
+
+
+def with_values(cfg: Config) -> tuple[Any, dict[str, Any]]:
+    """The model and a batch, for real."""
+    from mmengine.structures import BaseDataElement, PixelData
+
+    init_default_scope(cfg.get("default_scope", "mmengine"))
+    cfg.model.core = None
+    torch.manual_seed(0)
+    if "decode_head" in cfg.model:
+        cfg.model.pop("core")
+        sample = BaseDataElement(metainfo={"img_shape": (SIZE, SIZE)})
+        sample.gt_sem_seg = PixelData(data=torch.randint(11, (1, SIZE, SIZE)))
+        labels: dict[str, Any] = {"data_samples": [sample] * IMAGES}
+    else:
+        labels = {"labels": torch.arange(IMAGES)}
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
+    return model, {"inputs": torch.randn(IMAGES, 3, SIZE, SIZE), **labels}
+
+
+def vit(moe: dict[str, Any] | None) -> Config:
+    """Two blocks, few operators: quick to trace."""
+    moe = moe and dict(moe, blocks="last_two")
+    return classifier(moe, "vit_tiny_patch16_224", img_size=SIZE, depth=2, embed_dim=48)
+
+
+CONFIGS = {
+    "segmentor, low_rank": segmentor(MOE["low_rank"]),
+    "segmentor, checkpointing": segmentor(MOE["full"], with_cp=True),
+    "Swin, low_rank": classifier(MOE["low_rank"]),
+    **{f"ViT, {name}": vit(moe) for name, moe in MOE.items()},
+}
+
+
+SLOW = ("segmentor, low_rank", "segmentor, checkpointing", "Swin, low_rank")
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in CONFIGS])
+def test_flops_and_activations_are_those_of_a_step_with_values(name: str) -> None:
+    guess = estimate(CONFIGS[name], Setting(processes=1))
+    model, images = with_values(Config(CONFIGS[name].to_dict()))
+    flops: list[int] = []
+    with counted_flops(flops):
+        training_loss(model, images).backward()
+    assert guess.flops == pytest.approx(flops[0], rel=0.1)
+    model.zero_grad()
+    live = trace(model, lambda: training_loss(model, images)).activations
+    assert guess.memory.activations == pytest.approx(live, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["Swin, low_rank", "ViT, dense", "ViT, full"])
+def test_activations_hold_what_autograd_keeps(name: str) -> None:
+    """Another oracle: the storages that autograd saved; the peak exceeds them by what is made on the way."""
+    guess = estimate(CONFIGS[name], Setting(processes=1))
+    model, images = with_values(Config(CONFIGS[name].to_dict()))
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers(), images["inputs"])}
+    saved: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        loss = training_loss(model, images)
+    assert loss.isfinite()
+    assert sum(saved.values()) <= guess.memory.activations <= 1.5 * sum(saved.values())
+
+
+def test_flops_of_a_linear_layer_by_hand() -> None:
+    found = trace(model := nn.Linear(4, 8), lambda: model(torch.ones(5, 4)).sum())
+    assert found.flops == 2 * (2 * 5 * 4 * 8)  # forward and the weight's gradient; the input needs none
+
+
+def test_live_bytes_by_hand() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(100))
+
+        def loss(self) -> Tensor:
+            freed = self.weight * 2  # 400 bytes, gone before the next
+            del freed
+            kept = self.weight.exp()  # 400 bytes, which its backward needs
+            return kept.sum()  # 4 bytes, and another 4 for its gradient
+
+    model = Twice()
+    # In backward: `kept`, its expanded gradient (4 bytes) and their product, which becomes the weight's gradient.
+    assert trace(model, model.loss).activations == pytest.approx(400, abs=16)
+
+
+@pytest.mark.parametrize("kind", ["dense", "full"])
+def test_weights_gradients_and_states_are_exact(kind: str) -> None:
+    guess = estimate(vit(MOE[kind]), Setting(processes=1, zero=0)).memory
+    model, images = with_values(vit(MOE[kind]))
+    optimizer = torch.optim.AdamW(param_groups(model, lr=1e-3))
+    training_loss(model, images).backward()
+    optimizer.step()
+    assert guess.weights == sum(x.nbytes for x in (*model.parameters(), *model.buffers()))
+    assert guess.gradients == sum(x.grad.nbytes for x in model.parameters() if x.grad is not None)
+    states = [x for state in optimizer.state.values() for x in state.values()]
+    assert guess.optimizer == sum(x.nbytes for x in states if x.ndim)  # the step counts aside
+    assert guess.buckets == 0
+
+
+KINDS = {"full": dict(residual="full", ep_size=2), "low_rank": dict(residual="low_rank", ep_size=2)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def work(request: pytest.FixtureRequest) -> Work:
+    return run_without_values(classifier(KINDS[request.param]), Setting(processes=4))
+
+
+def spread(work: Work, **setting: Any) -> Estimate:
+    return share_out(replace(work, setting=replace(work.setting, **setting)))
+
+
+def test_the_config_says_what_is_not_given(work: Work) -> None:
+    found = work.setting
+    assert (found.ep_size, found.micro_batch, found.image_size) == (2, IMAGES, (SIZE, SIZE))
+
+
+def test_zero_and_expert_parallelism_share_memory(work: Work) -> None:
+    assert work.experts == work.experts_trained > 0
+    others, experts = work.shared_trained, work.experts
+    # One process has its share of the experts; the 4 / ep_size processes with the same experts share their states.
+    assert spread(work, ep_size=4).memory.weights == work.shared + experts // 4
+    assert spread(work, ep_size=4, zero=0).memory.gradients == others + experts // 4
+    assert spread(work, ep_size=4, zero=1).memory.gradients == others + experts // 4
+    for ep_size in (1, 2, 4):
+        assert spread(work, ep_size=ep_size, zero=2).memory.gradients == others // 4 + experts // 4
+        assert spread(work, ep_size=ep_size, zero=1).memory.optimizer == 3 * (others // 4 + experts // 4)
+    assert spread(work, ep_size=2, zero=0).memory.optimizer == 2 * (others + experts // 2)
+
+
+def test_traffic_by_hand(work: Work) -> None:
+    tokens_travel = work.sent_tokens > 0
+    if tokens_travel:
+        # Strides 16 and 32: 2 images of 4 × 4 tokens of width 64, and of 2 × 2 of width 128, 4 bytes each.
+        assert (work.sent_tokens, work.sent_experts) == (2 * 4 * (16 * 64 + 4 * 128), 0)
+    else:
+        assert work.sent_experts == work.experts
+    sent = spread(work, ep_size=4, zero=1)
+    assert sent.traffic.all_to_all == 4 * work.sent_tokens * 3 // 4  # there and back, forward and backward
+    assert sent.traffic.gather_experts == 2 * work.sent_experts * 3 // 4
+    assert sent.traffic.reduce_gradients == 2 * work.shared_trained * 3 // 4  # no expert is in two processes
+    assert sent.traffic.gather_weights == work.shared_trained * 3 // 4
+    assert sent.memory.activations == work.activations + work.sent_tokens + work.sent_experts
+    assert spread(work, processes=1, ep_size=1).traffic.total == 0
+    assert spread(work, ep_size=1, zero=0).traffic.gather_weights == 0
+
+
+def test_lower_precision_keeps_weights_and_shrinks_activations() -> None:
+    one, other = (
+        estimate(vit(None), Setting(processes=1, micro_batch=16, precision=name)).memory
+        for name in ("float32", "bfloat16")
+    )
+    assert other.weights == one.weights
+    assert 0.4 * one.activations < other.activations < one.activations
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (dict(processes=3, ep_size=2), "ep_size 2 does not divide the 3 processes"),
+        (dict(processes=16, ep_size=16), "does not divide the 16 processes and 8 experts"),
+    ],
+)
+def test_what_does_not_fit_is_refused(setting: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        estimate(vit(MOE["low_rank"]), Setting(**setting))
+
+
+def test_a_size_that_nobody_gives_is_asked_for() -> None:
+    cfg = classifier(None)
+    cfg.train_dataloader.pop("dataset")
+    with pytest.raises(UserError, match="give --image-size"):
+        estimate(cfg, Setting(processes=1))
+
+
+def test_a_detector_is_refused() -> None:
+    configs = Path(__file__).resolve().parents[1] / "rmoe/configs/detection"
+    cfg = Config.fromfile(configs / "mask_rcnn_swin_tiny_dense_coco_1x.py")
+    with pytest.raises(UserError, match="MaskRCNN"):
+        estimate(cfg, Setting(processes=1))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, numbers = tmp_path / "config.py", tmp_path / "estimate.json"
+    CONFIGS["ViT, low_rank"].dump(path)
+    assert main(["estimate", str(path), "--gpus", "4", "--ep-size", "2", "--zero", "1", "--json", str(numbers)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(numbers.read_text())
+    assert "memory: activations" in shown
+    assert "sent: gather experts" in shown
+    assert found["setting"]["processes"] == 4
+    assert found["memory"]["weights"] > 0
+    assert main(["estimate", str(path), "--gpus", "0"]) == 2
+    assert "--gpus is 0" in capsys.readouterr().err
