@@ -1,13 +1,14 @@
 # make demo    the whole pipeline on the embedded data, on two CPU cores
 # make test    the whole test suite
 # make lint    format, style and types
+# make bench   all benchmarks, on two idle cores; bench-quick only shows that they run
 # Each installs what it needs into .venv first; PYTHON names the interpreter to make it from.
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test lint format clean
+.PHONY: install demo test lint bench bench-quick format clean
 
 install: $(VENV)/installed
 
@@ -37,6 +38,10 @@ lint: install
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
+
+bench bench-quick: install
+	set -e; for name in layer step training_cost scaling targets; do \
+	  $(VENV)/bin/python -m benchmarks.$$name $(if $(findstring quick,$@),--quick); done
 
 format: install
 	$(VENV)/bin/ruff format .
