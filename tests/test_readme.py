@@ -1,0 +1,53 @@
+"""What the README says can be typed, can be typed."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from rmoe.engine.launch import parser
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_python_examples_run() -> None:
+    upcycling, loop = blocks("python")[:2]
+    torch.manual_seed(0)
+    small = "pretrained=False, img_size=64, window_size=2, embed_dim=12, depths=(1, 1, 2, 2), num_classes=3"
+    names: dict = {}
+    exec(upcycling.replace("pretrained=True", small), names)
+    names |= {
+        "criterion": torch.nn.functional.cross_entropy,
+        "images": torch.randn(4, 3, 64, 64),
+        "labels": torch.tensor([0, 1, 2, 0]),
+    }
+    exec(loop, names)
+    names["loss"].backward()
+    assert names["report"].blocks == ("layers.2.blocks.1.mlp", "layers.3.blocks.1.mlp")
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"^make (\w+)$", README, re.MULTILINE)
+    assert targets == ["demo", "test"]
+    assert all(re.search(rf"^{target}[ \w-]*:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_flags_of_the_training_command_exist() -> None:
+    known = parser().format_help()
+    for flag in ("--deepspeed_config", "--work-dir", "--resume", "--cfg-options", "--timeout", "--safe-config"):
+        assert flag in README
+        assert flag in known
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).is_file()
