@@ -30,7 +30,7 @@ def ip(*words: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def hosts() -> Iterator[list[tuple[str, str, str]]]:
     """Name, network device and address of two hosts."""
-    number = os.getpid() % 60000
+    number = os.getpid() % 14000  # 10.200 to 10.254
     found = [(f"rmoe{number}-{i}", f"rm{number}-{i}", f"10.{200 + number // 256}.{number % 256}.{i}") for i in (1, 2)]
     if os.geteuid() or not shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin"):
         pytest.skip("network namespaces need root and iproute2")
