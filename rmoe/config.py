@@ -111,8 +111,8 @@ class ResidualMoEConfig:
         combine: where the gate value enters. `residual`: θ(x) = θ0 + Σ g_e Δ_e with g the softmax probability;
             `straight_through`: y = Σ g_e FFN(x; θ0 + Δ_e) with Σ g_e = 1 forward and the gradient of the probability
             backward; `softmax`: y = Σ p_e FFN(x; θ0 + Δ_e), as V-MoE (does not preserve the dense function); `auto`:
-            the cheapest that preserves the function, `residual` for `low_rank` and `straight_through` for `full`; for
-            `experts`, `softmax`.
+            the cheapest that preserves the function, `residual` for `low_rank`, `straight_through` for `full` and for
+            `experts` copied from the core; `softmax` for those drawn anew, which have none to preserve.
         capacity_factor: an expert takes at most ⌈factor · tokens · K / E⌉ tokens of the global training batch, the
             highest gate values first; None (the default) never drops. Evaluation never drops.
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1).
@@ -186,7 +186,8 @@ class ResidualMoEConfig:
     @property
     def normalises(self) -> bool:
         """Whether a token's gate values sum to 1, with the gradient of the probabilities (`straight_through`)."""
-        return self.combine == "straight_through" or (self.combine == "auto" and self.residual == "full")
+        copied = self.residual == "experts" and self.expert_init == "core"
+        return self.combine == "straight_through" or (self.combine == "auto" and (self.residual == "full" or copied))
 
     @property
     def sends_tokens(self) -> bool:

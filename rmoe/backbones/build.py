@@ -17,6 +17,7 @@ from rmoe.backbones.core import CoreReport, level_keys, load_core, read_checkpoi
 from rmoe.backbones.dense_import import translate
 from rmoe.backbones.upcycle import upcycle
 from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.layers.moe import holds_experts
 
 
 def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -35,31 +36,42 @@ def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"timm cannot build {name} with kwargs {dict(kwargs)}: {error}") from error
 
 
-def add_core(model: nn.Module, core: str | None, level_norms: Mapping[int, nn.Module] | None = None) -> None:
-    """Loads the dense core `core` into `model`, if there is one, and logs what became of its keys.
+def add_weights(
+    model: nn.Module,
+    core: str | None,
+    moe: Mapping[str, Any] | None,
+    level_norms: Mapping[int, nn.Module] | None = None,
+) -> None:
+    """Loads the core, if there is one, and adds residual experts, if `moe` is given; logs what became of every key.
+
+    A dense core is loaded before the experts are made around it. The checkpoint of a mixture (a finished intermediate
+    stage, say) is loaded after that, and brings residuals, or experts, and gates along.
 
     Args:
         model: a timm model; changed in place.
         core: see `load_core`.
+        moe: keys of `ResidualMoEConfig`.
         level_norms: norms of output levels, outside `model`; see `load_core`.
 
     Raises:
-        UserError: see `load_core`.
+        UserError: a mixture's checkpoint without `moe`; see `load_core`, `ResidualMoEConfig` and `upcycle`.
     """
+    state = None if core is None else read_checkpoint(Path(core))
+    mixture = state is not None and holds_experts(state)
+    if mixture and moe is None:
+        raise UserError(
+            f"{core} is the checkpoint of a mixture of experts, and moe is None; give the moe of the run that wrote it "
+            "(its model.json has it), or the dense core that it was made from"
+        )
+    if mixture:
+        _add_experts(model, moe)
     if core is not None:
-        print_log(str(load_core(model, core, level_norms)), logger="current")
+        print_log(str(load_core(model, core, level_norms, state)), logger="current")
+    if not mixture:
+        _add_experts(model, moe)
 
 
-def add_experts(model: nn.Module, moe: Mapping[str, Any] | None) -> None:
-    """Turns feed-forward networks of `model` into residual mixtures of experts, if `moe` is given, and logs which.
-
-    Args:
-        model: a timm model; changed in place.
-        moe: keys of `ResidualMoEConfig`.
-
-    Raises:
-        UserError: see `ResidualMoEConfig` and `upcycle`.
-    """
+def _add_experts(model: nn.Module, moe: Mapping[str, Any] | None) -> None:
     if moe is not None:
         print_log(str(upcycle(model, ResidualMoEConfig.from_dict(moe)).report), logger="current")
 
@@ -86,14 +98,15 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
         )
     if out.exists():
         raise UserError(f"{out} exists; remove it or give another name")
-    state = translate(read_checkpoint(Path(source))).state
+    raw = read_checkpoint(Path(source))
+    state = translate(raw).state
     net: Any = timm_model(model, {"num_classes": _num_classes(state)})
     norms = {
         int(match[1]): nn.LayerNorm(len(state[key]))
         for key in state
         if (match := re.search(r"^norm(\d+)\.weight$", key))
     }
-    report = load_core(net, source, norms)
+    report = load_core(net, source, norms, raw)
     absent = {key for keys in report.left_out.values() for key in keys}
     written = {key: x.contiguous() for key, x in (net.state_dict() | level_keys(norms)).items() if key not in absent}
     partial = out.with_suffix(".partial")

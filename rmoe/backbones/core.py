@@ -1,4 +1,4 @@
-"""Reading a dense core: from a checkpoint file to the weights of a timm model, with no key lost silently.
+"""Reading a core: from a checkpoint file to the weights of a timm model, with no key lost silently.
 
 Other code bases' names are brought to timm's first (`rmoe.backbones.dense_import`). A file may hold more than the
 backbone (a segmentation head, say) under any common prefix: the prefix is found by looking which one makes most keys
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from rmoe.backbones.dense_import import NOT_BACKBONE, translate
 from rmoe.config import UserError
+from rmoe.layers.moe import global_state_dict, holds_experts, load_global_state_dict
 
 # (pattern, reason): keys without prefix that the file may hold and the model need not, and the other way round.
 CLASSIFIER = ((r"^(head|head_dist|fc|classifier)\.", "classifier"),)
@@ -39,6 +40,7 @@ ABSENT = (
 )
 Rules = tuple[tuple[str, str], ...]
 _ADVICE = "give the checkpoint of this architecture"
+_MIXTURE = "give the checkpoint of a run with this architecture and this moe (its model.json says which it had)"
 _CONTAINERS = ("model", "state_dict")
 _LISTED = 3
 
@@ -60,7 +62,7 @@ class CoreReport:
         self.left_out.setdefault(reason, []).append(key)
 
     def __str__(self) -> str:
-        lines = [f"dense core {self.path} ({self.source}): {self.loaded} weights loaded"]
+        lines = [f"core {self.path} ({self.source}): {self.loaded} weights loaded"]
         lines += [f"  {len(keys)} converted ({done}): {', '.join(keys)}" for done, keys in self.converted.items()]
         if self.resized:
             lines.append(f"  {len(self.resized)} position tables resized: {', '.join(self.resized)}")
@@ -68,15 +70,22 @@ class CoreReport:
         return "\n".join([*lines, f"  {self.note}"] if self.note else lines)
 
 
-def load_core(model: nn.Module, path: str | Path, level_norms: Mapping[int, nn.Module] | None = None) -> CoreReport:
-    """Loads the dense weights of `path` into the timm `model`, in place, all of them or none.
+def load_core(
+    model: nn.Module,
+    path: str | Path,
+    level_norms: Mapping[int, nn.Module] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> CoreReport:
+    """Loads the weights of `path` into the timm `model`, in place, all of them or none.
 
     Args:
-        model: a dense model as `timm.create_model` makes it.
+        model: a dense model as `timm.create_model` makes it; for a mixture's checkpoint, the upcycled model. Where its
+            experts are spread over processes, all of them call it, and each takes its own.
         path: a `.pth` file (a state dict, bare or under "model" or "state_dict"), a `.safetensors` file, or a folder
             with a model.safetensors, such as the work dir of a finished run; of timm's names or those of any format in
             `rmoe.backbones.dense_import`.
         level_norms: a norm for each output level, outside `model`, to be loaded where the file has it.
+        state: what `read_checkpoint` made of `path`, where it has been read already.
 
     Returns:
         The report to log.
@@ -86,24 +95,26 @@ def load_core(model: nn.Module, path: str | Path, level_norms: Mapping[int, nn.M
             weight of the model that the file lacks, has in another shape, or holds with nowhere to go.
     """
     path, level_norms = Path(path), level_norms or {}
-    foreign = translate(read_checkpoint(path))
+    foreign = translate(read_checkpoint(path) if state is None else state)
     report = CoreReport(
         path, foreign.source, converted=foreign.converted, left_out=dict(foreign.left_out), note=foreign.note
     )
-    wanted = model.state_dict() | level_keys(level_norms)
+    own = global_state_dict(model)
+    wanted = own | level_keys(level_norms)
     found = _without_prefix(foreign.state, wanted, report)
+    advice = _MIXTURE if holds_experts(found) or holds_experts(own) else _ADVICE
     if surplus := _unexplained(LEFT_OUT, [key for key in found if key not in wanted], report):
-        raise UserError(f"{path} holds {_counted(surplus)} that the model has no place for; {_ADVICE}")
+        raise UserError(f"{path} holds {_counted(surplus)} that the model has no place for; {advice}")
     if lacking := _unexplained(ABSENT, [key for key in wanted if key not in found], report):
-        raise UserError(f"{path} lacks {_counted(lacking)} of the model; {_ADVICE}")
+        raise UserError(f"{path} lacks {_counted(lacking)} of the model; {advice}")
     fitted = {}
     for key in (key for key in wanted if key in found):
         value = found[key]
         if value.shape != wanted[key].shape and _reason(CLASSIFIER, key):
             report.leave(key, "classifier of other classes")
         else:
-            fitted[key] = _fit(model, key, value, wanted[key].shape, report)
-    model.load_state_dict(fitted, strict=False)
+            fitted[key] = _fit(model, key, value, wanted[key].shape, report, advice)
+    load_global_state_dict(model, {key: fitted.get(key, x) for key, x in own.items()})
     with torch.no_grad():
         for key, value in level_keys(level_norms).items():
             value.copy_(fitted.get(key, value))
@@ -168,7 +179,7 @@ def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], r
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
-def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: CoreReport) -> Tensor:
+def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: CoreReport, advice: str) -> Tensor:
     """`value` in the model's shape: position tables are interpolated, anything else must have it already."""
     if value.shape == shape:
         return value
@@ -183,7 +194,7 @@ def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: C
         prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
         return resample_abs_pos_embed(value, new_size=list(vit.patch_embed.grid_size), num_prefix_tokens=prefix_tokens)
     raise UserError(
-        f"{key} has the shape {tuple(value.shape)} in {report.path} and {tuple(shape)} in the model; {_ADVICE}"
+        f"{key} has the shape {tuple(value.shape)} in {report.path} and {tuple(shape)} in the model; {advice}"
     )
 
 

@@ -12,7 +12,7 @@ from timm.models import model_entrypoint
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
-from rmoe.backbones.build import add_core, add_experts, timm_model
+from rmoe.backbones.build import add_weights, timm_model
 from rmoe.config import UserError
 from rmoe.registry import MODELS
 
@@ -37,8 +37,9 @@ class TimmPyramid(nn.Module):
         model: a timm model with `forward_intermediates`, such as "swin_tiny_patch4_window7_224".
         kwargs: further arguments of `timm.create_model`: drop_path_rate, embed_dim, depths, pretrained, …
         out_indices: stages (Swin, CvT) or blocks (ViT) whose maps are returned.
-        core: checkpoint of the dense core, see `rmoe.backbones.core.load_core`.
-        moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the backbone dense.
+        core: checkpoint of the dense core, or of a mixture that `moe` describes: see `rmoe.backbones.build`.
+        moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the backbone dense. Blocks are chosen of the whole
+            backbone, whatever `out_indices` leave of it, so that upstream and downstream models have the same.
         with_cp: recompute activations in the backward pass, to save memory.
 
     Raises:
@@ -59,10 +60,9 @@ class TimmPyramid(nn.Module):
         net: Any = timm_model(model, {**_any_size(model), **(kwargs or {}), "num_classes": 0})
         levels = _levels(model, net, out_indices)
         norms = [timm.layers.LayerNorm2d(channels, eps=1e-5) for channels, _ in levels]
-        add_core(net, core, dict(zip(out_indices, norms, strict=True)))
+        add_weights(net, core, moe, dict(zip(out_indices, norms, strict=True)))
         self.patch = net.feature_info[0]["reduction"]
         self.out_indices = net.prune_intermediate_layers(list(out_indices), prune_norm=True)
-        add_experts(net, moe)
         _pad_before_shift(net)
         if with_cp:
             timm.layers.set_reentrant_ckpt(False)  # the reentrant kind loses the gate's losses

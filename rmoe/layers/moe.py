@@ -4,8 +4,8 @@ One forward pass, in the order in which it runs: `Gate` chooses the experts of e
 the core plus their residuals; where experts are spread over processes, weights or tokens travel first (exchange.py).
 What the gate decided is collected by `collect`, and by nothing else.
 
-To DeepSpeed the layer is a `deepspeed.moe.layer.MoE`: its residuals carry the marks of expert parameters, and are named
-as its experts are. The gate, the arithmetic and the exchange are not DeepSpeed's.
+To DeepSpeed a layer whose residuals are trained is a `deepspeed.moe.layer.MoE`: they carry the marks of expert
+parameters, and are named as its experts are. The gate, the arithmetic and the exchange are not DeepSpeed's.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Role = Literal["core", "residual", "gate", "other"]
 _EXPERT_KEY = "deepspeed_experts."
 
 
-class ResidualMoE(MoE):
+class ResidualMoE(nn.Module):
     """y = FFN(x; θ0 + Σ g_e(x) Δ_e) in place of y = FFN(x; θ0); see `rmoe.config.ResidualMoEConfig`.
 
     Right after construction it computes what `core` computed, for every routing (but not with combine="softmax", nor
@@ -47,9 +47,10 @@ class ResidualMoE(MoE):
     """
 
     def __init__(self, core: nn.Module, config: ResidualMoEConfig) -> None:
-        nn.Module.__init__(self)  # MoE's own constructor would build its gate and a copy of the core per expert
+        nn.Module.__init__(
+            self
+        )  # of MoE too: its own constructor would build its gate and a copy of the core per expert
         self.config = config
-        self.use_residual = self.enable_expert_tensor_parallelism = False
         self.num_experts, self.ep_size = config.num_experts, config.ep_size
         self.num_local_experts = config.num_experts // config.ep_size
         self.expert_group_name = f"ep_size_{config.ep_size}"
@@ -64,7 +65,10 @@ class ResidualMoE(MoE):
         self.deepspeed_moe.experts = _Residual(config, network, self._expert_rank() * self.num_local_experts)
         self._every_expert: Residuals | None = None
         self.core.requires_grad_(config.train_core)
-        self.deepspeed_moe.requires_grad_(config.train_residual)
+        if config.train_residual:
+            self.__class__ = _TrainedResidualMoE
+        else:
+            self.deepspeed_moe.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape [..., C] → y [..., C]. In training, every process of the expert group must call it.
@@ -162,6 +166,14 @@ class ResidualMoE(MoE):
             )
 
 
+class _TrainedResidualMoE(ResidualMoE, MoE):
+    """A layer as DeepSpeed's engine knows it. It asks of every such layer that experts of it are trained: one whose
+    experts are fixed is an ordinary module to it.
+    """
+
+    use_residual = enable_expert_tensor_parallelism = False  # what DeepSpeed means by them
+
+
 def _network(core: nn.Module) -> Network:
     fc1, fc2 = core.fc1, core.fc2
     return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
@@ -181,12 +193,12 @@ class _Residual(nn.Module):
         self.kind = type(every)
         for name, x in every._asdict().items():
             self.register_parameter(name, nn.Parameter(x[start : start + local].clone()))
-        self.group_name = f"ep_size_{config.ep_size}"
+        self.group_name, self.trained = f"ep_size_{config.ep_size}", config.train_residual
         self._mark()
 
     def _mark(self) -> None:
         """DeepSpeed's marks of expert parameters."""
-        for parameter in self.parameters():
+        for parameter in self.parameters() if self.trained else ():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.group_name  # type: ignore[attr-defined]
 
@@ -339,6 +351,11 @@ def roles(model: nn.Module) -> dict[str, Role]:
         for name, _ in layer.named_parameters():
             found[f"{layer_name}.{name}" if layer_name else name] = parts[name.partition(".")[0]]
     return found
+
+
+def holds_experts(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is a mixture's, so that it fits an upcycled model only."""
+    return any(_EXPERT_KEY in key for key in state)
 
 
 def global_state_dict(model: nn.Module) -> dict[str, Tensor]:

@@ -416,7 +416,7 @@ def test_the_command_imports_and_says_so(foreign, tmp_path, capsys, small_models
     source, out = saved(foreign["HF Swin"].state, tmp_path), tmp_path / "out.safetensors"
     assert main(["import", str(source), SWIN, str(out)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"dense core {source} (Hugging Face Swin): {len(load_file(out))} weights loaded"
+    assert lines[0] == f"core {source} (Hugging Face Swin): {len(load_file(out))} weights loaded"
     assert lines[1].startswith("  20 converted (query, key and value joined): layers.0.blocks.0.attn.qkv.")
     assert len(lines) == 3
     assert lines[-1] == f"{out}: written"

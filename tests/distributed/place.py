@@ -15,18 +15,20 @@ import deepspeed.ops
 import timm
 import torch
 import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import nn
 
 import rmoe
+from rmoe.backbones.build import add_weights
 from rmoe.engine.clipping import mend_clipping
 from rmoe.layers.moe import collect, global_state_dict, local_experts, moe_layers
 
 IMAGES, STEPS = 8, 3
 
 
-def build(moe: dict[str, Any]) -> nn.Module:
+def dense() -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(
+    return timm.create_model(
         "swin_tiny_patch4_window7_224",
         embed_dim=8,
         depths=(2, 2),
@@ -36,20 +38,25 @@ def build(moe: dict[str, Any]) -> nn.Module:
         drop_path_rate=0.0,
         num_classes=3,
     )
-    rmoe.upcycle(model, rmoe.ResidualMoEConfig.from_dict({"num_experts": 4, "noise": 0.0, "gate_std": 1.0, **moe}))
-    # Residuals of a trained model, the same wherever an expert lives: as many draws on every process.
+
+
+def build(moe: dict[str, Any], folder: Path) -> nn.Module:
+    """Carried over from the checkpoint of a mixture whose residuals are as if trained, all experts in one process."""
+    moe = {"num_experts": 4, "noise": 0.0, "gate_std": 1.0, **moe}
+    model, _ = rmoe.upcycle(dense(), rmoe.ResidualMoEConfig.from_dict({**moe, "ep_size": 1}))
     generator = torch.Generator().manual_seed(1)
     for layer in moe_layers(model).values():
-        start = layer._expert_rank() * layer.num_local_experts
         for parameter in layer.deepspeed_moe.parameters():
-            drawn = 0.3 * torch.randn(layer.num_experts, *parameter.shape[1:], generator=generator)
-            parameter.data.copy_(drawn[start : start + layer.num_local_experts])
-    return model
+            parameter.data.normal_(std=0.3, generator=generator)
+    path = folder / f"start_{dist.get_world_size()}_{dist.get_rank()}.safetensors"
+    save_file({key: x.contiguous() for key, x in global_state_dict(model).items()}, path)
+    add_weights(spread := dense(), str(path), moe)
+    return spread
 
 
-def train(zero: int, moe: dict[str, Any], clip: float) -> dict[str, Any]:
+def train(zero: int, moe: dict[str, Any], clip: float, folder: Path) -> dict[str, Any]:
     world, rank = dist.get_world_size(), dist.get_rank()
-    model = build(moe)
+    model = build(moe, folder)
     parameters = {"name": "all", "params": [p for p in model.parameters() if p.requires_grad]}
     groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(parameters)
     engine, *_ = deepspeed.initialize(
@@ -92,7 +99,7 @@ def main() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo", verbose=False)
     for name, case in json.loads(sys.argv[2]).items():
-        result = train(**case)
+        result = train(**case, folder=Path(sys.argv[1]))
         if dist.get_rank() == 0:
             torch.save(result, Path(sys.argv[1]) / f"{name}.pt")
     dist.destroy_process_group()

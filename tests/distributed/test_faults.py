@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Finished, run_processes
+from conftest import ROOT, Finished, free_port_number, run_processes
 from mishaps import MARK
 from safetensors.torch import load_file
 from toy import write_config, write_json
@@ -18,6 +19,7 @@ from rmoe.engine import faults
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 TRAIN = ROOT / "launch" / "train.py"
+DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 MOE = {"num_experts": 4, "rank": 2, "noise": 1.0, "ep_size": 2, "losses": {"importance": 0.01}}
 WILD = {"model.moe": MOE, "model.drop_path": 0.3, "train_dataloader.num_workers": 1}
 TIMEOUT = 6.0  # seconds without progress
@@ -128,3 +130,15 @@ def test_torchrun_restarts_a_killed_run(tmp_path: Path, whole: Path) -> None:
     assert ended.returncode == 0
     assert_same_weights(tmp_path / "run", whole)
     assert json.loads((tmp_path / "run" / "cost.json").read_text())["steps"] == 6
+
+
+def test_a_killed_run_of_deepspeeds_launcher_is_restarted(tmp_path: Path, whole: Path) -> None:
+    """From the last good checkpoint, that of step 4, on; the first attempt is without --resume."""
+    words = command(tmp_path, "run", {"kind": "kill", "at": 5})
+    deepspeed = [str(DEEPSPEED), "--num_accelerators", "2", "--master_port", str(free_port_number())]
+    restart = [str(ROOT / "launch" / "restart.py"), "--max-restarts", "1"]
+    ended = run_processes(tmp_path, [*restart, *deepspeed, str(TRAIN), *words], 0)[0]
+    assert "restart.py: code 247, restart 1 of 1: goes on from the last checkpoint" in ended.stderr
+    assert "ends after step 5: rank 1 (process " in ended.stderr
+    assert "iter_4.pth" in "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
+    assert_same_weights(tmp_path / "run", whole)

@@ -26,6 +26,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "full_softmax": {"residual": "full", "combine": "softmax"},
     "experts": {"residual": "experts", "expert_init": "random", "capacity_factor": 1.05, "top_k": 2, "losses": LOSSES},
     "full_inside_two": {"residual": "full", "combine": "residual", "top_k": 2},
+    "experts_copied": {"residual": "experts", "losses": LOSSES},
+    "fixed": {"residual": "full", "train_residual": False, "losses": LOSSES},
     "capacity": {"capacity_factor": 0.8, "exchange": "tokens"},
     "capacity_full_two": {"residual": "full", "capacity_factor": 0.8, "top_k": 2},
 }
@@ -35,11 +37,11 @@ PLACES = [(2, 1), (2, 2), (4, 2)]
 
 def cases(ep_size: int) -> dict[str, dict[str, Any]]:
     return {
-        f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": ep_size}}
+        f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": 1 if name == "fixed" else ep_size}}
         for name, moe in LAYERS.items()
         for zero in STAGES
-        # All of them under ZeRO-2, the two kinds under the others too.
-        if zero == 2 or name in ("low_rank", "full")
+        # All of them under ZeRO-2, some under the others too.
+        if zero == 2 or name in ("low_rank", "full", "fixed")
     }
 
 

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from deepspeed.moe.layer import MoE
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -128,10 +129,10 @@ def test_more_experts_than_tokens() -> None:
 def test_copied_experts_are_the_dense_network() -> None:
     torch.manual_seed(0)
     dense = Mlp(WIDTH, 2 * WIDTH)
-    config = ResidualMoEConfig(num_experts=4, residual="experts", top_k=2, combine="straight_through")
+    config = ResidualMoEConfig(num_experts=4, residual="experts", top_k=2)
     moe = ResidualMoE(dense, config).eval()
     torch.testing.assert_close(moe(tokens()), dense(tokens()))
-    softmax = ResidualMoE(dense, ResidualMoEConfig(num_experts=4, residual="experts")).eval()
+    softmax = ResidualMoE(dense, ResidualMoEConfig(num_experts=4, residual="experts", combine="softmax")).eval()
     with collect() as records:
         y = softmax(tokens())
     torch.testing.assert_close(y, records.routing[softmax].gate_TK * dense(tokens()))
@@ -161,6 +162,9 @@ def test_fixed_residuals_do_not_train() -> None:
     moe(tokens()).sum().backward()
     assert moe.gate.weight.grad is not None
     assert all(p.grad is None for p in moe.deepspeed_moe.parameters())
+    # DeepSpeed's engine asks of its own kind of layer that some experts are trained.
+    assert not isinstance(moe, MoE)
+    assert isinstance(layer(), MoE)
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------
