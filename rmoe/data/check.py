@@ -5,6 +5,7 @@ Without `full` only folders are listed (cheap enough before every run); with it 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -18,8 +19,17 @@ import numpy as np
 from PIL import Image
 
 from rmoe.config import UserError
+from rmoe.data.archives import (
+    IMAGE_SUFFIXES,
+    LAYOUTS,
+    Packed,
+    archives_of,
+    class_names,
+    find_split,
+    index_all,
+    looks_whole,
+)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 IGNORED = 255
 _NAMED = 3  # files of one kind that a message names
 _ADE20K = {"training": 20210, "validation": 2000}  # images of the official set
@@ -114,18 +124,24 @@ def check_segmentation(
 
 
 def check_image_folder(root: str | Path, full: bool = False) -> Report:
-    """Checks a classification data set of the layout ROOT/CLASS/IMAGE (ImageNet's `train` or `val`)."""
+    """Checks a classification data set of the layout ROOT/CLASS/IMAGE (ImageNet's `train` or `val`), or one packed into
+    archives: ROOT itself, or ROOT/CLASS.zip or .tar.
+    """
     root = Path(root)
+    try:
+        archives = archives_of(root)
+    except UserError as error:
+        return Report([Problem("archive", str(root), str(error))])
+    if archives:
+        return _check_archives(root, archives, full)
     if not root.is_dir():
         return Report([missing_folder(root)])
     problems, images = [], []
-    classes = class_folders(root)
+    classes = class_names(root)
     if stray := sorted(entry.name for entry in root.iterdir() if _is_image(entry)):
         found = f"{len(stray)} images lie in {root} itself: {some(stray)}"
         problems.append(Problem("stray-file", str(root), f"{found}; put each into the folder of its class"))
-    if len(classes) < 2:
-        found = f"{root} has {len(classes)} class folders, a classification set has at least 2"
-        problems.append(Problem("no-images", str(root), f"{found}; name the folder that holds one folder per class"))
+    problems += _too_few(root, classes, "class folders")
     for name in classes:
         folder = root / name
         inside = sorted(path for path in folder.rglob("*") if _is_image(path))
@@ -138,9 +154,54 @@ def check_image_folder(root: str | Path, full: bool = False) -> Report:
     return Report(problems, {"classes": len(classes), "images": len(images)})
 
 
-def class_folders(root: Path) -> list[str]:
-    """Names of the folders in `root`, sorted: their positions are the class indices."""
-    return sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+def _check_archives(root: Path, archives: Sequence[Path], full: bool) -> Report:
+    """Indexes all of them; with `full` also reads each image of those that are whole."""
+    problems, sound, members = [], [], []
+    for path, found in zip(archives, index_all(root, archives), strict=True):
+        if isinstance(found, UserError):
+            problems.append(Problem("archive", str(path), str(found)))
+        else:
+            sound.append(path)
+            members.append(found)
+    if not members:
+        return Report(problems)
+    classes = sorted({name for one in members for name in one.classes})
+    problems += _too_few(root, classes, "classes")
+    packed = Packed(sound, members, classes)
+    if full:
+        problems += [
+            problem for found in each(lambda i: _check_packed(packed, i), range(len(packed))) for problem in found
+        ]
+    return Report(problems, {"classes": len(classes), "images": len(packed), "archives": len(archives)})
+
+
+def _check_packed(packed: Packed, number: int) -> list[Problem]:
+    try:
+        content = packed.read(number)
+    except OSError:
+        content = b""
+    return read_image(packed.name(number), content)[1] if read_image("", content)[1] else []
+
+
+def _too_few(root: Path, classes: Sequence[str], what: str) -> list[Problem]:
+    if len(classes) > 1:
+        return []
+    found = f"{root} has {len(classes)} {what}, a classification set has at least 2"
+    return [Problem("no-images", str(root), f"{found}; the layout is {LAYOUTS}")]
+
+
+def check_split(root: str | Path, split: str) -> list[Problem]:
+    """A look at a split of a classification set: whether it is there, and an archive of it ends as it should."""
+    place = find_split(root, split)
+    try:
+        archives = archives_of(place)
+    except UserError as error:
+        return [Problem("archive", str(place), str(error))]
+    if not archives and not place.is_dir():
+        return [missing_folder(place)]
+    if archives == [place] and not looks_whole(place):
+        return [Problem("archive", str(place), f"{place} was cut short or is something else; fetch it again")]
+    return []
 
 
 def read_classes(path: str | Path) -> list[str]:
@@ -216,18 +277,19 @@ def check_ade20k(root: str | Path, num_classes: int | None = None, full: bool = 
 
 
 def check_imagenet(root: str | Path, full: bool = True) -> Report:
-    """Checks ROOT/train and ROOT/val, and that both have the same class folders."""
+    """Checks the splits `train` and `val` in ROOT, and that both have the same classes."""
     report, classes = Report(), []
     for split, official in _IMAGENET.items():
-        folder = Path(root, split)
-        report.add(check_image_folder(folder, full), split)
-        if folder.is_dir():
-            classes.append(set(class_folders(folder)))
+        place = find_split(root, split)
+        found = check_image_folder(place, full)
+        report.add(found, split)
+        if "classes" in found.counts:
+            classes.append(set(class_names(place)))
             if len(classes[-1]) == 1000 and all(_SYNSET.fullmatch(name) for name in classes[-1]):
                 report.compare(f"{split} images", official)
     if len(classes) == 2 and (other := sorted(classes[0] ^ classes[1])):
-        found = f"{len(other)} classes are in only one of {root}/train and {root}/val: {some(other)}"
-        report.problems.append(Problem("other-classes", str(root), f"{found}; both need the same class folders"))
+        found_in = f"{len(other)} classes are in only one of {root}/train and {root}/val: {some(other)}"
+        report.problems.append(Problem("other-classes", str(root), f"{found_in}; both need the same classes"))
     return report
 
 
@@ -287,10 +349,10 @@ def _check_pair(image_path: str, map_path: str) -> tuple[list[Problem], np.ndarr
     return problems, np.unique(np.asarray(labels))
 
 
-def read_image(path: str) -> tuple[Image.Image | None, list[Problem]]:
-    """The decoded image, or None and why not."""
+def read_image(path: str, content: bytes | None = None) -> tuple[Image.Image | None, list[Problem]]:
+    """The decoded image, or None and why not; where `content` is given, `path` is only what to call it."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path if content is None else io.BytesIO(content)) as image:
             image.load()
         return image, []
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

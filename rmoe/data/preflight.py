@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rmoe.config import UserError
-from rmoe.data.check import Problem, check_class_list, check_segmentation, missing_folder, require
+from rmoe.data.check import Problem, check_class_list, check_segmentation, check_split, missing_folder, require
 from rmoe.data.coco import check_annotations, check_images, read_annotations
 
 _PAIRS = {
@@ -52,8 +52,8 @@ def _check(dataset: Mapping[str, Any]) -> list[Problem]:
         return []
     problems = _check_classes(dataset)
     if kind == "ImageFolder":
-        folders = (Path(dataset["root"], split) for split in ("train", dataset["split"]))
-        problems += [missing_folder(folder) for folder in folders if not folder.is_dir()]
+        for split in dict.fromkeys(("train", dataset["split"])):
+            problems += check_split(dataset["root"], split)
     elif "img_path" in prefix:
         problems += _check_pairs(dataset, kind)
     elif kind in _COCO:

@@ -12,13 +12,12 @@ import re
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO
 
 from rmoe.config import UserError
+from rmoe.data.archives import require_end, whole
 from rmoe.data.check import FETCH_ADE20K, reason
 
 _ADE20K = "ADEChallengeData2016"
@@ -82,12 +81,12 @@ def _unpack_coco(source: Path, out: Path, synsets: Path | None) -> None:
 def _unpack_imagenet(source: Path, out: Path, synsets: Path | None) -> None:
     train, val = (_archive(source, name) for name in (_IMAGENET_TRAIN, _IMAGENET_VAL))
     of_image = _read_synsets(synsets or _archive(source, _DEVKIT, "or name a file with the synset of each: --synsets"))
-    with _whole(train):
+    with whole(train):
         for name, content in _tar_files(train):
             synset = _checked_synset(name.removesuffix(".tar"), train)
             for image, stream in _tar_files(train, content):
                 _write(stream, out / "train" / synset / image)
-    with _whole(val):
+    with whole(val):
         for name, stream in _tar_files(val):
             _write(stream, out / "val" / of_image(name) / name)
 
@@ -105,7 +104,7 @@ def _unpack_zip(archive: Path, out: Path, folders: Sequence[str], advice: str, s
     """Unpacks a zip's files, which all lie in one of the `folders`, without the first `strip` parts of their names."""
     from tqdm import tqdm
 
-    with _whole(archive), zipfile.ZipFile(archive) as content:
+    with whole(archive), zipfile.ZipFile(archive) as content:
         for member in tqdm(content.infolist(), desc=archive.name, unit="file", disable=None):
             parts = _safe(member.filename, archive).parts
             if parts[0] not in folders:
@@ -133,21 +132,7 @@ def _tar_files(archive: Path, content: IO[bytes] | None = None) -> Iterator[tupl
             stream = members.extractfile(member)
             assert stream is not None
             yield member.name, stream
-        members.fileobj.seek(members.offset)
-        if members.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("no end mark")
-
-
-@contextmanager
-def _whole(archive: Path) -> Iterator[None]:
-    """Says which archive cannot be read."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, ValueError) as error:
-        found = f"{archive} cannot be read to its end ({error})"
-        raise UserError(f"{found}; it was cut short or is something else: fetch it again") from error
+        require_end(members)
 
 
 def _safe(name: str, archive: Path) -> PurePosixPath:
@@ -207,7 +192,7 @@ def _devkit_synsets(path: Path) -> list[str]:
     """From the devkit: number of each image's class, and the class list in MATLAB's format."""
     from scipy.io import loadmat
 
-    with _whole(path), tarfile.open(path) as content:
+    with whole(path), tarfile.open(path) as content:
         files = {PurePosixPath(member.name).name: member for member in content if member.isfile()}
         wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
         if lacking := [name for name in wanted if name not in files]:

@@ -1,0 +1,243 @@
+"""Images of a classification set that stay in their archives: nobody has to unpack 14 million files.
+
+A split is an archive, or a folder with an archive for each class. Archives are indexed once; then an image is read by
+its place in the archive, which is opened for each image as a file would be: so processes share no position in it, and
+tens of thousands of archives need no more open files than one. (timm's readers of tars keep them open, leave an index
+beside the data, and take one that was cut short for a whole one.)
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rmoe.config import UserError
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
+ARCHIVES = (".zip", ".tar")
+_OTHER_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_LOCAL_HEADER = struct.Struct("<8xH16xHH")  # of a zip's member: how it is packed, lengths of its name and extras
+LAYOUTS = "ROOT/SPLIT/CLASS/*.jpg, ROOT/SPLIT.zip with CLASS/*.jpg inside, or ROOT/SPLIT/CLASS.zip or .tar"
+
+
+class Members(NamedTuple):
+    """The images of an archive.
+
+    Attributes:
+        classes: their classes' names, sorted.
+        label: position in `classes`, int32 [n].
+        offset: where each begins in the archive, in bytes (a zip's at its header), int64 [n].
+        size: its length there, in bytes, int64 [n].
+    """
+
+    classes: list[str]
+    label: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+
+
+def find_split(root: str | Path, split: str) -> Path:
+    """The folder ROOT/SPLIT, or else the archive ROOT/SPLIT.zip or .tar; where there is neither, that folder."""
+    folder = Path(root, split)
+    archives = (Path(root, f"{split}{suffix}") for suffix in ARCHIVES)
+    return folder if folder.is_dir() else next((path for path in archives if path.is_file()), folder)
+
+
+def archives_of(place: Path) -> list[Path]:
+    """What `find_split` found as archives: itself, one for each class, or none if it has class folders.
+
+    Raises:
+        UserError: class folders and archives side by side, or archives of another kind.
+    """
+    if not place.is_dir():
+        return [place] if place.suffix in ARCHIVES else []
+    entries = sorted(place.iterdir())
+    if other := [path for path in entries if path.suffix.lower() in _OTHER_ARCHIVES]:
+        raise UserError(f"{other[0]} cannot be read image by image; make it a .zip, or a .tar without compression")
+    archives = [path for path in entries if path.suffix.lower() in ARCHIVES and path.is_file()]
+    if archives and (folders := [path for path in entries if path.is_dir()]):
+        raise UserError(f"{place} has the archive {archives[0].name} and the folder {folders[0].name}; keep one kind")
+    return archives
+
+
+def class_names(place: Path) -> list[str]:
+    """The classes of what `find_split` found, sorted: their positions are the class indices.
+
+    Raises:
+        UserError: see `archives_of` and `index`.
+    """
+    archives = archives_of(place)
+    if archives == [place]:
+        return index(place, place.stem).classes
+    return sorted({path.stem for path in archives} or {path.name for path in place.iterdir() if path.is_dir()})
+
+
+def index(path: Path, split: str | None = None) -> Members:
+    """The images of an archive.
+
+    Args:
+        path: a zip or an uncompressed tar.
+        split: of an archive of a whole split: its members are CLASS/IMAGE, all below a folder of this name or not.
+            Without it the archive is of the class that it is named after.
+
+    Raises:
+        UserError: the archive was cut short or is none, holds no image, one outside a class, or another archive.
+    """
+    try:
+        with whole(path):
+            found = [(_parts(name), offset, size) for name, offset, size in _members(path) if _is_image(path, name)]
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); see that it is there and yours to read") from error
+    if not found:
+        raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); fetch it again or remove it")
+    if split is None:
+        classes = [path.stem]
+        label: np.ndarray = np.zeros(len(found), np.int32)
+    else:
+        if all(len(parts) > 2 and parts[0] == split for parts, _, _ in found):
+            found = [(parts[1:], offset, size) for parts, offset, size in found]
+        if astray := [parts for parts, _, _ in found if len(parts) < 2]:
+            raise UserError(f"{path} holds the image '{astray[0][0]}' in no class folder; its members are CLASS/IMAGE")
+        found.sort()
+        classes = sorted({parts[0] for parts, _, _ in found})
+        numbers = {name: number for number, name in enumerate(classes)}
+        label = np.array([numbers[parts[0]] for parts, _, _ in found], np.int32)
+    places = np.array([(offset, size) for _, offset, size in found], np.int64)
+    return Members(classes, label, places[:, 0], places[:, 1])
+
+
+def index_all(place: Path, archives: Sequence[Path]) -> list[Members | UserError]:
+    """`index` of some of the archives of `place`, or what is wrong with each."""
+
+    def one(path: Path) -> Members | UserError:
+        try:
+            return index(path, path.stem if path == place else None)
+        except UserError as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(one, archives))
+
+
+class Packed:
+    """The images of a split in archives, in the order of these and of their members.
+
+    Args:
+        archives: paths.
+        members: of each.
+        classes: names in the order of the class indices, with all those of `members`.
+
+    Attributes:
+        labels: class indices, int32 [n].
+    """
+
+    def __init__(self, archives: Sequence[Path], members: Sequence[Members], classes: Sequence[str]) -> None:
+        self._archives = [str(path) for path in archives]
+        numbers = {name: number for number, name in enumerate(classes)}
+        global_labels = [np.array([numbers[name] for name in one.classes], np.int32)[one.label] for one in members]
+        # Arrays, for loader workers would make copies of millions of Python objects by counting references.
+        self.labels = np.concatenate(global_labels)
+        self._offset, self._size = (
+            np.concatenate([getattr(one, key) for one in members]) for key in ("offset", "size")
+        )
+        self._archive = np.repeat(np.arange(len(members), dtype=np.int32), [len(one.label) for one in members])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, number: int) -> bytes:
+        """The image file.
+
+        Raises:
+            OSError: it cannot be read or unpacked.
+        """
+        path, size = self._archives[self._archive[number]], int(self._size[number])
+        with open(path, "rb") as file:
+            file.seek(int(self._offset[number]))
+            if not path.lower().endswith(".zip"):
+                return file.read(size)
+            try:
+                method, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
+                file.seek(sum(lengths), os.SEEK_CUR)
+                content = file.read(size)
+                return content if method == zipfile.ZIP_STORED else zlib.decompress(content, -zlib.MAX_WBITS)
+            except (struct.error, zlib.error) as error:
+                raise OSError(str(error)) from error
+
+    def name(self, number: int) -> str:
+        """Archive and member, for a message: the archive is read once more."""
+        path, offset = Path(self._archives[self._archive[number]]), self._offset[number]
+        with whole(path):
+            return next(f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
+
+
+@contextmanager
+def whole(archive: Path) -> Iterator[None]:
+    """Says which archive cannot be read."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+        found = f"{archive} cannot be read to its end ({error})"
+        raise UserError(f"{found}; it was cut short or is something else: fetch it again") from error
+
+
+def require_end(content: tarfile.TarFile) -> None:
+    """Refuses a tar, all of whose members have been read, that does not end as one: Python takes it for whole."""
+    content.fileobj.seek(content.offset)
+    if content.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError("no end mark")
+
+
+def looks_whole(archive: Path) -> bool:
+    """Whether an archive ends as it should; nothing else of it is read."""
+    if archive.suffix.lower() == ".zip":
+        return zipfile.is_zipfile(archive)
+    with archive.open("rb") as file:
+        length = file.seek(0, os.SEEK_END)
+        file.seek(max(0, length - tarfile.BLOCKSIZE))
+        return file.read() == bytes(tarfile.BLOCKSIZE)
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, place and length of each file in an archive."""
+    if path.suffix.lower() == ".zip":
+        with zipfile.ZipFile(path) as content:
+            for member in content.infolist():
+                if member.flag_bits & 1 or member.compress_type not in _READABLE:
+                    raise UserError(f"{path} has '{member.filename}' encrypted or not deflated; make a plain zip of it")
+                yield member.filename, member.header_offset, member.compress_size
+    else:
+        with tarfile.open(path, "r:") as content:
+            for one in content:
+                if one.isfile():
+                    yield one.name, one.offset_data, one.size
+            require_end(content)
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+def _is_image(path: Path, name: str) -> bool:
+    """Files of other kinds are left alone, as in folders; so are hidden ones, such as those that macOS adds."""
+    base = name.rpartition("/")[2]
+    suffix = os.path.splitext(base)[1].lower()
+    if suffix in ARCHIVES + _OTHER_ARCHIVES:
+        raise UserError(
+            f"{path} holds the archive '{name}'; unpack {path.name} alone: a folder with an archive for each class is "
+            "read as it is"
+        )
+    return suffix in IMAGE_SUFFIXES and not base.startswith(".")
