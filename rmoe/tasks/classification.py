@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,14 +11,16 @@ from typing import Any
 import timm.data
 import torch
 import torch.nn.functional as F
+from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from PIL import Image
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 
-from rmoe.backbones.build import add_core, add_experts, timm_model
+from rmoe.backbones.build import add_weights, timm_model
 from rmoe.config import UserError
+from rmoe.data.archives import LAYOUTS, Packed, archives_of, class_names, find_split, index_all
 from rmoe.registry import DATASETS, METRICS, MODELS
 
 
@@ -29,7 +32,7 @@ class TimmClassifier(BaseModel):
         model: the timm model's name.
         num_classes: classes of the data set.
         kwargs: further arguments of `timm.create_model`.
-        core: checkpoint of the dense core, see `rmoe.backbones.core.load_core`.
+        core: checkpoint of the dense core, or of a mixture that `moe` describes: see `rmoe.backbones.build`.
         moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the model dense.
         label_smoothing: share of the target spread evenly over the classes.
         mixup: arguments of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, …) for training; needs even batches.
@@ -47,8 +50,7 @@ class TimmClassifier(BaseModel):
     ) -> None:
         super().__init__()
         self.model = timm_model(model, {**(kwargs or {}), "num_classes": num_classes})
-        add_core(self.model, core)
-        add_experts(self.model, moe)
+        add_weights(self.model, core, moe)
         self.label_smoothing = label_smoothing
         self.mixup = None
         if mixup is not None:
@@ -85,10 +87,15 @@ class TimmClassifier(BaseModel):
 
 @DATASETS.register_module()
 class ImageFolder(torch.utils.data.Dataset):
-    """Images in the layout ROOT/SPLIT/CLASS/*.jpg, as ImageNet's; the class list is that of ROOT/train.
+    """Images of classes, in folders or in archives that stay packed; the class list is that of the split "train".
+
+    A split is ROOT/SPLIT/CLASS/*.jpg, as ImageNet's; ROOT/SPLIT.zip (or .tar, uncompressed) with members CLASS/*.jpg,
+    which may lie below a folder SPLIT; or ROOT/SPLIT/CLASS.zip or CLASS.tar, as ImageNet-22k's. Splits may differ.
 
     Items are {"inputs": float32 [3, H, W], "labels": int}, for a loader with `collate_fn=dict(type="default_collate")`.
-    `metainfo["classes"]` are the folders' names, in the order of the class indices.
+    `metainfo["classes"]` are the classes' names, in the order of the class indices; `labels` are those of all items.
+
+    Where processes train together they share the indexing of archives, and all must build the data set.
 
     Args:
         root: folder with the splits.
@@ -97,51 +104,73 @@ class ImageFolder(torch.utils.data.Dataset):
         transform: arguments of `timm.data.create_transform`; `is_training` is true for the split "train".
 
     Raises:
-        UserError: a missing folder, no image, another number of classes, a class that ROOT/train does not have, and
-            when an item is read, a file that is no image or was cut short.
+        UserError: a missing split, no image, another number of classes, a class that the split "train" does not have,
+            an archive that was cut short or has another one inside, and when an item is read, a file or member that is
+            no image or was cut short.
     """
 
     def __init__(self, root: str, split: str, num_classes: int, transform: Mapping[str, Any]) -> None:
-        folder = Path(root, split)
-        classes = _class_folders(Path(root, "train"))
+        train, place = find_split(root, "train"), find_split(root, split)
+        classes = _classes(train)
         if len(classes) != num_classes:
-            raise UserError(f"{root}/train has {len(classes)} class folders; the config says num_classes={num_classes}")
-        if unknown := sorted(set(_class_folders(folder)) - set(classes)):
-            raise UserError(
-                f"{folder} has the class '{unknown[0]}', which {root}/train has not; the splits share classes"
-            )
-        self.samples = _samples(folder, classes)
+            raise UserError(f"{train} has {len(classes)} classes; the config says num_classes={num_classes}")
+        if unknown := sorted(set(_classes(place)) - set(classes)):
+            raise UserError(f"{place} has the class '{unknown[0]}', which {train} has not; the splits share classes")
+        archives = archives_of(place)
+        self._images = _packed(place, archives, classes) if archives else _Files(place, classes)
+        self.labels: Sequence[int] = self._images.labels
         self.transform = timm.data.create_transform(**transform, is_training=split == "train")
         self.metainfo = {"classes": tuple(classes)}
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        path, label = self.samples[index]
-        return {"inputs": self.transform(_read_image(path)), "labels": label}
+        return {"inputs": self.transform(self._read(index)), "labels": int(self.labels[index])}
+
+    def _read(self, index: int) -> Image.Image:
+        try:
+            with Image.open(io.BytesIO(self._images.read(index))) as image:
+                return image.convert("RGB")
+        except OSError as error:
+            raise UserError(
+                f"{self._images.name(index)} is no readable image ({error}); restore or remove it"
+            ) from error
 
 
-def _class_folders(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; the layout is ROOT/SPLIT/CLASS/*.jpg with a split 'train'")
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir())
+class _Files:
+    """The images of class folders, as `rmoe.data.archives.Packed` has those of archives."""
+
+    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
+        class_map = {name: number for number, name in enumerate(classes)}
+        try:
+            samples = ReaderImageFolder(str(folder), class_map=class_map).samples
+        except RuntimeError as error:
+            raise UserError(f"{folder} holds no image; the layout is {LAYOUTS}") from error
+        self._paths, self.labels = [path for path, _ in samples], [label for _, label in samples]
+
+    def read(self, number: int) -> bytes:
+        return Path(self._paths[number]).read_bytes()
+
+    def name(self, number: int) -> str:
+        return self._paths[number]
 
 
-def _samples(folder: Path, classes: Sequence[str]) -> list[tuple[str, int]]:
-    """(path, class index) of every image."""
-    try:
-        return ReaderImageFolder(str(folder), class_map={name: index for index, name in enumerate(classes)}).samples
-    except RuntimeError as error:
-        raise UserError(f"{folder} holds no image; the layout is ROOT/SPLIT/CLASS/*.jpg") from error
+def _classes(place: Path) -> list[str]:
+    if not place.exists():
+        raise UserError(f"there is no {place}; the layout is {LAYOUTS}, with a split 'train'")
+    return class_names(place)
 
 
-def _read_image(path: str) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except OSError as error:
-        raise UserError(f"{path} is no readable image ({error}); restore or remove the file") from error
+def _packed(place: Path, archives: Sequence[Path], classes: Sequence[str]) -> Packed:
+    """Each process indexes some of the archives; all of them get all indices, or the same error."""
+    rank, processes = get_dist_info()
+    shares = all_gather_object(index_all(place, archives[rank::processes]))
+    members = [shares[i % processes][i // processes] for i in range(len(archives))]
+    for one in members:
+        if isinstance(one, UserError):
+            raise one
+    return Packed(archives, members, classes)
 
 
 @METRICS.register_module()
@@ -169,5 +198,5 @@ class Accuracy(BaseMetric):
 
 def majority_top1(train: ImageFolder, val: ImageFolder) -> float:
     """Top-1 accuracy in percent of answering for every image of `val` the class commonest in `train`."""
-    commonest = Counter(label for _, label in train.samples).most_common(1)[0][0]
-    return 100 * sum(label == commonest for _, label in val.samples) / len(val)
+    commonest = Counter(train.labels).most_common(1)[0][0]
+    return 100 * sum(label == commonest for label in val.labels) / len(val)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm.data
 import torch
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler
@@ -15,6 +17,7 @@ from PIL import Image
 
 from rmoe.config import UserError
 from rmoe.layers.moe import collect, moe_layers
+from rmoe.tasks import classification
 from rmoe.tasks.classification import Accuracy, ImageFolder, TimmClassifier, majority_top1
 
 SMALL = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4, "img_size": 32}
@@ -125,6 +128,42 @@ def test_in_mmengines_loader(root):
     assert [answer["label"] for answer in answers] == [0, 2, 2, 2]
 
 
+def pack(root: Path) -> Path:
+    """The same set as a zip to train on and a tar of each class to validate, without the folders."""
+    shutil.make_archive(str(root / "packed" / "train"), "zip", root / "train")
+    for folder in sorted((root / "val").iterdir()):
+        shutil.make_archive(str(root / "packed" / "val" / folder.name), "tar", folder)
+    return root / "packed"
+
+
+def test_packed_or_not_it_is_the_same_set(root):
+    """In workers too, forked after the set has been read: they share no position in an archive."""
+    packed = pack(root)
+    for split in ("train", "val"):
+        plain, same = (ImageFolder(str(one), split, 3, TRANSFORM) for one in (root, packed))
+        plain.transform = same.transform = timm.data.create_transform(**TRANSFORM)
+        assert same.metainfo == plain.metainfo
+        assert list(same.labels) == list(plain.labels)
+        assert all(torch.equal(a["inputs"], b["inputs"]) for a, b in zip(same, plain, strict=True))
+        loader = torch.utils.data.DataLoader(same, 1, num_workers=2, multiprocessing_context="fork")
+        together = torch.cat([batch["inputs"] for batch in loader])
+        assert torch.equal(together, torch.stack([plain[i]["inputs"] for i in range(len(plain))]))
+
+
+def test_processes_share_the_indexing_of_archives(root, monkeypatch):
+    packed, shares = pack(root), []
+    whole = ImageFolder(str(packed), "val", 3, TRANSFORM)
+    monkeypatch.setattr(classification, "all_gather_object", lambda one: shares.append(one) or shares)
+    for rank in range(2):
+        monkeypatch.setattr(classification, "get_dist_info", lambda rank=rank: (rank, 2))
+        if rank:
+            assert list(ImageFolder(str(packed), "val", 3, TRANSFORM).labels) == list(whole.labels)
+        else:
+            with pytest.raises(IndexError):  # the other process has not answered yet
+                ImageFolder(str(packed), "val", 3, TRANSFORM)
+    assert [len(share) for share in shares] == [1, 1]
+
+
 def test_majority(root):
     train, val = (ImageFolder(str(root), split, 3, TRANSFORM) for split in ("train", "val"))
     assert majority_top1(train, val) == 75.0  # "cat" is the commonest; 3 of 4
@@ -135,9 +174,9 @@ def test_what_a_user_can_get_wrong(root):
         with pytest.raises(UserError, match=message):
             ImageFolder(str(folder), split, classes, TRANSFORM)[0]
 
-    refused("there is no folder .*test", split="test")
-    refused("there is no folder .*nowhere/train", folder=root / "nowhere")
-    refused("has 3 class folders; the config says num_classes=4", classes=4)
+    refused("there is no .*/test; the layout is", split="test")
+    refused("there is no .*nowhere/train", folder=root / "nowhere")
+    refused("has 3 classes; the config says num_classes=4", classes=4)
     broken = root / "val" / "ant" / "0.jpg"
     broken.write_bytes(broken.read_bytes()[:400])
     refused("ant/0.jpg is no readable image")
@@ -146,6 +185,13 @@ def test_what_a_user_can_get_wrong(root):
     (root / "train" / "dog").mkdir()
     (root / "empty" / "dog").mkdir(parents=True)
     refused("empty holds no image", split="empty", classes=4)
+    shutil.rmtree(root / "train" / "dog")
+    shutil.rmtree(root / "val" / "dog")
+    packed = pack(root)
+    refused(r"0.jpg in .*packed/val/ant.tar is no readable image", folder=packed)
+    cut = packed / "val" / "cat.tar"
+    cut.write_bytes(cut.read_bytes()[:700])
+    refused("cat.tar cannot be read to its end", folder=packed)
 
 
 def test_accuracy_by_hand():
