@@ -45,8 +45,9 @@ def test_a_word_with_spaces_stays_one_word() -> None:
     (command,) = printed(
         "launch/slurm/run.sh", "--dry-run", *words, PYTHON="py", TIMEOUT="60", SRUN_ARGS="-v --mpi=none"
     )
-    assert command[:5] == ["srun", "--kill-on-bad-exit=1", "-v", "--mpi=none", "py"]
-    assert command[5:8] == ["-u", "launch/train.py", words[0]]
+    assert command[:4] == ["py", "launch/restart.py", "--max-restarts", "3"]
+    assert command[4:9] == ["srun", "--kill-on-bad-exit=1", "-v", "--mpi=none", "py"]
+    assert command[9:12] == ["-u", "launch/train.py", words[0]]
     assert command[-7:] == ["--work-dir", words[2], "--resume", "--timeout", "60", *words[3:]]
 
 
@@ -79,7 +80,7 @@ def test_openmmlabs_variables_size_the_job() -> None:
 
 def test_the_chain_hands_the_core_on() -> None:
     whole = printed("launch/slurm/chain.sh", "--dry-run", "w", "a.py", "b.py", "c.py")
-    assert [command[0] for command in whole] == ["sbatch", "srun"] * 3
+    assert ["sbatch" in command for command in whole] == [True, False] * 3
     assert [command[-1] for command in whole[2:]] == ["model.core=w/core"] * 2 + [
         "model.backbone.core=w/intermediate"
     ] * 2
@@ -91,21 +92,23 @@ def test_the_chain_hands_the_core_on() -> None:
 
 @pytest.mark.parametrize(
     ("code", "warned", "restarts", "ends"),
-    [(0, False, 0, 0), (1, False, 0, 1), (2, True, 0, 85), (3, False, 0, 85), (137, False, 3, 137), (85, False, 9, 85)],
+    [(0, False, 0, 0), (1, False, 0, 1), (2, True, 0, 85), (137, False, 1, 137), (85, False, 0, 85), (3, True, 0, 85)],
 )
-def test_what_is_requeued(tmp_path: Path, code: int, warned: bool, restarts: int, ends: int) -> None:
-    """A batch script with the training, `scontrol` and `scancel` replaced by words in a file."""
+def test_what_is_restarted_and_what_is_requeued(
+    tmp_path: Path, code: int, warned: bool, restarts: int, ends: int
+) -> None:
+    """A batch script with the training and `scontrol` replaced by words in a file; both are asked to leave together."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "bin").mkdir()
-    fakes = {"scontrol": "", "scancel": "", "sleep": "", "srun": f"{'kill -USR1 $PPID;' if warned else ''} exit {code}"}
+    warn = f"trap 'exit {code}' USR1; kill -USR1 $(ps -o ppid= $PPID); while :; do /bin/sleep 0.05; done;"
+    fakes = {"scontrol": "", "sleep": "", "srun": warn if warned else f"exit {code}"}
     for name, line in fakes.items():
         (tmp_path / "bin" / name).write_text(f'#!/bin/bash\necho {name} "$@" >>{tmp_path}/said\n{line}\n')
         (tmp_path / "bin" / name).chmod(0o755)
-    (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "slurm-7.restarts").write_text(str(restarts))
-    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "python"}
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "PYTHON": "python", "MAX_RESTARTS": "1"}
     words = ["bash", "launch/slurm/run.sh", "c.py", "d.json", "work"]
     done = subprocess.run(words, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     assert done.returncode == ends, done.stderr
-    assert ("scontrol requeue 7" in (tmp_path / "said").read_text()) == (ends == 85)
-    assert ("scancel --signal=USR1 7" in (tmp_path / "said").read_text()) == warned
+    said = (tmp_path / "said").read_text()
+    assert ("scontrol requeue 7" in said) == (ends == 85)
+    assert said.count("srun ") == 1 + restarts

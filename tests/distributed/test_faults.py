@@ -134,7 +134,7 @@ def test_torchrun_restarts_a_killed_run(tmp_path: Path, whole: Path) -> None:
 
 def test_a_killed_run_of_deepspeeds_launcher_is_restarted(tmp_path: Path, whole: Path) -> None:
     """From the last good checkpoint, that of step 4, on; the first attempt is without --resume."""
-    words = command(tmp_path, "run", {"kind": "kill", "at": 5})
+    words = command(tmp_path, "run", {"kind": "kill", "at": 5}, "--timeout", str(TIMEOUT))
     deepspeed = [str(DEEPSPEED), "--num_accelerators", "2", "--master_port", str(free_port_number())]
     restart = [str(ROOT / "launch" / "restart.py"), "--max-restarts", "1"]
     ended = run_processes(tmp_path, [*restart, *deepspeed, str(TRAIN), *words], 0)[0]
