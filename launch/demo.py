@@ -1,8 +1,8 @@
 """The whole pipeline in small, on two CPU cores: `python launch/demo.py` (or `make demo`).
 
-Renders the embedded data set, pretrains a dense core, finetunes it once dense and once with residual experts, and
-leaves the table, the pictures and all logs in its work dir. A step that is complete is not run again unless its
-configuration has changed; one that was interrupted goes on from its last checkpoint.
+Renders the embedded data set, pretrains a dense core, finetunes it for segmentation and for detection, each once dense
+and once with residual experts, and leaves the table, the pictures and all logs in its work dir. A step that is complete
+is not run again unless its configuration has changed; one that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rmoe.config import UserError
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = Path("work_dirs/demo")  # as the configs have it
 PROCESSES = 2
+STEPS = 7  # data, core, four finetunes, report
 _STEP = re.compile(r"Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?loss: ([\d.]+)")
 _KIND = "model.backbone.moe.residual="
 _TAIL = 25  # lines of a failed step's log that are shown
@@ -92,51 +93,57 @@ def main() -> int:
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu")
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # ends the step that is running, too
     out, started = arguments.work_dir, time.monotonic()
-    core, *finetunes = trainings(out, arguments.residual)
+    runs = trainings(out, arguments.residual)
     try:
+        _heading(1, "Data: the embedded data set, in the layouts of ImageNet, ADE20K and COCO")
         _render(out / "data")
-        fingerprint = _train(2, core, "")
-        for number, finetune in enumerate(finetunes, start=3):
-            _train(number, finetune, fingerprint)
+        core = ""
+        for number, training in enumerate(runs, start=2):
+            _heading(number, training.title)
+            fingerprint = _train(training, core)
+            core = core or fingerprint
     except Failed as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
-    _heading(5, "Report")
+    _heading(STEPS, "Report")
     from rmoe.report import report
 
-    report([training.folder for training in (core, *finetunes)], out)
-    print(f"{(time.monotonic() - started) / 60:.1f} minutes. In {out}: summary.json, predictions.png, experts.png,")
-    print(f"and in each run's folder its logs; curves: tensorboard --logdir {out}")
+    report([training.folder for training in runs], out)
+    print(
+        f"{(time.monotonic() - started) / 60:.1f} minutes. In {out}: summary.json, pictures (*.png), and in each run's"
+    )
+    print(f"folder its logs; curves: tensorboard --logdir {out}")
     return 0
 
 
 def trainings(out: Path, residual: str) -> list[Training]:
-    """The core and the two finetunes from it, with residuals of the kind `residual`."""
-    upstream, scenes, splits = out / "data/upstream", out / "data/ade20k", ("train", "val")
-    roots = [f"{split}_dataloader.dataset.root={upstream}" for split in splits]
-    from_core = [f"model.backbone.core={out / 'core'}"]
-    from_core += [f"{split}_dataloader.dataset.data_root={scenes}" for split in splits]
-    from_core += [f"{split}_dataloader.dataset.classes={scenes / 'classes.json'}" for split in splits]
+    """The core and the finetunes from it, with residuals of the kind `residual`."""
+    core, scenes, objects, splits = out / "core", out / "data/ade20k", out / "data/coco", ("train", "val")
+    classes = {scenes: scenes / "classes.json", objects: objects / "annotations/instances_val2017.json"}
+    roots = [f"{split}_dataloader.dataset.root={out / 'data/upstream'}" for split in splits]
+    moved = {
+        data: [f"model.backbone.core={core}"]
+        + [f"{split}_dataloader.dataset.data_root={data}" for split in splits]
+        + [f"{split}_dataloader.dataset.classes={classes[data]}" for split in splits]
+        for data in classes
+    }
+    moved[objects].append(f"val_evaluator.ann_file={classes[objects]}")
     if out == DEFAULT:
-        roots = from_core = []
-    name, kind = ("residual", []) if residual == "low_rank" else (f"residual_{residual}", [_KIND + residual])
-    return [
-        Training(
-            out / "core", "Core pretraining: a small dense Swin on single objects", "core.py", "zero0.json", roots
-        ),
-        Training(out / "dense", "Dense finetune: the core with UPerNet on scenes", "dense.py", "zero2.json", from_core),
-        Training(
-            out / name,
-            f"Upcycling and residual finetune: the same with {residual} residuals of 8 experts",
-            "residual.py",
-            "zero2.json",
-            from_core + kind,
-        ),
-    ]
+        roots, moved = [], {scenes: [], objects: []}
+    suffix, kind = ("", []) if residual == "low_rank" else (f"_{residual}", [_KIND + residual])
+    made = [Training(core, "Core pretraining: a small dense Swin on single objects", "core.py", "zero0.json", roots)]
+    for data, prefix, head in ((scenes, "", "UPerNet on scenes"), (objects, "detection_", "Mask R-CNN on scenes")):
+        for arm, title, more in (
+            ("dense", "Dense finetune: the core with", []),
+            ("residual", f"Upcycling and residual finetune, 8 experts with {residual} residuals:", kind),
+        ):
+            folder = out / f"{prefix}{arm}{suffix if more else ''}"
+            options = moved[data] + more
+            made.append(Training(folder, f"{title} {head}", f"{prefix}{arm}.py", "zero2.json", options))
+    return made
 
 
 def _render(folder: Path) -> None:
-    _heading(1, "Data: the embedded data set, in the layouts of ImageNet, ADE20K and COCO")
     command = ["rmoe", "data", "scenes", str(folder)]
     print(f"$ {shlex.join(command)}")
     code = subprocess.run(_installed(command)).returncode
@@ -144,9 +151,8 @@ def _render(folder: Path) -> None:
         raise Failed(f"{shlex.join(command)} left with exit code {code}")
 
 
-def _train(number: int, training: Training, core: str) -> str:
+def _train(training: Training, core: str) -> str:
     """Runs a training unless it is complete; returns its fingerprint."""
-    _heading(number, training.title)
     fingerprint, note = training.fingerprint(core), training.folder / "fingerprint"
     if training.folder.exists() and (not note.is_file() or note.read_text() != fingerprint):
         print(f"{training.folder} is of another configuration: starting over")
@@ -203,7 +209,7 @@ def _installed(command: Sequence[str]) -> list[str]:
 
 
 def _heading(number: int, text: str) -> None:
-    print(f"\n{number}/5 {text}\n{'─' * (len(text) + 4)}", flush=True)
+    print(f"\n{number}/{STEPS} {text}\n{'─' * (len(text) + 4)}", flush=True)
 
 
 def _free_port() -> int:

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from matplotlib.patches import Patch
+from matplotlib.patches import Patch, Rectangle
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
@@ -32,6 +32,7 @@ from rmoe.config import UserError
 from rmoe.layers.moe import load_global_state_dict, moe_layers
 
 SCENES = 6
+_SURE = 0.5  # score from which on a detection is drawn
 _TITLES = {"residual": "RMoE"}
 _VOID = (0, 0, 0)
 _WIDTH = 150  # columns of the table: not cut when the output is a file
@@ -55,31 +56,46 @@ class Row:
     params_trainable: int
 
 
-@dataclass(frozen=True)
-class _Task:
-    """How a task's result is called in summary.json and in the logs, and its baseline."""
+class _Measure(NamedTuple):
+    """A figure in summary.json, and where it comes from."""
 
-    name: str
     metric: str
     logged: str
-    majority: Callable[[Any, Any], float]
+    scale: float = 1.0  # from the log's unit to percent
 
 
-def _segmentation_majority(train: Any, val: Any) -> float:
-    from rmoe.tasks.segmentation import majority_miou
+@dataclass(frozen=True)
+class _Task:
+    """What a task is called, what is measured of it, and what its metrics give to the commonest class."""
 
-    return majority_miou(train, val)
+    name: str
+    measures: tuple[_Measure, ...]
+    majority: Callable[[Any, Any], dict[str, float]]
 
 
-def _classification_majority(train: Any, val: Any) -> float:
+def _classification_majority(train: Any, val: Any) -> dict[str, float]:
     from rmoe.tasks.classification import majority_top1
 
-    return majority_top1(train, val)
+    return {"top1": majority_top1(train, val)}
 
 
+def _segmentation_majority(train: Any, val: Any) -> dict[str, float]:
+    from rmoe.tasks.segmentation import majority_miou
+
+    return {"mIoU": majority_miou(train, val)}
+
+
+def _detection_majority(train: Any, val: Any) -> dict[str, float]:
+    from rmoe.tasks.detection import majority_ap
+
+    return majority_ap(train, val)
+
+
+_AP = (_Measure("box AP", "coco/bbox_mAP", 100.0), _Measure("mask AP", "coco/segm_mAP", 100.0))
 _TASKS = {  # by the type of the config's val_evaluator
-    "IoUMetric": _Task("segmentation", "mIoU", "mIoU", _segmentation_majority),
-    "rmoe.Accuracy": _Task("classification", "top1", "accuracy/top1", _classification_majority),
+    "IoUMetric": _Task("segmentation", (_Measure("mIoU", "mIoU"),), _segmentation_majority),
+    "rmoe.Accuracy": _Task("classification", (_Measure("top1", "accuracy/top1"),), _classification_majority),
+    "rmoe.CocoMetric": _Task("detection", _AP, _detection_majority),
 }
 
 
@@ -102,21 +118,28 @@ class Run:
         self.task = _TASKS[kind]
         self.arm: str = self.config.stage
 
-    def row(self, majority: float) -> Row:
-        """The run in numbers, with what its metric gives to the commonest class."""
+    def rows(self, majority: Mapping[str, float]) -> list[Row]:
+        """The run in numbers, a row for each metric, with what that gives to the commonest class."""
         cost = json.loads(self._file("cost.json").read_text())
         measured = {field.name: cost[field.name] for field in fields(Row) if field.name in cost}
-        named = {"arm": self.arm, "task": self.task.name, "metric": self.task.metric}
-        return Row(**measured | named, value=self.value(), majority=majority)
+        return [
+            Row(arm=self.arm, task=self.task.name, metric=metric, value=value, majority=majority[metric], **measured)
+            for metric, value in self.values().items()
+        ]
 
-    def value(self) -> float:
-        """The metric as it was logged last."""
+    def values(self) -> dict[str, float]:
+        """By metric, in percent, as it was logged last; only those that were."""
         logs = sorted(self.folder.rglob("scalars.json"))
-        lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-        values = [line[self.task.logged] for line in lines if self.task.logged in line]
-        if not values:
-            raise UserError(f"{self.folder} has no {self.task.logged} in its logs; finish the run (--resume)")
-        return float(values[-1])
+        logged: dict[str, Any] = {}
+        for log in logs:
+            for line in log.read_text().splitlines():
+                logged |= json.loads(line)
+        found = {one.metric: one.scale * logged[one.logged] for one in self.task.measures if one.logged in logged}
+        if not found:
+            raise UserError(
+                f"{self.folder} has no {self.task.measures[0].logged} in its logs; finish the run (--resume)"
+            )
+        return found
 
     def dataset(self, split: str) -> Any:
         """The data set of "train" or "val"."""
@@ -142,8 +165,8 @@ class Run:
 
 
 def report(folders: Sequence[str | Path], out: str | Path) -> list[Row]:
-    """Prints the table of the runs and writes OUT/summary.json; with segmentation runs OUT/predictions.png, and with a
-    mixture among them OUT/experts.png.
+    """Prints the table of the runs, writes OUT/summary.json, and draws: OUT/predictions.png of runs of segmentation,
+    OUT/detections.png of those of detection, and OUT/experts_RUN.png of each mixture among them.
 
     Args:
         folders: work dirs of finished runs.
@@ -153,32 +176,36 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Row]:
         UserError: a folder that is no finished run's.
     """
     runs, out = [Run(Path(folder)) for folder in folders], Path(out)
-    rows = [run.row(majority) for run, majority in zip(runs, _majorities(runs), strict=True)]
+    rows = [row for run, majority in zip(runs, _majorities(runs), strict=True) for row in run.rows(majority)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    segmented = [run for run in runs if run.task.name == "segmentation"]
-    if segmented:
-        models = [(_TITLES.get(run.arm, run.arm), run.model()) for run in segmented]
-        dataset = segmented[0].dataset("val")
-        scenes = [int(index) for index in np.linspace(0, len(dataset) - 1, min(SCENES, len(dataset)))]
-        draw_predictions(dataset, scenes, models).savefig(out / "predictions.png")
-        for _, model in models:
-            if moe_layers(model):
-                draw_experts(dataset, scenes, model).savefig(out / "experts.png")
+    for task, draw, name in (
+        ("segmentation", draw_predictions, "predictions.png"),
+        ("detection", draw_detections, "detections.png"),
+    ):
+        if mine := [run for run in runs if run.task.name == task]:
+            models = {run.folder.name: (_TITLES.get(run.arm, run.arm), run.model()) for run in mine}
+            dataset = mine[0].dataset("val")
+            scenes = [int(index) for index in np.linspace(0, len(dataset) - 1, min(SCENES, len(dataset)))]
+            draw(dataset, scenes, list(models.values())).savefig(out / name)
+            for folder, (_, model) in models.items():
+                if moe_layers(model):
+                    draw_experts(dataset, scenes, model).savefig(out / f"experts_{folder}.png")
     Console(width=_WIDTH).print(table(rows))
     return rows
 
 
 def table(rows: Sequence[Row]) -> Table:
     """The rows for a terminal."""
-    heads = ("arm", "metric", "value", "majority", "train s", "device s", "GFLOP/step", "params", "active", "trainable")
+    texts = ("task", "arm", "metric")
+    heads = (*texts, "value", "majority", "train s", "device s", "GFLOP/step", "params", "active", "trainable")
     drawn = Table(title="value and majority in %; majority: always answering the commonest class")
     for head in heads:
-        drawn.add_column(head, justify="left" if head in ("arm", "metric") else "right")
+        drawn.add_column(head, justify="left" if head in texts else "right")
     for row in rows:
         numbers = (row.value, row.majority, row.train_seconds, row.device_seconds, row.flops_per_step / 1e9)
         counts = (row.params_total, row.params_active, row.params_trainable)
-        drawn.add_row(row.arm, row.metric, *(f"{x:.2f}" for x in numbers), *(f"{x:,}" for x in counts))
+        drawn.add_row(row.task, row.arm, row.metric, *(f"{x:.2f}" for x in numbers), *(f"{x:,}" for x in counts))
     return drawn
 
 
@@ -198,6 +225,34 @@ def draw_predictions(dataset: Any, scenes: Sequence[int], models: Sequence[tuple
             seen |= set(np.unique(labels).tolist())
     names = dataset.metainfo["classes"]
     _legend(figure, [(name, colours[label] / 255) for label, name in enumerate([*names, "void"]) if label in seen])
+    return figure
+
+
+def draw_detections(dataset: Any, scenes: Sequence[int], models: Sequence[tuple[str, nn.Module]]) -> Figure:
+    """A row for each of the `scenes` (indices into `dataset`): image, truth, and what each titled model is sure of."""
+    names = dataset.metainfo["classes"]
+    colours = matplotlib.colormaps["hsv"](np.arange(len(names)) / len(names))[:, :3]
+    figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
+    seen: set[int] = set()
+    for row, index in zip(axes, scenes, strict=True):
+        batch = pseudo_collate([dataset[index]])
+        image = _image(batch)
+        # From the data set's own list: the truth in a batch has been resized with the image.
+        objects = dataset.get_data_info(index)["instances"]
+        answers = [_predict(model, batch).pred_instances for _, model in models]
+        drawn = [([one["bbox"] for one in objects], [one["bbox_label"] for one in objects], None)]
+        for sure in (answer[answer.scores > _SURE] for answer in answers):
+            drawn.append((sure.bboxes.tolist(), sure.labels.tolist(), sure.get("masks")))
+        row[0].imshow(image)
+        for axis, (boxes, labels, masks) in zip(row[1:], drawn, strict=True):
+            axis.imshow(image)
+            for number, ((x0, y0, x1, y1), label) in enumerate(zip(boxes, labels, strict=True)):
+                colour = colours[label]
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
+                if masks is not None:
+                    axis.imshow(masks[number].numpy()[..., None] * np.array([*colour, 0.5]))
+                seen.add(label)
+    _legend(figure, [(names[label], colours[label]) for label in sorted(seen)])
     return figure
 
 
@@ -222,9 +277,9 @@ def draw_experts(dataset: Any, scenes: Sequence[int], model: nn.Module) -> Figur
     return figure
 
 
-def _majorities(runs: Sequence[Run]) -> list[float]:
+def _majorities(runs: Sequence[Run]) -> list[dict[str, float]]:
     """For each run; computed once for runs on the same data."""
-    known: dict[str, float] = {}
+    known: dict[str, dict[str, float]] = {}
     keys = [str([run.config[f"{split}_dataloader"].dataset for split in ("train", "val")]) for run in runs]
     for key, run in zip(keys, runs, strict=True):
         if key not in known:

@@ -139,7 +139,7 @@ def test_what_a_report_leaves(runs, tmp_path, capsys):
     assert "42.25" in shown
     assert "residual" in shown
     assert "trainable" in shown
-    for name, columns in {"predictions.png": 4, "experts.png": 3}.items():
+    for name, columns in {"predictions.png": 4, "experts_residual.png": 3}.items():
         with Image.open(tmp_path / "out" / name) as image:
             assert image.width > 200 * columns
             assert image.height > 3 * 200

@@ -13,7 +13,7 @@ custom_imports = dict(imports=["rmoe.tasks.detection"], allow_failed_imports=Fal
 stage = "dense"
 default_scope = "mmdet"
 num_classes = 24
-steps = 600
+steps = 500
 channels = 64
 norm = dict(type="GN", num_groups=8)
 data_root = "work_dirs/demo/data/coco"
@@ -147,8 +147,8 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=5.0),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-2, by_epoch=False, begin=0, end=60),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=False, begin=60, end=steps),
+    dict(type="LinearLR", start_factor=1e-2, by_epoch=False, begin=0, end=50),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=False, begin=50, end=steps),
 ]
 train_cfg = dict(type="IterBasedTrainLoop", max_iters=steps, val_interval=steps)
 default_hooks = dict(checkpoint=dict(interval=steps), logger=dict(interval=10))
