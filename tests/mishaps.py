@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mmengine.dist import get_rank
+from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from torch import nn
 
@@ -52,6 +52,16 @@ class MishapHook(Hook):
     def slurm_wants_the_node(self, runner: Any) -> None:
         """What --signal=B:USR1@… does when the time is nearly up."""
         subprocess.run(["scancel", "--batch", "--signal=USR1", os.environ["SLURM_JOB_ID"]], check=True)
+        self.wait_for_the_signal(runner)
+
+    def slurm_preempts(self, runner: Any) -> None:
+        """Another job, of a partition that goes before this one, wants both nodes."""
+        words = ["--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true"]
+        subprocess.run(["sbatch", *words], check=True)
+        self.wait_for_the_signal(runner)
+
+    @staticmethod
+    def wait_for_the_signal(runner: Any) -> None:
         hook = next(hook for hook in runner.hooks if isinstance(hook, PreemptionHook))
         while not hook._signals.caught:
             time.sleep(0.05)
@@ -80,3 +90,16 @@ class OneExpertHook(Hook):
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         assert self.seen == self.trained.keys()
         self.seen.clear()
+
+
+class SameStatsHook(Hook):
+    """Batch norms have moved from where they began, and to the same place on every process."""
+
+    priority = "LOWEST"
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        mean = runner.model.module.head[0].running_mean
+        everywhere = [torch.empty_like(mean) for _ in range(get_world_size())]
+        torch.distributed.all_gather(everywhere, mean)
+        assert mean.any()
+        assert all(torch.equal(mean, other) for other in everywhere)

@@ -50,7 +50,10 @@ MessageTimeout=60
 GresTypes=gpu
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=64 RealMemory=64000 Gres=gpu:8
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=64 RealMemory=64000 Gres=gpu:8
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 """
 
 
@@ -153,7 +156,7 @@ def cluster(folder: Path) -> Iterator[Slurm]:
 
 def _idle(slurm: Slurm) -> bool:
     done = subprocess.run(
-        ["sinfo", "-h", "-N", "-o", "%t"], env=slurm.env(), capture_output=True, text=True, timeout=60
+        ["sinfo", "-h", "-N", "-p", "main", "-o", "%t"], env=slurm.env(), capture_output=True, text=True, timeout=60
     )
     return done.stdout.split() == ["idle", "idle"]
 

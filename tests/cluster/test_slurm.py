@@ -93,10 +93,15 @@ def test_two_nodes(whole: Path) -> None:
     assert json.loads((whole / "cost.json").read_text())["devices"] == 2
 
 
-def test_a_job_that_makes_room_comes_back(slurm: slurm_here.Slurm, whole: Path, tmp_path: Path) -> None:
-    """Warned as before the end of its time: it saves, leaves with 85, is requeued and goes on from that very step."""
-    said = finished(slurm, tmp_path, "slurm_wants_the_node", 1)
-    assert "rmoe: left on SIGUSR1 after step 5: iter_5.pth is saved" in said
+@pytest.mark.parametrize(("why", "by"), [("slurm_wants_the_node", "SIGUSR1"), ("slurm_preempts", "SIGTERM")])
+def test_a_job_that_makes_room_comes_back(
+    slurm: slurm_here.Slurm, whole: Path, tmp_path: Path, why: str, by: str
+) -> None:
+    """Warned as before the end of its time, or preempted: it saves, leaves with 85, is requeued and goes on from that
+    very step.
+    """
+    said = finished(slurm, tmp_path, why, 1)
+    assert f"rmoe: left on {by} after step 5: iter_5.pth is saved" in said
     assert "told to leave: requeued" in said
     assert "resuming from" in said
     assert "iter_5.pth" in said.partition("resuming from")[2].splitlines()[0]
