@@ -102,10 +102,8 @@ def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
     return found | {"estimated_bytes": _estimated(task, arm, image_size, small)}
 
 
-def _estimated(task: str, arm: str, image_size: int, small: bool) -> int | None:
-    """What rmoe.estimate says of `beyond_weights`; of a detector it says nothing."""
-    if task == "detection":
-        return None
+def _estimated(task: str, arm: str, image_size: int, small: bool) -> int:
+    """What rmoe.estimate says of `beyond_weights`."""
     setting = Setting(processes=1, zero=0, micro_batch=IMAGES, image_size=(image_size, image_size))
     memory = estimate(training.config(task, training.ARMS[arm], image_size, small), setting).memory
     return memory.total - memory.weights
@@ -128,7 +126,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
             "× dense's step": row["step_ratio"],
             "beyond weights MB": row["beyond_weights_bytes"] / 1e6,
             "× dense's": row["beyond_weights_ratio"],
-            "estimated MB": row["estimated_bytes"] and row["estimated_bytes"] / 1e6,
+            "estimated MB": row["estimated_bytes"] / 1e6,
         }
         for row in rows
     ]

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -15,7 +14,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import rmoe
-from rmoe.estimate import training_loss
+from rmoe.estimate import made_up_objects, training_loss
 from rmoe.registry import MODELS
 
 CONFIGS = Path(rmoe.__file__).parent / "configs"
@@ -77,8 +76,8 @@ def batch(task: str, images: int, image_size: int) -> Batch:
     if task == "classification":
         return {"inputs": torch.randn(images, 3, *shape), "labels": torch.arange(images)}
     pixels = [torch.randint(256, (3, *shape), dtype=torch.uint8) for _ in range(images)]
-    sample = {"segmentation": _segmented, "detection": _detected}[task]
-    return {"inputs": pixels, "data_samples": [sample(image_size) for _ in range(images)]}
+    sample = {"segmentation": _segmented, "detection": made_up_objects}[task]
+    return {"inputs": pixels, "data_samples": [sample(*shape) for _ in range(images)]}
 
 
 def training_step(model: Any, optimizer: torch.optim.Optimizer, images: Batch) -> Callable[[], None]:
@@ -102,28 +101,11 @@ def _shrink(task: str, model: Any, part: Any) -> None:
         model.neck.in_channels = channels
 
 
-def _segmented(size: int) -> Any:
+def _segmented(height: int, width: int) -> Any:
     from mmengine.structures import PixelData
     from mmseg.structures import SegDataSample
 
-    labels = torch.randint(150, (1, size // 16, size // 16)).repeat_interleave(16, 1).repeat_interleave(16, 2)
-    sample = SegDataSample(metainfo={"img_shape": (size, size), "ori_shape": (size, size)})
+    labels = torch.randint(150, (1, height // 16, width // 16)).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    sample = SegDataSample(metainfo={"img_shape": (height, width), "ori_shape": (height, width)})
     sample.gt_sem_seg = PixelData(data=labels)
-    return sample
-
-
-def _detected(size: int, objects: int = 8) -> Any:
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
-
-    corners = torch.rand(objects, 2) * size * 0.6
-    boxes = torch.cat([corners, corners + size * (0.1 + 0.3 * torch.rand(objects, 2))], 1)
-    masks = np.zeros((objects, size, size), dtype=np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
-        mask[top:bottom, left:right] = 1
-    place = {"img_shape": (size, size), "ori_shape": (size, size), "batch_input_shape": (size, size)}
-    sample = DetDataSample(metainfo=place)
-    truth = {"bboxes": boxes, "labels": torch.randint(80, (objects,)), "masks": BitmapMasks(masks, size, size)}
-    sample.gt_instances, sample.ignored_instances = InstanceData(**truth), InstanceData(bboxes=torch.zeros(0, 4))
     return sample

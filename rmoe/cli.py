@@ -192,7 +192,7 @@ def _import_core(arguments: argparse.Namespace) -> None:
 def _add_estimate(groups: argparse._SubParsersAction) -> None:
     text = "Says what a training step of a config costs on each GPU: FLOPs, memory, traffic. Nothing of it needs a GPU."
     parser = groups.add_parser("estimate", help="what a training step will cost", description=text)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="config of a classifier or a segmentor")
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="config of a classifier, a segmentor or a detector")
     parser.add_argument("--gpus", type=int, required=True, metavar="N", help="processes, one for each GPU")
     parser.add_argument("--ep-size", type=int, metavar="N", help="GPUs that share the experts (default: the config's)")
     parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=2, help="ZeRO stage (default: %(default)s)")

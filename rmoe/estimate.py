@@ -2,7 +2,9 @@
 
 The model of a config is built and run, forward and backward, on tensors that have shapes and no values. What runs is
 the code that trains, so the FLOPs and the live bytes are those of its own operators; what only values decide is
-assumed even: every expert has equally many tokens, and no label is void. ZeRO's shares, those of expert parallelism and
+assumed even: every expert has equally many tokens, and no label is void. A detector, whose work hangs on what it finds,
+is run for real on the CPU, on made-up images and objects; that takes its time, and shows the beginning of a training,
+when few proposals are right and its mask head has less to do than later. ZeRO's shares, those of expert parallelism and
 the traffic follow from sizes.
 """
 
@@ -11,11 +13,12 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -178,25 +181,30 @@ def estimate(cfg: Config, setting: Setting) -> Estimate:
     """The cost of one training step of a config.
 
     Args:
-        cfg: of a classifier or a segmentor of mmseg; dense cores and data sets need not be there.
+        cfg: of a classifier, a segmentor of mmseg or a detector of mmdet; dense cores and data sets need not be there.
         setting: how it is run.
 
     Raises:
-        UserError: ep_size does not fit, a size that neither the config nor the setting gives, or a model whose work
-            depends on values, as a detector's does.
+        UserError: ep_size does not fit, a size that neither the config nor the setting gives, or a model of another
+            kind.
     """
-    return share_out(run_without_values(cfg, setting))
+    with torch.random.fork_rng([]):
+        return share_out(run_once(cfg, setting))
 
 
-def run_without_values(cfg: Config, setting: Setting) -> Work:
+def run_once(cfg: Config, setting: Setting) -> Work:
     """The part of `estimate` that builds and runs the model."""
     if cfg.get("default_scope"):
         init_default_scope(cfg.default_scope)
-    model = _build(cfg.model)
+    model = _build(cfg.model, "meta")
+    if detects := _detects(model):
+        torch.manual_seed(0)  # its work hangs on weights and images: the same estimate every time
+        model = _build(cfg.model, "cpu")
     layers = list(moe_layers(model).values())
     setting = _filled_in(cfg, setting, layers)
-    with _without_values():
-        model.to_empty(device="cpu")
+    with nullcontext() if detects else _without_values():
+        if not detects:
+            model.to_empty(device="cpu")
         images = _images(model, setting)
         tokens = _tokens_of(layers)
         traced = trace(model, lambda: _loss(model, images), setting.precision)
@@ -346,16 +354,21 @@ def _all_kept(index: Sequence[Tensor | None]) -> list[Tensor | None]:
     return found
 
 
-def _build(config: Mapping[str, Any]) -> nn.Module:
-    """The model on the meta device, all experts in it."""
-    with torch.device("meta"):
-        model = revert_sync_batchnorm(MODELS.build(_alone(config))).train()
-    if not isinstance(model, TimmClassifier) and not hasattr(model, "decode_head"):
+def _build(config: Mapping[str, Any], device: str) -> nn.Module:
+    """The model on the `device`, all experts in it."""
+    with torch.device(device):
+        model = revert_sync_batchnorm(MODELS.build(_alone(config)))
+    model.train()  # which returns nothing in some of OpenMMLab's
+    if not (isinstance(model, TimmClassifier) or hasattr(model, "decode_head") or _detects(model)):
         raise UserError(
-            f"what a {type(model).__name__} computes depends on what is in the images; only classifiers and segmentors "
-            "can be estimated"
+            f"a {type(model).__name__} cannot be estimated; give a config of rmoe.TimmClassifier, of a segmentor of "
+            "mmseg or of a detector of mmdet"
         )
     return model
+
+
+def _detects(model: nn.Module) -> bool:
+    return hasattr(model, "bbox_head") or hasattr(model, "roi_head")
 
 
 def _alone(config: Any) -> Any:
@@ -397,10 +410,15 @@ def _filled_in(cfg: Config, setting: Setting, layers: Sequence[ResidualMoE]) -> 
 
 
 def _image_size(cfg: Config) -> tuple[int, int] | None:
-    """Of the training images: what a segmentor's preprocessor pads to, or a classifier's transform gives."""
+    """Of the training images: what a segmentor's preprocessor pads to, what a classifier's transform gives, or what a
+    detector is evaluated on, lying; its training has many sizes, few of them larger.
+    """
     size = (cfg.model.get("data_preprocessor") or {}).get("size")
     if size is None:
         size = cfg.get("train_dataloader", {}).get("dataset", {}).get("transform", {}).get("input_size")
+    if size is None:
+        steps = (cfg.get("val_dataloader") or {}).get("dataset", {}).get("pipeline", [])
+        size = next((sorted(step["scale"]) for step in steps if step["type"] == "Resize"), None)
     return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
@@ -408,12 +426,35 @@ def _images(model: nn.Module, setting: Setting) -> dict[str, Any]:
     """A training batch for `model`, as its preprocessor would hand it on."""
     assert setting.micro_batch is not None
     assert setting.image_size is not None
+    if _detects(model):
+        pixels = torch.randint(256, (setting.micro_batch, 3, *setting.image_size), dtype=torch.uint8)
+        samples = [made_up_objects(*setting.image_size) for _ in pixels]
+        return model.data_preprocessor({"inputs": list(pixels), "data_samples": samples}, True)  # type: ignore[operator]
     inputs = torch.empty(setting.micro_batch, 3, *setting.image_size)
     if isinstance(model, TimmClassifier):
         return {"inputs": inputs, "labels": torch.empty(setting.micro_batch, dtype=torch.int64)}
     sample = BaseDataElement(metainfo={"img_shape": setting.image_size, "ori_shape": setting.image_size})
     sample.gt_sem_seg = PixelData(data=torch.empty(1, *setting.image_size, dtype=torch.int64))
     return {"inputs": inputs, "data_samples": [sample] * setting.micro_batch}
+
+
+def made_up_objects(height: int, width: int, objects: int = 8) -> Any:
+    """A data sample of mmdet with boxes and masks at random places; COCO's images have 7 objects on average."""
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    size = torch.tensor([width, height])
+    corners = torch.rand(objects, 2) * size * 0.6
+    boxes = torch.cat([corners, corners + size * (0.1 + 0.3 * torch.rand(objects, 2))], 1)
+    masks = np.zeros((objects, height, width), dtype=np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    place = dict.fromkeys(("img_shape", "ori_shape", "batch_input_shape"), (height, width))
+    sample = DetDataSample(metainfo=place)
+    truth = {"bboxes": boxes, "labels": torch.zeros(objects).long(), "masks": BitmapMasks(masks, height, width)}
+    sample.gt_instances, sample.ignored_instances = InstanceData(**truth), InstanceData(bboxes=torch.zeros(0, 4))
+    return sample
 
 
 def _tokens_of(layers: Sequence[ResidualMoE]) -> dict[ResidualMoE, int]:

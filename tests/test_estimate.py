@@ -11,12 +11,24 @@ from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 from torch import Tensor, nn
+from torch.optim import SGD
 
+from benchmarks import training
 from rmoe.cli import main
 from rmoe.config import UserError
 from rmoe.cost import counted_flops
 from rmoe.engine.optim import param_groups
-from rmoe.estimate import Estimate, Setting, Work, estimate, run_without_values, share_out, trace, training_loss
+from rmoe.estimate import (
+    Estimate,
+    Setting,
+    Work,
+    _image_size,
+    estimate,
+    run_once,
+    share_out,
+    trace,
+    training_loss,
+)
 from rmoe.registry import MODELS
 
 SIZE, IMAGES = 64, 2
@@ -167,7 +179,7 @@ KINDS = {"full": dict(residual="full", ep_size=2), "low_rank": dict(residual="lo
 
 @pytest.fixture(scope="module", params=KINDS)
 def work(request: pytest.FixtureRequest) -> Work:
-    return run_without_values(classifier(KINDS[request.param]), Setting(processes=4))
+    return run_once(classifier(KINDS[request.param]), Setting(processes=4))
 
 
 def spread(work: Work, **setting: Any) -> Estimate:
@@ -237,11 +249,29 @@ def test_a_size_that_nobody_gives_is_asked_for() -> None:
         estimate(cfg, Setting(processes=1))
 
 
-def test_a_detector_is_refused() -> None:
-    configs = Path(__file__).resolve().parents[1] / "rmoe/configs/detection"
-    cfg = Config.fromfile(configs / "mask_rcnn_swin_tiny_dense_coco_1x.py")
-    with pytest.raises(UserError, match="MaskRCNN"):
-        estimate(cfg, Setting(processes=1))
+@pytest.mark.slow
+def test_a_detector_is_run_with_values() -> None:
+    cfg = training.config("detection", MOE["low_rank"], 96, small=True)
+    guess = estimate(cfg, Setting(processes=1, micro_batch=1, image_size=(96, 96)))
+    step = training.training_step(
+        model := training.build(cfg), SGD(model.parameters()), training.batch("detection", 1, 96)
+    )
+    with counted_flops(flops := []):
+        step()
+    assert guess.flops == flops[0]
+    assert guess.memory.activations > 10 * 3 * 96 * 96 * 4
+    assert guess.traffic.total == 0
+    assert guess.setting.ep_size == 1
+
+
+def test_a_detectors_images_lie() -> None:
+    cfg = Config.fromfile(training.TASKS["detection"])
+    assert _image_size(cfg) == (800, 1333)
+
+
+def test_a_model_of_another_kind_is_refused() -> None:
+    with pytest.raises(UserError, match="a ResNet cannot be estimated; give a config of"):
+        estimate(Config(dict(model=dict(type="mmdet.ResNet", depth=18))), Setting(processes=1))
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
