@@ -43,7 +43,7 @@ from rmoe.tasks.classification import TimmClassifier
 
 Precision = Literal["float32", "bfloat16", "float16"]
 _WEIGHT_BYTES, _ADAM_STATES = 4, 2  # weights stay float32 under autocast; AdamW keeps two float32 of each
-_BUCKET_BYTES = 4 * 500_000_000  # DeepSpeed's default reduce_bucket_size, in elements
+_BUCKET_BYTES = 4 * 50_000_000  # of reduce_bucket_size elements, as ds_configs/ have it; DeepSpeed's default is 5e8
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Memory:
         weights: parameters and buffers.
         gradients: of parameters, in this process's share from stage 2 on.
         optimizer: AdamW's states and, from ZeRO stage 1 on, DeepSpeed's second copy of the weights they belong to.
-        buckets: DeepSpeed's buffer to reduce gradients from, at its default size. It is reserved as a whole on a GPU;
+        buckets: DeepSpeed's buffer to reduce gradients from, as large as ds_configs/ say. It is reserved as a whole on a GPU;
             on a CPU only what is used becomes resident.
         activations: most bytes of other tensors that are alive at once in forward and backward.
     """
@@ -419,7 +419,9 @@ def _image_size(cfg: Config) -> tuple[int, int] | None:
     if size is None:
         steps = (cfg.get("val_dataloader") or {}).get("dataset", {}).get("pipeline", [])
         size = next((sorted(step["scale"]) for step in steps if step["type"] == "Resize"), None)
-    return (size, size) if isinstance(size, int) else size and tuple(size)
+    if isinstance(size, int):
+        size = (size, size)
+    return None if size is None else (size[0], size[1])
 
 
 def _images(model: nn.Module, setting: Setting) -> dict[str, Any]:
