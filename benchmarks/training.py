@@ -14,7 +14,7 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import rmoe
-from rmoe.estimate import made_up_objects, training_loss
+from rmoe.estimate import training_loss
 from rmoe.registry import MODELS
 
 CONFIGS = Path(rmoe.__file__).parent / "configs"
@@ -76,7 +76,7 @@ def batch(task: str, images: int, image_size: int) -> Batch:
     if task == "classification":
         return {"inputs": torch.randn(images, 3, *shape), "labels": torch.arange(images)}
     pixels = [torch.randint(256, (3, *shape), dtype=torch.uint8) for _ in range(images)]
-    sample = {"segmentation": _segmented, "detection": made_up_objects}[task]
+    sample = {"segmentation": _segmented, "detection": _detected}[task]
     return {"inputs": pixels, "data_samples": [sample(*shape) for _ in range(images)]}
 
 
@@ -109,3 +109,9 @@ def _segmented(height: int, width: int) -> Any:
     sample = SegDataSample(metainfo={"img_shape": (height, width), "ori_shape": (height, width)})
     sample.gt_sem_seg = PixelData(data=labels)
     return sample
+
+
+def _detected(height: int, width: int) -> Any:
+    from rmoe.tasks.detection import made_up_objects
+
+    return made_up_objects(height, width)

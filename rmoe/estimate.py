@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 from unittest import mock
 
-import numpy as np
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -75,8 +74,8 @@ class Memory:
         weights: parameters and buffers.
         gradients: of parameters, in this process's share from stage 2 on.
         optimizer: AdamW's states and, from ZeRO stage 1 on, DeepSpeed's second copy of the weights they belong to.
-        buckets: DeepSpeed's buffer to reduce gradients from, as large as ds_configs/ say. It is reserved as a whole on a GPU;
-            on a CPU only what is used becomes resident.
+        buckets: DeepSpeed's buffer to reduce gradients from, as large as ds_configs/ say. It is reserved as a whole on
+            a GPU; on a CPU only what is used becomes resident.
         activations: most bytes of other tensors that are alive at once in forward and backward.
     """
 
@@ -429,6 +428,8 @@ def _images(model: nn.Module, setting: Setting) -> dict[str, Any]:
     assert setting.micro_batch is not None
     assert setting.image_size is not None
     if _detects(model):
+        from rmoe.tasks.detection import made_up_objects
+
         pixels = torch.randint(256, (setting.micro_batch, 3, *setting.image_size), dtype=torch.uint8)
         samples = [made_up_objects(*setting.image_size) for _ in pixels]
         return model.data_preprocessor({"inputs": list(pixels), "data_samples": samples}, True)  # type: ignore[operator]
@@ -438,25 +439,6 @@ def _images(model: nn.Module, setting: Setting) -> dict[str, Any]:
     sample = BaseDataElement(metainfo={"img_shape": setting.image_size, "ori_shape": setting.image_size})
     sample.gt_sem_seg = PixelData(data=torch.empty(1, *setting.image_size, dtype=torch.int64))
     return {"inputs": inputs, "data_samples": [sample] * setting.micro_batch}
-
-
-def made_up_objects(height: int, width: int, objects: int = 8) -> Any:
-    """A data sample of mmdet with boxes and masks at random places; COCO's images have 7 objects on average."""
-    from mmdet.structures import DetDataSample
-    from mmdet.structures.mask import BitmapMasks
-    from mmengine.structures import InstanceData
-
-    size = torch.tensor([width, height])
-    corners = torch.rand(objects, 2) * size * 0.6
-    boxes = torch.cat([corners, corners + size * (0.1 + 0.3 * torch.rand(objects, 2))], 1)
-    masks = np.zeros((objects, height, width), dtype=np.uint8)
-    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
-        mask[top:bottom, left:right] = 1
-    place = dict.fromkeys(("img_shape", "ori_shape", "batch_input_shape"), (height, width))
-    sample = DetDataSample(metainfo=place)
-    truth = {"bboxes": boxes, "labels": torch.zeros(objects).long(), "masks": BitmapMasks(masks, height, width)}
-    sample.gt_instances, sample.ignored_instances = InstanceData(**truth), InstanceData(bboxes=torch.zeros(0, 4))
-    return sample
 
 
 def _tokens_of(layers: Sequence[ResidualMoE]) -> dict[ResidualMoE, int]:

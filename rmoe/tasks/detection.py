@@ -24,6 +24,9 @@ from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO, COCOeval
 from mmdet.datasets.transforms import LoadAnnotations
 from mmdet.evaluation import CocoMetric as MMDetCocoMetric
+from mmdet.structures import DetDataSample
+from mmdet.structures.mask import BitmapMasks
+from mmengine.structures import InstanceData
 from pycocotools.mask import encode
 from torch import Tensor
 
@@ -190,6 +193,21 @@ def majority_ap(train: CocoDataset, val: CocoDataset) -> dict[str, float]:
             evaluation.summarize()
             found[metric] = 100 * max(float(evaluation.stats[0]), 0.0)  # -1: no object at all
     return found
+
+
+def made_up_objects(height: int, width: int, objects: int = 8) -> DetDataSample:
+    """A data sample with boxes and masks at random places, to measure with; COCO's images have 7 objects on average."""
+    size = torch.tensor([width, height])
+    corners = torch.rand(objects, 2) * size * 0.6
+    boxes = torch.cat([corners, corners + size * (0.1 + 0.3 * torch.rand(objects, 2))], 1)
+    masks = np.zeros((objects, height, width), dtype=np.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    place = dict.fromkeys(("img_shape", "ori_shape", "batch_input_shape"), (height, width))
+    sample = DetDataSample(metainfo=place)
+    truth = {"bboxes": boxes, "labels": torch.zeros(objects).long(), "masks": BitmapMasks(masks, height, width)}
+    sample.gt_instances, sample.ignored_instances = InstanceData(**truth), InstanceData(bboxes=torch.zeros(0, 4))
+    return sample
 
 
 def _compute_in_float32(function: type[torch.autograd.Function]) -> None:
