@@ -1,74 +1,260 @@
-"""Every shipped config parses, and what it describes builds."""
+"""Every shipped config: what it says, how the pipelines' configs differ, and a short run of each.
+
+As a script, this file is what runs them: `test_configs.py FOLDER` cuts the configs in FOLDER/wanted.json down to the
+sizes below, trains and evaluates one after the other as launch/train.py would, and writes FOLDER/outcomes.json.
+"""
 
 from __future__ import annotations
 
+import gc
+import json
+import math
+import os
+import re
+import sys
+import traceback
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
-import torch
+import yapf.yapflib.yapf_api
+from conftest import ROOT, run_processes
 from mmengine.config import Config
-from mmengine.registry import MODELS, init_default_scope
+from safetensors import safe_open
 
+from rmoe.config import ResidualMoEConfig
 from rmoe.data.params import SceneParams
-from rmoe.data.scenes import metainfo
-from rmoe.layers.moe import moe_layers
+from rmoe.data.scenes import metainfo, render
+from rmoe.engine import launch
 
-FOLDER = Path(__file__).resolve().parents[1] / "rmoe" / "configs"
+FOLDER = ROOT / "rmoe" / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*/*.py") if path.parent.name != "_base_")
 NAMES = [str(path.relative_to(FOLDER)) for path in CONFIGS]
-HERE = [name for name in NAMES if "detection" not in name]  # those are built in tests/tasks/test_detection.py
-# Built in this size instead of the published one, so that a test takes no minute.
-TINY = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2)}
-# BatchNorm over processes needs them, and a GPU.
-NORM = {"type": "GN", "num_groups": 1}
+
+# The paper's table: with each pipeline, a cell.
+TABLE = [
+    "segmentation/upernet_swin_tiny_{}_ade20k_512_160k.py",
+    "segmentation/upernet_cvt_13_{}_ade20k_512_160k.py",
+    "segmentation/upernet_swin_large_{}_ade20k_640_160k.py",
+    "detection/mask_rcnn_swin_tiny_{}_coco_1x.py",
+    "detection/mask_rcnn_cvt_13_{}_coco_1x.py",
+    "detection/atss_dyhead_swin_large_{}_coco_2x.py",
+]
+PIPELINES = {"dense": "Lower bound", "moe": "Upper bound", "residual": "RMoE-D", "intermediate_residual": "RMoE-I"}
+STAGES = {"Lower bound": "dense", "Upper bound": "moe", "RMoE-D": "residual", "RMoE-I": "residual"}
+
+# What configs are cut down to for their run. What is not named here stays as shipped.
+SCENES = SceneParams(scene_size=64, scenes_train=4, scenes_val=2, upstream_classes=2, upstream_train=2, upstream_val=2)
+CLASSES = {"classification": SCENES.upstream_classes, "detection": SCENES.categories}
+DATA = {  # where a config looks for its data: what is there instead
+    "data/ade/ADEChallengeData2016": "data/ade20k",
+    "data/coco": "data/coco",
+    "data/imagenet": "data/upstream",
+    "data/imagenet22k": "data/upstream",
+    "work_dirs/demo/data": "data",
+}
+SMALL = {
+    "swin": {"embed_dim": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2)},
+    "cvt": {"embed_dims": (8, 16, 32), "depths": (1, 1, 2), "num_heads": (1, 1, 2)},
+    "vit": {"embed_dim": 8, "depth": 4, "num_heads": 1},
+}
+WIDTHS = {"swin": [8, 16, 32, 64], "cvt": [8, 16, 32], "vit": [8, 8, 8, 8]}
+SIDE = 64
+KEYS: dict[str, Any] = {  # wherever they stand
+    **dict.fromkeys(("size", "crop_size"), (SIDE, SIDE)),
+    **dict.fromkeys(("input_size", "img_size"), SIDE),
+    **dict.fromkeys(("channels", "feat_channels", "out_channels", "conv_out_channels", "fc_out_channels"), 16),
+    **{"num_blocks": 1, "num_convs": 1, "nms_pre": 20, "max_per_img": 20, "num": 16},
+    **{"norm_cfg": {"type": "GN", "num_groups": 1}},  # SyncBN needs GPUs
+    **{"num_experts": 2, "ep_size": 1},
+    **{"batch_size": 2, "num_workers": 0, "persistent_workers": False, "max_iters": 2, "val_interval": 2},
+}
+RESIZED = {"Resize": "scale", "RandomResize": "scale", "RandomChoiceResize": "scales"}
+
+LOSSES = {
+    "classification": {"loss_cls"},
+    "segmentation": {"decode.loss_ce"},
+    "MaskRCNN": {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"},
+    "ATSS": {"loss_cls", "loss_bbox", "loss_centerness"},
+}
+METRICS = {
+    "classification": {"accuracy/top1"},
+    "segmentation": {"mIoU"},
+    "MaskRCNN": {"coco/bbox_mAP", "coco/segm_mAP"},
+    "ATSS": {"coco/bbox_mAP"},
+}
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(FOLDER / name)
+    return Config.fromfile(FOLDER / name, import_custom_modules=False)
 
 
-def tiny(config: Config) -> Any:
-    """The config's model in a small size, without the core that another run makes, in one process."""
-    model = config.model
-    part = model.get("backbone", model)
-    part.kwargs.update(TINY)
-    part.core = None
-    if part.get("moe"):
-        part.moe.ep_size = 1
-    for name, head in model.items():
-        if name.endswith("_head"):
-            several = isinstance(head.in_channels, (list, tuple))
-            head.in_channels = [8, 16, 32, 64] if several else 32
-            head.channels, head.norm_cfg = 8, NORM
-    return model
+def docstring(name: str) -> str:
+    return (FOLDER / name).read_text().split('"""')[1]
 
 
-@pytest.mark.parametrize("name", HERE)
-def test_what_it_describes_trains(name):
-    config = load(name)
-    init_default_scope(config.default_scope)
-    model = MODELS.build(tiny(config)).train()
-    assert bool(moe_layers(model)) == (config.stage == "residual")
-    size = config.model.kwargs.get("img_size", 224) if config.stage == "core" else 64
-    images = torch.randn(2, 3, size, size)
-    if config.stage == "core":
-        losses = model(images, torch.tensor([0, 1]), mode="loss")
-    else:
-        from mmengine.structures import PixelData
-        from mmseg.structures import SegDataSample
+def task(config: Config) -> str:
+    return {"mmengine": "classification", "mmseg": "segmentation", "mmdet": "detection"}[config.default_scope]
 
-        truth = SegDataSample(gt_sem_seg=PixelData(data=torch.zeros(1, 64, 64, dtype=torch.int64)))
-        losses = model.loss(images, [truth, truth])
-    sum(value for key, value in losses.items() if "loss" in key).backward()
+
+def backbone(config: Config) -> Any:
+    return config.model.get("backbone", config.model)
+
+
+def work_dir(name: str) -> str:
+    """Where a run is, from its config's docstring or by default."""
+    return f"work_dirs/{(name if name.startswith('demo/') else Path(name).name).removesuffix('.py')}"
+
+
+def origin(name: str) -> str | None:
+    """The config whose run leaves what this one begins with."""
+    core = backbone(load(name)).get("core")
+    return next((other for other in NAMES if work_dir(other) == core), core)
+
+
+def arms(name: str) -> list[str]:
+    """The options that a config's docstring offers, as they follow --cfg-options."""
+    return re.findall(r"^    (model\.[\w.]+=\w+(?: model\.[\w.]+=\w+)*)  ", docstring(name), re.MULTILINE)
+
+
+ARMS = [(name, arm) for name in NAMES for arm in arms(name)]
+HALF = ["detection/atss_dyhead_swin_large_residual_coco_2x.py", "detection/mask_rcnn_swin_tiny_residual_coco_1x.py"]
+RUNS = [  # what is added to the command in the docstring
+    *((name, "") for name in NAMES),
+    *((name, f"--cfg-options {arm}") for name, arm in ARMS),
+    *((name, "--deepspeed_config ds_configs/zero2_bf16.json") for name in HALF),
+]
+
+
+# --- the runs ---------------------------------------------------------------------------------------------------------
+
+
+def cut_down(config: Config, folder: Path) -> Config:
+    """The config in a small size; its data and the core, if that has been trained, are in `folder`."""
+    part = backbone(config)
+    family = part.model.partition("_")[0]
+    part.kwargs = {**part.get("kwargs", {}), **SMALL[family]}
+    if part is config.model and family != "cvt":
+        part.kwargs.img_size = SIDE  # classifiers have one size; pyramids and CvTs take any
+    if family == "vit" and "out_indices" in part:
+        part.out_indices = tuple(range(SMALL["vit"]["depth"]))
+    widths = [WIDTHS[family][index] for index in part.get("out_indices", ())]
+    if "core" in part:
+        part.core = str(folder / part.core) if (folder / part.core / "model.safetensors").exists() else None
+    config.default_hooks.logger.interval = 1
+    config.experiment_name = uuid4().hex  # or the logs of runs within a second mix
+    classes = CLASSES.get(task(config))
+
+    def cut(key: str, node: Any) -> Any:
+        if isinstance(node, dict):
+            node = dict(node)
+            if (kind := node.get("type")) in RESIZED:
+                one = (SIDE, SIDE)
+                node[RESIZED[kind]] = one if isinstance(node[RESIZED[kind]], tuple) else [one, one]
+            if kind == "rmoe.Coco":
+                named = str(folder / "data/coco/annotations/instances_val2017.json")
+                node.update(type="rmoe.DetDataset", classes=named, num_classes=classes)
+            if "in_channels" in node:
+                level = node.get("in_index", 0)
+                node["in_channels"] = widths if isinstance(node["in_channels"], list) else 16
+                if isinstance(level, int) and "in_index" in node:
+                    node["in_channels"] = widths[level]
+            return {inner: cut(inner, value) for inner, value in node.items()}
+        if key == "num_classes" and classes:
+            return classes
+        if key in KEYS:
+            return KEYS[key]
+        if isinstance(node, (list, tuple)):
+            return type(node)(cut("", value) for value in node)
+        if isinstance(node, str):
+            place = max((known for known in DATA if f"{node}/".startswith(f"{known}/")), key=len, default=None)
+            return str(folder / f"{DATA[place]}{node.removeprefix(place)}") if place else node
+        return node
+
+    return Config(cut("", config.to_dict()), filename=config.filename)
+
+
+def main(folder: Path) -> None:
+    read, outcomes = launch.read_config, {}
+    launch.read_config = lambda *given: cut_down(read(*given), folder)
+    yapf.yapflib.yapf_api.FormatCode = lambda text, **_: (text, True)  # of the logged config: half of all the time
+
+    def run(name: str, options: str) -> None:
+        if (key := f"{name} {options}") in outcomes:
+            return
+        if (before := origin(name)) in NAMES:
+            run(before, "")
+        command = re.search(r"launch/train\.py ((?:.*\\\n)*.*)", docstring(name))[1].replace("\\\n", "")
+        out = str(folder / work_dir(name)) + options.replace("/", "")
+        words = [*command.split(), *options.split(), "--work-dir", out]
+        try:
+            launch.train(launch.parser().parse_args(words))
+            outcomes[key] = ""
+        except (Exception, SystemExit):
+            outcomes[key] = traceback.format_exc()
+        gc.collect()
+        gc.freeze()  # with every data set, mmengine looks for garbage
+
+    os.chdir(ROOT)
+    for name, options in json.loads((folder / "wanted.json").read_text()):
+        run(name, options)
+        (folder / "outcomes.json").write_text(json.dumps(outcomes))
+
+
+class Runs:
+    """What the runs left in `folder`."""
+
+    def __init__(self, folder: Path, wanted: list[tuple[str, str]]) -> None:
+        self.folder = folder
+        render(folder / "data", SCENES)
+        (folder / "wanted.json").write_text(json.dumps(wanted))
+        run_processes(folder, [__file__, folder], nproc=1, timeout=850)
+        self.outcomes = json.loads((folder / "outcomes.json").read_text())
+
+    def work_dir(self, name: str, options: str) -> Path:
+        return Path(str(self.folder / work_dir(name)) + options.replace("/", ""))
+
+    def scalars(self, name: str, options: str) -> dict[str, float]:
+        """The last values of everything logged."""
+        (file,) = self.work_dir(name, options).glob("*/vis_data/scalars.json")
+        return {key: value for line in file.read_text().splitlines() for key, value in json.loads(line).items()}
+
+    def weights(self, name: str, options: str) -> list[str]:
+        with safe_open(self.work_dir(name, options) / "model.safetensors", "pt") as file:
+            return list(file.keys())
+
+
+@pytest.fixture(scope="module")
+def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """All runs that a selected test asks for, by one process."""
+    chosen = [item.callspec.params for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    return Runs(tmp_path_factory.mktemp("configs"), [(one["name"], one["options"]) for one in chosen])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "options"), RUNS)
+def test_it_trains_and_is_evaluated(runs, name, options):
+    assert not (outcome := runs.outcomes[f"{name} {options}"]), outcome
+    config, logged = load(name), runs.scalars(name, options)
+    kind = config.model.type if config.model.type in LOSSES else task(config)
+    assert LOSSES[kind] | METRICS[kind] | {"loss"} <= set(logged)
+    assert all(math.isfinite(logged[key]) for key in LOSSES[kind] | {"loss"})
+    mixture = bool(backbone(config).get("moe"))
+    assert ("loss_moe_aux" in logged) == mixture
+    assert any("gate" in key for key in runs.weights(name, options)) == mixture
+
+
+# --- what they say, and how they differ -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_it_says_how_to_run_it_and_what_to_expect(name):
-    text = (FOLDER / name).read_text().split('"""')[1]
+    text = docstring(name)
     assert f"launch/train.py rmoe/configs/{name}" in text
     assert "--deepspeed_config ds_configs/" in text
-    assert "full scale" in text or "No published figure" in text
     assert not {"strategy", "runner_type", "launcher"} & set(load(name))
 
 
@@ -80,13 +266,56 @@ def test_schedules_end_with_training(name):
         assert one.end == following.begin
 
 
-@pytest.mark.parametrize("residual", [name for name in NAMES if "residual" in name])
-def test_the_arms_differ_in_the_experts_alone(residual):
-    dense = residual.replace("residual", "dense")
-    lower, ours = load(dense).to_dict(), load(residual).to_dict()
+@pytest.mark.parametrize("name", NAMES)
+def test_what_it_begins_with_is_what_another_config_leaves(name):
+    before = origin(name)
+    assert before is None or before in NAMES
+
+
+@pytest.mark.parametrize(("name", "arm"), ARMS)
+def test_an_arm_is_one_changed_key(name, arm):
+    """Fixed experts also need ep_size=1, which changes no result."""
+    changed = load(name)
+    changed.merge_from_dict(
+        launch.parser().parse_args([name, "--deepspeed_config", "", "--cfg-options", *arm.split()]).cfg_options
+    )
+    before, after = (asdict(ResidualMoEConfig.from_dict(backbone(one).moe)) for one in (load(name), changed))
+    assert len({key for key in before if before[key] != after[key]} - {"ep_size"}) == 1
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("cell", TABLE)
+def test_the_papers_table(cell, pipeline):
+    name = cell.format(pipeline)
+    assert NAMES.count(name) == 1
+    assert docstring(name).startswith(f"{PIPELINES[pipeline]}: ")
+    dense, config = load(cell.format("dense")).to_dict(), load(name).to_dict()
+    assert config.pop("stage") == STAGES[PIPELINES[pipeline]]
+    assert dense.pop("stage") == "dense"
+    core, moe = config["model"]["backbone"].pop("core"), config["model"]["backbone"].pop("moe", None)
+    dense["model"]["backbone"].pop("core")
+    assert dense == config
+    upstream = {"dense": "core", "moe": "moe", "residual": "core", "intermediate_residual": "intermediate"}[pipeline]
+    assert f"_{upstream}_imagenet" in core
+    assert (moe is None) == (pipeline == "dense")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "residual" in name])
+def test_residual_configs_differ_from_the_dense_ones_in_the_experts_alone(name):
+    lower, ours = load(re.sub("(intermediate_)?residual", "dense", name)).to_dict(), load(name).to_dict()
     assert ours["model"]["backbone"].pop("moe")["num_experts"] == 8
     assert (lower.pop("stage"), ours.pop("stage")) == ("dense", "residual")
+    if "intermediate" in name:
+        lower["model"]["backbone"].pop("core"), ours["model"]["backbone"].pop("core")
     assert lower == ours
+
+
+def test_the_mixtures_are_those_of_their_pretraining():
+    for name in NAMES:
+        if (before := origin(name)) in NAMES and (theirs := backbone(load(before)).get("moe")):
+            ours = backbone(load(name)).moe
+            for key in ("num_experts", "top_k", "residual", "expert_init", "combine"):
+                assert ours.get(key) == theirs.get(key), (name, before)
 
 
 def test_the_demo_fits_the_embedded_data_set():
@@ -102,3 +331,7 @@ def test_the_published_recipe_of_upernet():
     config = load("segmentation/upernet_swin_tiny_dense_ade20k_512_160k.py")
     assert (config.optim_wrapper.optimizer.lr, config.optim_wrapper.optimizer.weight_decay) == (6e-5, 0.01)
     assert config.train_dataloader.batch_size * 8 == 16
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

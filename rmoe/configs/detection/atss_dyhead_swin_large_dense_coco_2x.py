@@ -3,10 +3,13 @@
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_large_dense_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
 
-For 16 GPUs of 80 GB with 1 image each (16 in all; keep that product). The core is the published one, trained on
-ImageNet-22k; timm has it too: --cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True
-model.backbone.model=swin_large_patch4_window12_384.ms_in22k. The recipe is mmdet's: box AP 56.2; published, with more
-of everything: 58.4 (arXiv 2106.08322). Nobody has run this file at full scale.
+Hardware: 16 GPUs of 80 GB with 1 image each (16 in all; keep that product).
+Published: box AP 56.2 (mmdetection); with more of everything 58.4 (arXiv 2106.08322).
+Run at full scale: no.
+
+The core is the work dir of upstream/swin_large_core_imagenet22k.py, or timm's published one: --cfg-options
+model.backbone.core=None model.backbone.kwargs.pretrained=True
+model.backbone.model=swin_large_patch4_window12_384.ms_in22k. The recipe is mmdetection's.
 """
 
 _base_ = [
@@ -38,7 +41,7 @@ model = dict(
     backbone=dict(
         model="swin_large_patch4_window12_384",
         with_cp=True,
-        core="checkpoints/swin_large_patch4_window12_384_22k.pth",
+        core="work_dirs/swin_large_core_imagenet22k",
     ),
     neck=[
         dict(

@@ -1,12 +1,15 @@
-"""RMoE-D: residual finetune of ATSS with a dynamic head on Swin-L, COCO in many sizes, 24 epochs; 8 low-rank experts
-in every other block of the last two stages, the core of these blocks frozen.
+"""RMoE-D: residual finetune of ATSS with a dynamic head on Swin-L, COCO in many sizes, 24 epochs; 8 low-rank experts in
+every other block of the last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_large_residual_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
 
-For 16 GPUs of 80 GB with 1 image each (16 in all; keep that product). Schedule, data and core are those of the dense
-finetune, whose result is box AP 56.2; published for RMoE, the detector unnamed: + 0.6 AP (arXiv 2204.09636). The
-experts' number, kind and place are this project's choices. Nobody has run this file at full scale.
+Hardware: 16 GPUs of 80 GB with 1 image each (16 in all; keep that product).
+Published: AP + 0.6 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D
+and RMoE-I); dense: box AP 56.2.
+Run at full scale: no.
+
+Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
 """
 
 _base_ = ["atss_dyhead_swin_large_dense_coco_2x.py"]

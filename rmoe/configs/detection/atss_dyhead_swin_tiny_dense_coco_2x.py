@@ -3,10 +3,12 @@
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_tiny_dense_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
 
-For 8 GPUs with 4 images each (32 in all; keep that product). The core is the work dir of
-upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options model.backbone.core=None
-model.backbone.kwargs.pretrained=True. The recipe is the published one (arXiv 2106.08322 and its code): box AP 49.8.
-Nobody has run this file at full scale.
+Hardware: 8 GPUs with 4 images each (32 in all; keep that product).
+Published: box AP 49.8 (arXiv 2106.08322 and its code).
+Run at full scale: no.
+
+The core is the work dir of upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options
+model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
 """
 
 _base_ = [

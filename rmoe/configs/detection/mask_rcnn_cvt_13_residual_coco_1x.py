@@ -1,12 +1,15 @@
 """RMoE-D: residual finetune of Mask R-CNN on CvT-13, COCO, 12 epochs; 8 low-rank experts in every other block of the
-last two stages, the core of these blocks frozen.
+last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-For 8 GPUs with 2 images each (16 in all; keep that product). Schedule, data and core are those of the dense finetune;
-published for RMoE, the detector unnamed: + 1.6 AP (arXiv 2204.09636). The experts' number, kind and place are this
-project's choices. Nobody has run this file at full scale.
+Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
+Published: AP + 1.6 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D
+and RMoE-I); dense: no figure found.
+Run at full scale: no.
+
+Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
 """
 
 _base_ = ["mask_rcnn_cvt_13_dense_coco_1x.py"]

@@ -3,10 +3,12 @@
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_dense_coco_3x.py \
         --deepspeed_config ds_configs/zero2.json
 
-For 8 GPUs with 2 images each (16 in all; keep that product). The core is the work dir of
-upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options model.backbone.core=None
-model.backbone.kwargs.pretrained=True. The recipe is the published one (arXiv 2103.14030 and its code): box AP 46.0,
-mask AP 41.6. Nobody has run this file at full scale.
+Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
+Published: box AP 46.0, mask AP 41.6 (arXiv 2103.14030 and its code).
+Run at full scale: no.
+
+The core is the work dir of upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options
+model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
 """
 
 _base_ = [

@@ -1,12 +1,15 @@
-"""RMoE-D: residual finetune of Mask R-CNN on Swin-T, COCO, 36 epochs; 8 low-rank experts in every other
-block of the last two stages, the core of these blocks frozen.
+"""RMoE-D: residual finetune of Mask R-CNN on Swin-T, COCO, 36 epochs; 8 low-rank experts in every other block of the
+last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_residual_coco_3x.py \
         --deepspeed_config ds_configs/zero2.json
 
-For 8 GPUs with 2 images each (16 in all; keep that product). Schedule, data and core are those of the dense finetune,
-whose result is box AP 46.0, mask AP 41.6; published for RMoE, the detector unnamed: + 1.4 AP (arXiv 2204.09636). The
-experts' number, kind and place are this project's choices. Nobody has run this file at full scale.
+Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
+Published: AP + 1.4 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D
+and RMoE-I); dense: box AP 46.0, mask AP 41.6.
+Run at full scale: no.
+
+Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
 """
 
 _base_ = ["mask_rcnn_swin_tiny_dense_coco_3x.py"]
