@@ -51,12 +51,12 @@ def _check(dataset: Mapping[str, Any]) -> list[Problem]:
     if dataset.get("backend_args") or "://" in str(dataset.get("data_root")):
         return []
     problems = _check_classes(dataset)
-    if kind == "ImageFolder":
+    if kind == "ImageFolder" and {"root", "split"} <= dataset.keys():
         for split in dict.fromkeys(("train", dataset["split"])):
             problems += check_split(dataset["root"], split)
     elif "img_path" in prefix:
         problems += _check_pairs(dataset, kind)
-    elif kind in _COCO:
+    elif kind in _COCO and dataset.get("ann_file"):
         problems += _check_coco(dataset)
     return problems
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from rmoe.backbones.core import read_checkpoint
 from rmoe.config import UserError
-from rmoe.engine.elastic import WEIGHT
+from rmoe.engine.elastic import AVERAGE, WEIGHT
 from rmoe.layers.moe import global_state_dict, load_global_state_dict
 
 MARKER, RUN, HISTORY = "complete.json", "run.json", "history.safetensors"
@@ -313,7 +313,7 @@ def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def load_weights(model: nn.Module, path: Path) -> None:
     """Loads all weights of `model`: from a `.pth` or `.safetensors` file, the work dir of a finished run, or a training
-    checkpoint of any number of processes and any ep_size. All processes call it.
+    checkpoint of any number of processes and any ep_size; their average, where the run kept one. All processes call it.
 
     Raises:
         UserError: no such file, one cut short or with values that are not finite, or another model's.
@@ -345,7 +345,8 @@ def _weights(path: Path) -> dict[str, Tensor]:
     if harm := _damage(path):
         raise UserError(f"{path} is {harm}; give an earlier checkpoint")
     tensors = Tensors(path)
-    state = {key.removeprefix(WEIGHT): tensors[key] for key in tensors if key.startswith(WEIGHT)}
+    kind = AVERAGE if any(key.startswith(AVERAGE) for key in tensors) else WEIGHT
+    state = {key.removeprefix(kind): tensors[key] for key in tensors if key.startswith(kind)}
     bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
         raise UserError(f"{path} has {_some('weights that are not finite', bad)}; give an earlier checkpoint")

@@ -1,9 +1,10 @@
 """Weights and optimizer state without the layout of the run that wrote them.
 
-A checkpoint's tensors are named `KIND/NAME`: KIND is `weight` or a state of the optimizer (`exp_avg`, `step`, …), NAME
-that of a parameter or buffer in the model, an expert's with its global id. A tensor is always whole, in the shape that
-its parameter has in the model. So any number of processes, any ep_size and any ZeRO stage can write it, and any other
-read it: DeepSpeed's own files of ZeRO partitions are silently wrong where ep_size changes.
+A checkpoint's tensors are named `KIND/NAME`: KIND is `weight`, `average` (of the weights, where a run keeps one) or a
+state of the optimizer (`exp_avg`, `step`, …), NAME that of a parameter or buffer in the model, an expert's with its
+global id. A tensor is always whole, in the shape that its parameter has in the model. So any number of processes, any
+ep_size and any ZeRO stage can write it, and any other read it: DeepSpeed's own files of ZeRO partitions are silently
+wrong where ep_size changes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from rmoe.config import UserError
 from rmoe.layers.moe import moe_layers
 
-WEIGHT = "weight/"
+WEIGHT, AVERAGE = "weight/", "average/"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 _STEP = "step"
 _LAYOUT_KEYS = {"params", "name", "moe"}  # of an optimizer's group: what depends on the layout
@@ -47,9 +48,7 @@ def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     tensors: dict[str, Tensor] = {}
     numbers: set[str] = set()
     with _whole_parameters(engine):
-        for name, x in names.weights().items():
-            if names.leads(name):
-                tensors |= {WEIGHT + key: _copy(one) for key, one in names.split(name, x)}
+        tensors |= gather_weights(engine.module)
     for holder in _holders(engine, names):
         for kind, value in sorted(_state(engine, holder.values).items()):
             if _is_number(kind, value, holder.values):
@@ -68,6 +67,13 @@ def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
             for group, parameters in zip(engine.optimizer.param_groups, _parameters_of_groups(engine), strict=True)
         ],
     }
+
+
+def gather_weights(module: nn.Module, kind: str = WEIGHT) -> dict[str, Tensor]:
+    """This process's share of the weights of a model whose parameters are whole, see `gather`."""
+    names = _Names(module)
+    leading = {name: x for name, x in names.weights().items() if names.leads(name)}
+    return {kind + key: _copy(one) for name, x in leading.items() for key, one in names.split(name, x)}
 
 
 def restore(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -89,8 +95,8 @@ def restore(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
             f"the checkpoint is of optimizer {about['optimizer']}, the config's is {kind}; resume with the former, or "
             "start a new run with load_from"
         )
-    with _whole_parameters(engine, modified=True), torch.no_grad():
-        _load_weights(names, tensors)
+    with _whole_parameters(engine, modified=True):
+        restore_weights(engine.module, tensors)
     if engine.zero_optimization():
         engine.optimizer.refresh_fp32_params()
     _load_states(engine, names, tensors, set(about["numbers"]))
@@ -278,15 +284,22 @@ def _whole(engine: Any, part: _Part, values: Tensor, kind: str, value: Any) -> T
     return whole.view(shape)
 
 
-def _load_weights(names: _Names, tensors: Mapping[str, Tensor]) -> None:
-    wanted = {WEIGHT + key: one for name, x in names.weights().items() for key, one in names.split(name, x)}
-    known = {key for key in tensors if key.startswith(WEIGHT) and "deepspeed_experts." not in key}
+@torch.no_grad()
+def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], kind: str = WEIGHT) -> None:
+    """Loads what all processes' `gather_weights` returned.
+
+    Raises:
+        UserError: another model's.
+    """
+    names = _Names(module)
+    wanted = {kind + key: one for name, x in names.weights().items() for key, one in names.split(name, x)}
+    known = {key for key in tensors if key.startswith(kind) and "deepspeed_experts." not in key}
     surplus = known - wanted.keys()
     wrong = sorted(surplus | (wanted.keys() - set(tensors)))
     wrong = wrong or sorted(key for key, x in wanted.items() if tensors[key].shape != x.shape)
     if wrong:
         raise UserError(
-            f"the checkpoint is another model's: {len(wrong)} weights differ, such as {wrong[0].removeprefix(WEIGHT)}; "
+            f"the checkpoint is another model's: {len(wrong)} weights differ, such as {wrong[0].removeprefix(kind)}; "
             "resume with the model of the run that wrote it"
         )
     for key, x in wanted.items():
@@ -294,7 +307,7 @@ def _load_weights(names: _Names, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _load_states(engine: Any, names: _Names, tensors: Mapping[str, Tensor], numbers: set[str]) -> None:
-    kinds = sorted({key.partition("/")[0] for key in tensors} - {WEIGHT.rstrip("/")})
+    kinds = sorted({key.partition("/")[0] for key in tensors} - {WEIGHT.rstrip("/"), AVERAGE.rstrip("/")})
     state = _base_optimizer(engine).state
     state.clear()
     for holder in _holders(engine, names):

@@ -24,10 +24,12 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.dist import all_gather_object
 from mmengine.runner import FlexibleRunner
 from mmengine.utils import import_modules_from_strings
 
 from rmoe.config import ResidualMoEConfig, UserError, nearest
+from rmoe.data.preflight import preflight
 from rmoe.engine import checkpoint, ds_json, faults, optim  # noqa: F401 (registers 'rmoe.ParamGroups')
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.faults import Fault, Preempted
@@ -111,6 +113,7 @@ def train(arguments: argparse.Namespace) -> None:
         cfg = read_config(arguments.config, arguments.cfg_options or {}, arguments.safe_config)
         notes = prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
         join(arguments.timeout)
+        check_data(cfg)
         with faults.Watch(Path(cfg.work_dir), arguments.timeout) as watch:
             try:
                 with user_errors("the config"):
@@ -124,6 +127,24 @@ def train(arguments: argparse.Namespace) -> None:
                 if faults.of_a_collective(error):
                     raise Fault(watch.explain(error)) from error
                 raise
+
+
+def check_data(cfg: Config) -> None:
+    """Looks for the data sets before anything is built: one process of each machine, which may have disks of its own.
+
+    Collective: all of them hear what one has found.
+
+    Raises:
+        UserError: see `rmoe.data.preflight.preflight`.
+    """
+    said = ""
+    if int(os.environ["LOCAL_RANK"]) == 0:
+        try:
+            preflight(cfg)
+        except UserError as error:
+            said = str(error)
+    if found := next(filter(None, all_gather_object(said)), ""):
+        raise UserError(found)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -376,6 +397,7 @@ def _add_tensorboard(cfg: Config) -> None:
 def _add_hooks(cfg: Config, notes: list[str]) -> None:
     stage = cfg.get("stage")
     ours = [
+        {"type": f"{_HOOKS}.RunningStatsHook"},
         {"type": "rmoe.engine.randomness.StepSeedHook", "seed": cfg.randomness["seed"]},
         {"type": f"{_HOOKS}.LocalExpertsHook"},
         {"type": f"{_HOOKS}.CostHook", "stage": stage},
@@ -384,14 +406,18 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
     ]
     there = {hook["type"] for hook in ours}  # already, in the config that a run has dumped
     custom = [hook for hook in cfg.get("custom_hooks") or [] if hook["type"] not in there]
-    if "EMAHook" in (_short(hook["type"]) for hook in custom):
-        raise UserError("custom_hooks has an EMAHook, whose average DeepSpeed's checkpoints do not hold; remove it")
+    for hook in custom:
+        if _short(hook["type"]) == "EMAHook" and hook["type"] != "rmoe.EMAHook":
+            ours_is = f"dict(type='rmoe.EMAHook', momentum={hook.get('momentum', 0.0002)})"
+            raise UserError(f"custom_hooks has mmengine's EMAHook, whose average checkpoints lack; write {ours_is}")
+        if hook["type"] == "rmoe.EMAHook" and ds_json.zero_stage(cfg.strategy.config) == 3:
+            raise UserError("rmoe.EMAHook averages whole weights, which zero_optimization.stage 3 splits; use stage 2")
     saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
     if saver.get("max_keep_ckpts") == 1:
         # mmengine removes the old one before it writes the new one.
         notes.append("max_keep_ckpts 1 could leave no checkpoint when a run is killed: keeping 2")
         cfg.default_hooks.checkpoint.max_keep_ckpts = 2
-    cfg.custom_hooks = custom + ours
+    cfg.custom_hooks = ours[:1] + custom + ours[1:]  # what an average of weights takes along is in order by then
 
 
 def set_slurm() -> None:
@@ -436,7 +462,9 @@ def _backend() -> str:
 def join(timeout: float) -> None:
     """Joins the other processes; communication that takes longer than `timeout` seconds fails."""
     faults.limit_groups(timeout)
-    if not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # else all would speak for the first one
+    else:
         # It is compiled for a minute, into a folder that all share, for a function that nothing here calls.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         if "OMP_NUM_THREADS" not in os.environ:

@@ -32,7 +32,18 @@ class Diverged(RuntimeError):
 
 
 class Engine(MMDeepSpeedEngineWrapper):
-    """DeepSpeed's engine as mmengine's loops call it."""
+    """DeepSpeed's engine as mmengine's loops call it.
+
+    Attributes:
+        averaged: a copy of the model with an average of its weights, if a hook keeps one.
+    """
+
+    averaged: nn.Module | None = None
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The model to evaluate and to export."""
+        return self.model.module if self.averaged is None else self.averaged
 
     def train_step(self, data: Any, optim_wrapper: BaseOptimWrapper) -> dict[str, Tensor]:
         """One iteration; the gates' losses join the model's as `loss_moe_aux`.
@@ -60,8 +71,7 @@ class Engine(MMDeepSpeedEngineWrapper):
 
     def val_step(self, data: Any) -> list[Any]:
         """Predictions, computed in float32 whatever training is computed in: metrics and box operations need it."""
-        module = self.model.module
-        return module(**module.data_preprocessor(data, False), mode="predict")
+        return self.evaluated(**self.model.module.data_preprocessor(data, False), mode="predict")
 
     test_step = val_step
 
@@ -121,9 +131,10 @@ class Strategy(DeepSpeedStrategy):
 
     def _wrap_model(self, model: nn.Module) -> Engine:
         self._scale_lr()
-        engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
-            model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
-        )
+        with _vectors(model):
+            engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
+                model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
+            )
         mend_clipping(engine)
         return Engine(model=engine)
 
@@ -150,6 +161,8 @@ class Strategy(DeepSpeedStrategy):
             checkpoint.write_weights(path, self.whole_state_dict())
             return
         tensors, engine = elastic.gather(self.model.model)
+        if self.model.averaged is not None:
+            tensors |= elastic.gather_weights(self.model.averaged, elastic.AVERAGE)
         about, history = run_state.collect(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
         about["engine"] = engine
         checkpoint.write(path, tensors, about, history, about["meta"]["iter"], self.layout)
@@ -158,20 +171,32 @@ class Strategy(DeepSpeedStrategy):
         """Loads weights, optimizer and schedulers, at whatever layout they were saved; returns the runner's state.
 
         Raises:
-            UserError: the checkpoint is another model's or optimizer's.
+            UserError: the checkpoint is another model's or optimizer's, or has an average and the run keeps none, or
+                the other way round.
         """
         path = Path(filename)
         checkpoint.check_layout(path, self.layout)
         about, history = checkpoint.read_run(path)
-        elastic.restore(self.model.model, checkpoint.Tensors(path), about["engine"])
+        tensors, averaged = checkpoint.Tensors(path), self.model.averaged
+        if any(key.startswith(elastic.AVERAGE) for key in tensors) != (averaged is not None):
+            which, todo = ("no", "remove") if averaged is not None else ("an", "keep")
+            raise UserError(
+                f"{path} has {which} average of the weights: {todo} rmoe.EMAHook in custom_hooks to go on from it, or "
+                f"start a new run: another --work-dir and --cfg-options load_from={path}"
+            )
+        elastic.restore(self.model.model, tensors, about["engine"])
+        if averaged is not None:
+            elastic.restore_weights(averaged, tensors, elastic.AVERAGE)
         return run_state.restore(about, history, self.optim_wrapper, self._schedulers())
 
     def _schedulers(self) -> list[Any]:
         return getattr(self, "param_schedulers", None) or []
 
     def whole_state_dict(self) -> dict[str, Tensor]:
-        """All weights on the CPU, experts under global ids; the same on every process, which all must call it."""
-        module, sharded = self.model.module, self.model.zero_optimization_partition_weights()
+        """All weights of what is evaluated, on the CPU, experts under global ids; the same on every process, which all
+        must call it.
+        """
+        module, sharded = self.model.evaluated, self.model.zero_optimization_partition_weights()
         with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
             return {key: x.clone() for key, x in global_state_dict(module).items()}
 
@@ -181,6 +206,17 @@ class Strategy(DeepSpeedStrategy):
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         if not finite.item():
             raise Diverged("a weight is not finite; it was not saved")
+
+
+@contextmanager
+def _vectors(model: nn.Module) -> Iterator[None]:
+    """DeepSpeed cannot send a parameter without dimensions, such as ATSS's scales in mmdet: meanwhile it has one."""
+    scalars = [parameter for parameter in model.parameters() if not parameter.dim()]
+    for parameter in scalars:
+        parameter.data = parameter.data.view(1)
+    yield
+    for parameter in scalars:
+        parameter.data = parameter.data.view(())
 
 
 class Runner(FlexibleRunner):
@@ -204,6 +240,7 @@ class Runner(FlexibleRunner):
         """Resumes from the newest checkpoint that is intact, if `rmoe.engine.launch` found any; weights alone were
         loaded with the model.
         """
+        self.call_hook("before_resume")
         if self._resume:
             self.resume(str(checkpoint.intact(Path(self.work_dir), self.logger.warning)))
 

@@ -22,6 +22,7 @@ PROCESSES = (4, 2, 1, 2)
 FULL = {"num_experts": 4, "residual": "full", "noise": 0.0, "losses": {"importance": 0.01}, "train_core": True}
 LOW = {"num_experts": 4, "rank": 2, "noise": 0.0, "losses": {"importance": 0.01, "z": 0.001}}
 SGD = {"type": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
+AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}
 ADAMW = {"type": "AdamW", "lr": 0.01, "weight_decay": 0.05}
 
 
@@ -32,10 +33,11 @@ class Chain(NamedTuple):
     optimizer: dict[str, Any]
     ep_sizes: tuple[int, int, int, int]
     stages: tuple[int, int, int, int]
+    averaged: bool = False
 
 
 CHAINS = {
-    "low rank": Chain(LOW, ADAMW, (4, 2, 1, 2), (2, 1, 0, 2)),
+    "low rank": Chain(LOW, ADAMW, (4, 2, 1, 2), (2, 1, 0, 2), averaged=True),
     "full": Chain(FULL, ADAMW, (2, 1, 1, 2), (1, 2, 2, 0)),
     "from stage 0": Chain(FULL, SGD, (4, 2, 1, 1), (0, 2, 1, 1)),
     "dense": Chain(None, ADAMW, (1, 1, 1, 1), (3, 0, 2, 3)),
@@ -80,7 +82,7 @@ def command(folder: Path, name: str, leg: int, processes: int, ep_size: int, sta
         "train_cfg.max_iters": STEPS * (leg + 1),
         "param_scheduler.0.end": STEPS * len(PROCESSES),
         "default_hooks.checkpoint.max_keep_ckpts": -1,
-        "custom_hooks": [{"type": "toy.ResaveHook"}],
+        "custom_hooks": [{"type": "toy.ResaveHook"}, *([AVERAGED] if chain.averaged else [])],
         **more,
     }
     config = write_config(folder / f"run_{len(list(folder.glob('*.py')))}.py", options)
@@ -116,7 +118,8 @@ def test_what_is_resumed_is_what_was_saved(folder: Path, name: str) -> None:
         assert all(torch.equal(before[key], after[key]) for key in before)
         kinds = {key.partition("/")[0] for key in before}
         adam = {"weight", "exp_avg", "exp_avg_sq", "step"}
-        assert kinds == (adam if CHAINS[name].optimizer is ADAMW else {"weight", "momentum_buffer"})
+        states = adam if CHAINS[name].optimizer is ADAMW else {"weight", "momentum_buffer"}
+        assert kinds == states | ({"average"} if CHAINS[name].averaged else set())
         if CHAINS[name].moe:
             assert any("deepspeed_experts.3." in key for key in before)
 

@@ -26,8 +26,10 @@ GLOBAL_BATCH = 8
 # Without noise, for comparisons between numbers of processes; the clipping is active in every step.
 CALM = {"model.drop_path": 0.0, "optim_wrapper.clip_grad.max_norm": 0.05}
 MOE = {"num_experts": 4, "rank": 2, "noise": 0.0, "losses": {"importance": 0.01, "z": 0.001}}
-# With all that is random: drop path, gate noise, augmentation.
-WILD = {"model.moe": MOE | {"noise": 1.0, "ep_size": 2}, "model.drop_path": 0.3}
+AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}
+# With all that is random, drop path, gate noise, augmentation, and an average of the weights.
+WILD = {"model.moe": MOE | {"noise": 1.0, "ep_size": 2}, "model.drop_path": 0.3, "custom_hooks": [AVERAGED]}
+NO_DATA = {"_delete_": True, "type": "rmoe.ImageFolder", "root": "nowhere", "split": "train", "num_classes": 2}
 PLAIN_STOP, SAVING_STOP = {"at": 5}, {"at": 4, "while_saving": True}
 
 
@@ -78,7 +80,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         return command(folder, name, options, stage, *words, **content)
 
     def stopped(options: dict[str, Any], stop: dict[str, Any]) -> dict[str, Any]:
-        return options | {"custom_hooks": [{"type": "toy.KillHook", **stop}]}
+        return options | {"custom_hooks": [AVERAGED, {"type": "toy.KillHook", **stop}]}
 
     alone_wild = {**WILD, "model.moe": WILD["model.moe"] | {"ep_size": 1}}
     killed = run_processes(folder, [TRAIN, *make("resumed alone", stopped(alone_wild, PLAIN_STOP), 0)], 0, check=False)
@@ -103,11 +105,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "whole pair": make("whole pair", WILD, 2),
         "resumed pair": make("resumed pair", WILD, 2, "--resume"),
         "flipped": make("flipped", WILD, 2, "--resume"),
+        "no data": make("no data", {"train_dataloader.dataset": NO_DATA}, 2),
         "poisoned pair": make("poisoned pair", CALM | poisoned | {"train_dataloader.batch_size": 2}, 2),
     }
     outcomes = run_all(folder, 2, pair)
     moe = whole | {"model.moe": MOE}
     best, last = next((folder / "pair ep2 2").glob("best_*")), folder / "pair ep2 2" / "iter_6.pth"
+    every_step = {"default_hooks.checkpoint.interval": 1, "default_hooks.checkpoint.max_keep_ckpts": -1}
+    averaged = folder / "whole pair" / "iter_6.pth"
     alone = {
         **{f"alone dense {stage}": make(f"alone dense {stage}", whole, stage) for stage in (0, 1, 2, 3)},
         **{f"alone moe {stage}": make(f"alone moe {stage}", moe, stage) for stage in (0, 2)},
@@ -130,6 +135,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "whole alone": make("whole alone", alone_wild | {"train_dataloader.num_workers": 1}, 0),
         "resumed alone": make("resumed alone", alone_wild, 0, "--resume"),
         "cut short": make("cut short", alone_wild, 0, "--resume"),
+        "every step": make("every step", alone_wild | every_step, 1),
+        "no average": make("resumed alone", alone_wild | {"custom_hooks": []}, 0, "--resume"),
+        "from average": make("from average", moe | frozen | {"load_from": str(averaged)}, 0),
         "other layout": make("other layout", alone_wild, 2, "--resume"),
         "from checkpoint": make("from checkpoint", moe | frozen | {"load_from": str(last)}, 2),
         "from best": make("from best", moe | frozen | {"load_from": str(best)}, 0),
@@ -148,10 +156,10 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6)
         torch.testing.assert_close(a[key], b[key], atol=atol, rtol=0, msg=lambda text, key=key: f"{key}: {text}")
 
 
-def saved_weights(path: Path) -> dict[str, Tensor]:
+def saved_weights(path: Path, kind: str = "weight/") -> dict[str, Tensor]:
     """Of a training checkpoint."""
     files = [load_file(part) for part in path.glob("part_*.safetensors")]
-    return {key.removeprefix("weight/"): x for file in files for key, x in file.items() if key.startswith("weight/")}
+    return {key.removeprefix(kind): x for file in files for key, x in file.items() if key.startswith(kind)}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +200,7 @@ def test_killed_and_resumed_is_never_stopped(runs: Runs) -> None:
     """Without a launcher, at the end of a step that was not saved; augmented by a loader worker in one of the two."""
     assert [one.returncode for one in runs.killed] == [-9]
     assert runs.outcomes["resumed alone"] == ["done"]
-    assert_equal(runs.weights("resumed alone"), runs.weights("whole alone"))
+    assert_same_end(runs, "resumed alone", "whole alone")
 
 
 def test_killed_while_saving_and_resumed_is_never_stopped(runs: Runs) -> None:
@@ -203,7 +211,42 @@ def test_killed_while_saving_and_resumed_is_never_stopped(runs: Runs) -> None:
     assert "iter_4.pth.partial is half written (it has no complete.json); it is ignored" in logs
     assert "resuming from" in logs
     assert "iter_3.pth" in logs.partition("resuming from")[2].splitlines()[0]
-    assert_equal(runs.weights("resumed pair"), runs.weights("whole pair"))
+    assert_same_end(runs, "resumed pair", "whole pair")
+
+
+def assert_same_end(runs: Runs, resumed: str, whole: str) -> None:
+    """The average, which is exported, and the weights."""
+    assert_equal(runs.weights(resumed), runs.weights(whole))
+    for kind in ("weight/", "average/"):
+        assert_equal(*(saved_weights(runs.folder / name / "iter_6.pth", kind) for name in (resumed, whole)))
+
+
+def test_the_average_is_exported(runs: Runs) -> None:
+    """Of the weights after each step, of which there are checkpoints; the best checkpoint has it too."""
+    folder = runs.folder / "every step"
+    average = saved_weights(folder / "iter_1.pth")
+    for step in range(2, 7):
+        weights = saved_weights(folder / f"iter_{step}.pth")
+        average = {key: 0.7 * x + 0.3 * weights[key] for key, x in average.items()}
+        assert_equal(saved_weights(folder / f"iter_{step}.pth", "average/"), average)
+        best = list(folder.glob(f"best_*_iter_{step}.pth"))
+        if best:
+            assert_equal(torch.load(best[0], weights_only=True)["state_dict"], average)
+    assert_equal(runs.weights("every step"), average)
+    assert not torch.allclose(average["head.weight"], weights["head.weight"])
+
+
+def test_with_and_without_an_average(runs: Runs) -> None:
+    """Of the experts of two processes, to start from; and a run that had one does not go on without."""
+    assert_equal(runs.weights("from average"), runs.weights("whole pair"), atol=0)
+    assert "has an average of the weights: keep rmoe.EMAHook" in runs.outcomes["no average"][0]
+
+
+def test_no_run_starts_without_its_data(runs: Runs) -> None:
+    """Both processes say the same, and nothing has been written."""
+    said = runs.outcomes["no data"]
+    assert said == ["UserError: folder nowhere/train does not exist; correct the path, or put the data set there"] * 2
+    assert not (runs.folder / "no data").exists()
 
 
 def test_the_seed_is_not_all_that_makes_runs_equal(runs: Runs) -> None:

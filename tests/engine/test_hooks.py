@@ -8,13 +8,18 @@ import pty
 import sys
 import termios
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
+from toy import ToyModel, ToyTokens
 
+from rmoe.config import UserError
 from rmoe.engine import hooks
-from rmoe.engine.hooks import LocalExpertsHook, ProgressHook
+from rmoe.engine.hooks import EMAHook, LocalExpertsHook, ProgressHook
+from rmoe.engine.strategy import Engine
 
 
 class Runner:
@@ -74,7 +79,7 @@ def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: py
 
     monkeypatch.setattr(hooks, "local_experts", local)
     runner = Runner()
-    runner.module = None  # type: ignore[attr-defined]
+    runner.evaluated = None  # type: ignore[attr-defined]
     hook = LocalExpertsHook()
     for _ in range(2):
         hook.before_val_epoch(runner)
@@ -85,3 +90,43 @@ def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: py
     from mmengine.runner import get_priority
 
     assert get_priority(hook.priority) < get_priority(CheckpointHook.priority)
+
+
+def test_the_average_by_hand() -> None:
+    """After steps of one and two iterations: the first weights, then 0.75 of the average and 0.25 of the weights."""
+    runner = Runner()
+    runner.module = nn.BatchNorm1d(1)  # type: ignore[attr-defined]
+    runner.global_steps, runner.strategy = 0, SimpleNamespace(layout=SimpleNamespace(accumulation=2))  # type: ignore[attr-defined]
+    hook = EMAHook(momentum=0.25)
+    hook.before_resume(runner)
+    hook.before_train(runner)
+    averaged = runner.averaged  # type: ignore[attr-defined]
+    seen = []
+    for step, weight in enumerate([5.0, 8.0, 6.0, 16.0]):
+        runner.iter = step
+        with torch.no_grad():
+            runner.module.weight.fill_(weight)  # type: ignore[attr-defined]
+            runner.module.running_mean.fill_(weight)  # type: ignore[attr-defined]
+        hook.after_train_iter(runner, step)
+        seen.append((averaged.weight.item(), averaged.running_mean.item()))
+    assert seen == [(1.0, 0.0), (8.0, 8.0), (8.0, 8.0), (10.0, 16.0)]
+    assert not averaged.training
+    assert averaged.weight.dtype == torch.float32
+    for momentum in (0, 1, -0.1):
+        with pytest.raises(UserError, match="momentum"):
+            EMAHook(momentum=momentum)
+
+
+def test_the_average_is_evaluated() -> None:
+    plain, averaged = (ToyModel() for _ in range(2))
+    for model in (plain, averaged):
+        nn.init.zeros_(model.head.weight)
+        nn.init.zeros_(model.head.bias)
+    with torch.no_grad():
+        averaged.head.bias[1] = 1.0
+    engine = Engine(model=SimpleNamespace(module=plain))
+    samples = [ToyTokens()[0]]
+    batch = {key: [sample[key] for sample in samples] for key in samples[0]}
+    assert engine.val_step(batch)[0].guess == 0
+    engine.averaged = averaged
+    assert engine.val_step(batch)[0].guess == 1

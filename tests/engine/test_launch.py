@@ -75,7 +75,12 @@ def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path:
         ({"optim_wrapper.clip_grad.norm_type": 1}, {}, "clip_grad"),
         ({"optim_wrapper.clip_gradd.max_norm": 1}, {}, "no key 'clip_gradd'; did you mean 'clip_grad'"),
         ({"optim_wrapper.constructor": "LayerDecay"}, {}, "'LayerDecay'; use 'rmoe.ParamGroups'"),
-        ({"custom_hooks": [{"type": "EMAHook"}]}, {}, "EMAHook"),
+        (
+            {"custom_hooks": [{"type": "EMAHook", "momentum": 0.1}]},
+            {},
+            r"write dict\(type='rmoe.EMAHook', momentum=0.1\)",
+        ),
+        ({"custom_hooks": [{"type": "rmoe.EMAHook"}]}, {"stage": 3}, "use stage 2"),
         ({"param_scheduler.5.power": 1}, {}, "do not fit"),
         ({}, {"train_batch_size": 7}, "train_batch_size 7"),
     ],
@@ -161,6 +166,20 @@ def test_a_process_without_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     launch.set_alone()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
     assert int(os.environ["MASTER_PORT"]) > 0
+
+
+def test_one_process_of_each_machine_looks_for_the_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {})
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    launch.check_data(cfg)
+    cfg.train_dataloader.dataset = {"type": "rmoe.ImageFolder", "root": str(tmp_path), "split": "val"}
+    with pytest.raises(UserError, match=f"folder {tmp_path}/train does not exist"):
+        launch.check_data(cfg)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    launch.check_data(cfg)
+    monkeypatch.setattr(launch, "all_gather_object", lambda said: [said, "folder x does not exist", ""])
+    with pytest.raises(UserError, match="folder x does not exist"):
+        launch.check_data(cfg)
 
 
 def test_other_processes_let_the_first_one_speak(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
