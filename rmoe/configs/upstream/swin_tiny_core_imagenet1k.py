@@ -3,8 +3,13 @@
     deepspeed launch/train.py rmoe/configs/upstream/swin_tiny_core_imagenet1k.py \
         --deepspeed_config ds_configs/zero1.json
 
-For 8 GPUs with 128 images each (1024 in all; keep that product). The recipe is the published one (arXiv 2103.14030):
-top-1 81.2. Nobody has run this file at full scale.
+    sbatch launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_tiny_core_imagenet1k.py \
+        ds_configs/zero1.json work_dirs/swin_tiny_core_imagenet1k \
+        --cfg-options train_dataloader.batch_size=32
+
+Hardware: 8 GPUs with 128 images each, or 4 nodes of 8 with 32 (1024 in all; keep that product).
+Published: top-1 81.2, by this recipe (arXiv 2103.14030).
+Run at full scale: no.
 """
 
 _base_ = ["../_base_/runtime.py", "../_base_/imagenet1k_224.py"]

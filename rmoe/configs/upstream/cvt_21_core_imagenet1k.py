@@ -1,0 +1,20 @@
+"""Core pretraining: dense CvT-21 on ImageNet-1k, 300 epochs.
+
+    deepspeed launch/train.py rmoe/configs/upstream/cvt_21_core_imagenet1k.py \
+        --deepspeed_config ds_configs/zero1.json
+
+    sbatch launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/cvt_21_core_imagenet1k.py \
+        ds_configs/zero1.json work_dirs/cvt_21_core_imagenet1k \
+        --cfg-options train_dataloader.batch_size=64
+
+Hardware: 8 GPUs with 256 images each, or 4 nodes of 8 with 64 (2048 in all; keep that product).
+Published: top-1 82.5 (arXiv 2103.15808).
+Run at full scale: no.
+
+The recipe is CvT-13's, with the published weight decay of 0.1.
+"""
+
+_base_ = ["cvt_13_core_imagenet1k.py"]
+
+model = dict(model="cvt_21")
+optim_wrapper = dict(optimizer=dict(weight_decay=0.1))

@@ -1,0 +1,30 @@
+"""RMoE-I, first half: intermediate finetuning of Swin-L on ImageNet-22k, 2 epochs; 8 low-rank experts in every other
+block of the last two stages, their cores frozen.
+
+    deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
+        --deepspeed_config ds_configs/zero2_bf16.json
+
+    sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
+        ds_configs/zero2_bf16.json work_dirs/swin_large_intermediate_imagenet22k
+
+Hardware: 8 nodes of 8 GPUs with 80 GB and 64 images each (4096 in all; keep that product).
+Published: no figure of this stage (arXiv 2204.09636, whose abstract gives those of the finetunes after it).
+Run at full scale: no.
+
+The core is the work dir of upstream/swin_large_core_imagenet22k.py. Residuals and gates are trained, and at the same
+rate what is not in the experts' networks, as in the finetunes; that, the number of epochs and the rate are this
+project's choices.
+"""
+
+_base_ = ["swin_large_core_imagenet22k.py"]
+
+stage = "intermediate"
+epoch = 3466  # steps of 4096 images
+
+model = dict(core="work_dirs/swin_large_core_imagenet22k", moe=dict(num_experts=8, top_k=1, ep_size=8))
+optim_wrapper = dict(optimizer=dict(lr=1e-4))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=epoch // 2),
+    dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=False, begin=epoch // 2, end=2 * epoch),
+]
+train_cfg = dict(max_iters=2 * epoch, val_interval=epoch)

@@ -1,0 +1,31 @@
+"""RMoE-I, first half: intermediate finetuning of Swin-T on ImageNet-1k, 5 epochs; 8 low-rank experts in every other
+block of the last two stages, their cores frozen.
+
+    deepspeed launch/train.py rmoe/configs/upstream/swin_tiny_intermediate_imagenet1k.py \
+        --deepspeed_config ds_configs/zero1.json
+
+    sbatch launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_tiny_intermediate_imagenet1k.py \
+        ds_configs/zero1.json work_dirs/swin_tiny_intermediate_imagenet1k \
+        --cfg-options train_dataloader.batch_size=32
+
+Hardware: 8 GPUs with 128 images each, or 4 nodes of 8 with 32 (1024 in all; keep that product).
+Published: no figure of this stage (arXiv 2204.09636, whose abstract gives those of the finetunes after it).
+Run at full scale: no.
+
+The core is the work dir of upstream/swin_tiny_core_imagenet1k.py. Residuals and gates are trained, and at the same rate
+what is not in the experts' networks, as in the finetunes; that, the number of epochs and the rate are this project's
+choices.
+"""
+
+_base_ = ["swin_tiny_core_imagenet1k.py"]
+
+stage = "intermediate"
+epoch = 1251  # steps of 1024 images
+
+model = dict(core="work_dirs/swin_tiny_core_imagenet1k", moe=dict(num_experts=8, top_k=1, ep_size=8))
+optim_wrapper = dict(optimizer=dict(lr=1e-4))
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=epoch // 2),
+    dict(type="CosineAnnealingLR", eta_min=1e-6, by_epoch=False, begin=epoch // 2, end=5 * epoch),
+]
+train_cfg = dict(max_iters=5 * epoch, val_interval=epoch)
