@@ -8,13 +8,16 @@ over all rows at once, a low-rank residual adds its skinny ones in place, a full
 scratch buffer and so costs what a dense layer costs; no gradient is computed of a frozen core.
 
 Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank, N rows sorted
-by expert, those without one last; I and O the inputs and outputs of either linear layer. An expert id of E says "no
+by expert, those without one last, n and m rows of a tile and a piece of it; G experts taken together, Q = G·R; I and O
+the inputs and outputs of either linear layer. An expert id of E says "no
 expert": Δ = 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +27,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 Activation = Callable[[Tensor], Tensor]
+_TILE = 1600
 
 
 class Network(NamedTuple):
@@ -157,7 +161,7 @@ def mix(
     rows = _sort_rows(expert_TK.flatten(), residuals[0].shape[0])
     x_NC = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC
     if isinstance(residuals, LowRank):
-        scale_N = gate_TK[:, 0] if mixes_weights else None
+        scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(len(x_NC))
         y_NC = _LowRankRows.apply(x_NC, scale_N, rows, act, ready, *core, *residuals)
     else:
         y_NC = _FullRows.apply(x_NC, rows, act, *core, *residuals)
@@ -168,26 +172,21 @@ class _Rows(NamedTuple):
     """How rows stand sorted by expert."""
 
     order_N: Tensor  # position among the sorted → row
-    sizes: list[int]  # rows of each expert; those without one come last
+    inverse_N: Tensor  # row → position among the sorted
+    expert_N: Tensor  # of the sorted; those without one come last
+    sizes: list[int]  # rows of each expert
+    chosen: int  # how many have one
 
-    @property
-    def chosen(self) -> int:
-        """How many have an expert."""
-        return sum(self.sizes)
-
-    def inverse(self) -> Tensor:
-        """Row → position among the sorted."""
-        order_N = self.order_N
-        return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-
-    def of_experts(self, x_NI: Tensor, dim: int = 0) -> tuple[Tensor, ...]:
-        """Views of the sorted rows (along `dim`) of each expert. One call, as slicing costs microseconds a piece."""
-        return x_NI.narrow(dim, 0, self.chosen).split(self.sizes, dim)
+    def of_experts(self, x_NI: Tensor) -> tuple[Tensor, ...]:
+        """Views of the sorted rows of each expert. One call, as slicing costs microseconds a piece."""
+        return x_NI.narrow(0, 0, self.chosen).split(self.sizes)
 
 
 def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
     sorted_N, order_N = expert_N.sort(stable=True)
-    return _Rows(order_N, torch.bincount(sorted_N, minlength=num_experts + 1)[:num_experts].tolist())
+    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
+    *sizes, dropped = torch.bincount(sorted_N, minlength=num_experts + 1).tolist()
+    return _Rows(order_N, inverse_N, sorted_N, sizes, len(order_N) - dropped)
 
 
 def _mix_weights(
@@ -204,97 +203,191 @@ def _mix_weights(
     return y_TC.index_add(0, token_N, gate_N1 * residuals.second(a_TH[token_N], rows.sizes))
 
 
+class _Tile(NamedTuple):
+    """A stretch of sorted rows that is computed in one go, and how its low-rank products are made.
+
+    They are made piece by piece: for G experts at once, of which each row keeps its own.
+    """
+
+    together: int  # G
+    firsts: list[int]  # the first of the G experts of each piece …
+    lengths: list[int]  # … and its rows
+
+
+def _tiles(rows: _Rows, dtype: torch.dtype) -> list[_Tile]:
+    """Tiles of about _TILE rows: enough for the core's products, few enough for a cache to hold their activations."""
+    total, sizes = len(rows.order_N), list(rows.sizes)
+    sizes[-1] += total - rows.chosen  # whose gate value is 0
+    tiles, length, expert = [], math.ceil(total / max(1, round(total / _TILE))), 0
+    for start in range(0, total, max(1, length)):
+        free, firsts, lengths = min(length, total - start), [], []
+        while free:
+            if taken := min(free, sizes[expert]):
+                firsts.append(expert)
+                lengths.append(taken)
+            free, sizes[expert] = free - taken, sizes[expert] - taken
+            expert += not sizes[expert]
+        if _joins_experts(dtype):
+            tiles.append(_Tile(firsts[-1] + 1 - firsts[0], firsts[:1], [sum(lengths)]))
+        else:
+            tiles.append(_Tile(1, firsts, lengths))
+    return tiles
+
+
+def _joins_experts(dtype: torch.dtype) -> bool:
+    """Whether the low-rank products of a tile's experts are made as one, rather than each expert's own.
+
+    In float32 and float64 many small products are the fastest. In half precision a product over a new number of rows
+    costs more than it computes, since its kernel is compiled first, and experts have new numbers of rows at every step.
+    """
+    return dtype.itemsize < 4
+
+
 class _LowRankRows(Function):
-    """Rows of x through the core and one low-rank residual each."""
+    """Rows of x through the core and one low-rank residual each, tile by tile."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_NC: Tensor,
-        gate_N: Tensor | None,
+        gate_N: Tensor,
         rows: _Rows,
         act: Activation,
         ready: Callable[[], object] | None,
         *weights: Tensor,
     ) -> Tensor:
         core, low = Network(*weights[:4]), LowRank(*weights[4:])
-        sorted_NC = x_NC.index_select(0, rows.order_N)
-        scale_N = None if gate_N is None else gate_N.index_select(0, rows.order_N[: rows.chosen])
-        h_NH = F.linear(sorted_NC, core.w1_HC, core.b1_H)
+        tiles, y_NC, kept = _tiles(rows, x_NC.dtype), torch.empty_like(x_NC), list[Tensor | None]()
+        gate_N = gate_N.index_select(0, rows.order_N)
+        gate_N[rows.chosen :] = 0
+        for tile, (row_n, expert_n, gate_n, y_nC) in _by_tile(tiles, rows.order_N, rows.expert_N, gate_N, y_NC):
+            own_1n, gate_Gn = _own_expert(tile, expert_n, gate_n)
+            x_nC = x_NC.index_select(0, row_n)
+            h_nH = F.linear(x_nC, core.w1_HC, core.b1_H)
+            if ready is not None:
+                ready = ready()  # type: ignore[assignment]
+            of_h = _add_low_rank_(h_nH, x_nC, gate_Gn, low.a1_ERC, low.b1_ERH, tile)
+            a_nH = act(h_nH)
+            _linear(a_nH, core.w2_CH, core.b2_C, out=y_nC)
+            of_y = _add_low_rank_(y_nC, a_nH, gate_Gn, low.a2_ERH, low.b2_ERC, tile)
+            kept += [own_1n, gate_Gn, h_nH, a_nH, *of_h, *of_y]
         if ready is not None:
             ready()
-        u_RN = _add_low_rank_(h_NH, sorted_NC, scale_N, low.a1_ERC, low.b1_ERH, rows)
-        a_NH = act(h_NH)
-        y_NC = F.linear(a_NH, core.w2_CH, core.b2_C)
-        v_RN = _add_low_rank_(y_NC, a_NH, scale_N, low.a2_ERH, low.b2_ERC, rows)
         # x is kept as it came, since its maker keeps it too; sorting it again is cheaper than a second copy.
-        ctx.save_for_backward(x_NC, scale_N, h_NH, a_NH, u_RN, v_RN, *weights)
-        ctx.rows, ctx.act = rows, act
-        return y_NC.index_select(0, rows.inverse())
+        ctx.save_for_backward(x_NC, *weights, *kept)
+        ctx.rows, ctx.tiles, ctx.act = rows, tiles, act
+        return y_NC.index_select(0, rows.inverse_N)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        x_NC, scale_N, h_NH, a_NH, u_RN, v_RN, *weights = ctx.saved_tensors
-        core, low, rows = Network(*weights[:4]), LowRank(*weights[4:]), ctx.rows
-        grad_NC = grad.index_select(0, rows.order_N)
-        grad_NH, gate2_N, grad_a2, grad_b2 = _low_rank_backward(
-            grad_NC, a_NH, v_RN, scale_N, core.w2_CH, low.a2_ERH, low.b2_ERC, rows
-        )
-        grad_w2, grad_bias2 = _core_backward(grad_NC, a_NH, *ctx.needs_input_grad[7:9])
-        grad_NH = _act_backward(ctx.act, grad_NH, h_NH)
-        sorted_NC = x_NC.index_select(0, rows.order_N)
-        back_NC, gate1_N, grad_a1, grad_b1 = _low_rank_backward(
-            grad_NH, sorted_NC, u_RN, scale_N, core.w1_HC, low.a1_ERC, low.b1_ERH, rows
-        )
-        grad_w1, grad_bias1 = _core_backward(grad_NH, sorted_NC, *ctx.needs_input_grad[5:7])
-        grad_gate = None
-        if scale_N is not None:
-            grad_gate = scale_N.new_zeros(len(x_NC)).index_copy_(0, rows.order_N[: rows.chosen], gate1_N + gate2_N)
-        grad_core, grad_low = (grad_w1, grad_bias1, grad_w2, grad_bias2), (grad_a1, grad_b1, grad_a2, grad_b2)
-        return back_NC.index_select(0, rows.inverse()), grad_gate, None, None, None, *grad_core, *grad_low
+        x_NC, *saved = ctx.saved_tensors
+        core, low, kept, rows = Network(*saved[:4]), LowRank(*saved[4:8]), iter(saved[8:]), ctx.rows
+        wanted = zip(core, ctx.needs_input_grad[5:9], strict=True)
+        grad_core = [torch.zeros_like(w) if want and w is not None else None for w, want in wanted]
+        grad_low = [torch.zeros_like(w) for w in low]
+        back_NC, grad_gate_N = torch.empty_like(x_NC), x_NC.new_empty(len(x_NC))
+        for tile, (row_n, back_nC, grad_gate_n) in _by_tile(ctx.tiles, rows.order_N, back_NC, grad_gate_N):
+            own_1n, gate_Gn, h_nH, a_nH, *of_h_and_y = islice(kept, 8)
+            grad_nC = grad.index_select(0, row_n)
+            _add_core_gradient_(grad_core[2:], grad_nC, a_nH)
+            grad_nH = grad_nC @ core.w2_CH
+            gate2_Gn = _low_rank_backward_(grad_nH, grad_nC, a_nH, of_h_and_y[2:], gate_Gn, low[2:], grad_low[2:], tile)
+            grad_nH = _act_backward(ctx.act, grad_nH, h_nH)
+            x_nC = x_NC.index_select(0, row_n)
+            _add_core_gradient_(grad_core[:2], grad_nH, x_nC)
+            torch.mm(grad_nH, core.w1_HC, out=back_nC)
+            gate1_Gn = _low_rank_backward_(back_nC, grad_nH, x_nC, of_h_and_y[:2], gate_Gn, low[:2], grad_low[:2], tile)
+            gate_Gn = gate1_Gn.add_(gate2_Gn)
+            grad_gate_n.copy_(gate_Gn[0] if own_1n is None else gate_Gn.gather(0, own_1n)[0])
+        grad_gate_N[rows.chosen :] = 0
+        grad_x, grad_gate = back_NC.index_select(0, rows.inverse_N), grad_gate_N.index_select(0, rows.inverse_N)
+        return grad_x, grad_gate, None, None, None, *grad_core, *grad_low
+
+
+def _by_tile(tiles: list[_Tile], *rows: Tensor) -> Iterator[tuple[_Tile, tuple[Tensor, ...]]]:
+    """Tiles, each with its part of sorted rows."""
+    lengths = [sum(tile.lengths) for tile in tiles]
+    return zip(tiles, zip(*(part.split(lengths) for part in rows), strict=True), strict=True)
+
+
+def _own_expert(tile: _Tile, expert_n: Tensor, gate_n: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Which of G experts is a row's own, None where G = 1; and its gate value there, 0 for the others."""
+    if tile.together == 1:
+        return None, gate_n[None]
+    own_1n = (expert_n - tile.firsts[0]).clamp_(max=tile.together - 1)[None]
+    return own_1n, gate_n.new_zeros(tile.together, len(gate_n)).scatter_(0, own_1n, gate_n[None])
+
+
+def _by_piece(w_ERI: Tensor, tile: _Tile) -> list[Tensor]:
+    """Of stacked low-rank factors those of each piece, [G·R, I]."""
+    if tile.together > 1:
+        return [w_ERI.narrow(0, first, tile.together).flatten(0, 1) for first in tile.firsts]
+    every = w_ERI.unbind()  # one call, as slicing costs microseconds a piece
+    return [every[first] for first in tile.firsts]
+
+
+def _scaled(u_Qn: Tensor, gate_Gn: Tensor) -> Tensor:
+    if len(gate_Gn) == 1:
+        return u_Qn * gate_Gn
+    return (u_Qn.view(len(gate_Gn), -1, u_Qn.shape[1]) * gate_Gn[:, None]).view_as(u_Qn)
 
 
 def _add_low_rank_(
-    y_NO: Tensor, x_NI: Tensor, gate_N: Tensor | None, a_ERI: Tensor, b_ERO: Tensor, rows: _Rows
+    y_nO: Tensor, x_nI: Tensor, gate_Gn: Tensor, a_ERI: Tensor, b_ERO: Tensor, tile: _Tile
+) -> tuple[Tensor, Tensor]:
+    """Adds g B_eᵀ (A_e x) to y in place and returns A_e x and g A_e x for each of G experts, Q = G·R, for backward."""
+    u_Qn = x_nI.new_empty(tile.together * a_ERI.shape[1], len(x_nI))
+    of_x, of_u = x_nI.split(tile.lengths), u_Qn.split(tile.lengths, 1)
+    for a_QI, x_mI, u_Qm in zip(_by_piece(a_ERI, tile), of_x, of_u, strict=True):
+        torch.mm(a_QI, x_mI.T, out=u_Qm)
+    gu_Qn = _scaled(u_Qn, gate_Gn)
+    of_y, of_gu = y_nO.split(tile.lengths), gu_Qn.split(tile.lengths, 1)
+    for b_QO, y_mO, gu_Qm in zip(_by_piece(b_ERO, tile), of_y, of_gu, strict=True):
+        y_mO.addmm_(gu_Qm.T, b_QO)
+    return u_Qn, gu_Qn
+
+
+def _low_rank_backward_(
+    back_nI: Tensor,
+    grad_nO: Tensor,
+    x_nI: Tensor,
+    kept: Sequence[Tensor],
+    gate_Gn: Tensor,
+    factors: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    tile: _Tile,
 ) -> Tensor:
-    """Adds g B_eᵀ (A_e x) to y in place and returns A_e x of the rows with an expert, which backward needs."""
-    u_RN = x_NI.new_empty(a_ERI.shape[1], rows.chosen)
-    for a_RI, x_nI, u_Rn in zip(a_ERI.unbind(), rows.of_experts(x_NI), rows.of_experts(u_RN, 1), strict=True):
-        torch.mm(a_RI, x_nI.T, out=u_Rn)
-    gu_RN = u_RN if gate_N is None else u_RN * gate_N
-    for b_RO, y_nO, gu_Rn in zip(b_ERO.unbind(), rows.of_experts(y_NO), rows.of_experts(gu_RN, 1), strict=True):
-        y_nO.addmm_(gu_Rn.T, b_RO)
-    return u_RN
+    """Adds the gradients of x, A and B of g B_eᵀ (A_e x) to what they are; returns that of g for each of G experts.
+
+    `kept` is what `_add_low_rank_` returned, `factors` and `grads` are of A and B.
+    """
+    u_Qn, gu_Qn = kept
+    (of_a, of_b), (of_grad_a, of_grad_b) = ([_by_piece(w, tile) for w in pair] for pair in (factors, grads))
+    back_Qn = torch.empty_like(u_Qn)
+    of_grad, of_back, of_gu = (grad_nO.split(tile.lengths), *(u.split(tile.lengths, 1) for u in (back_Qn, gu_Qn)))
+    for grad_mO, back_Qm, gu_Qm, b_QO, grad_b_QO in zip(of_grad, of_back, of_gu, of_b, of_grad_b, strict=True):
+        torch.mm(b_QO, grad_mO.T, out=back_Qm)
+        grad_b_QO.addmm_(gu_Qm, grad_mO)
+    of_back = _scaled(back_Qn, gate_Gn).split(tile.lengths, 1)
+    of_x, of_grad = x_nI.split(tile.lengths), back_nI.split(tile.lengths)
+    for back_Qm, x_mI, back_mI, a_QI, grad_a_QI in zip(of_back, of_x, of_grad, of_a, of_grad_a, strict=True):
+        grad_a_QI.addmm_(back_Qm, x_mI)
+        back_mI.addmm_(back_Qm.T, a_QI)
+    return (back_Qn * u_Qn).view(tile.together, -1, len(grad_nO)).sum(1)
 
 
-def _low_rank_backward(
-    grad_NO: Tensor,
-    x_NI: Tensor,
-    u_RN: Tensor,
-    gate_N: Tensor | None,
-    w_OI: Tensor,
-    a_ERI: Tensor,
-    b_ERO: Tensor,
-    rows: _Rows,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, g, A and B of W x + b + g B_eᵀ (A_e x)."""
-    grad_NI = grad_NO @ w_OI
-    grad_a, grad_b = torch.empty_like(a_ERI), torch.empty_like(b_ERO)  # a product over no rows gives zeros
-    back_RN, gu_RN = torch.empty_like(u_RN), u_RN if gate_N is None else u_RN * gate_N
-    of_back, of_grad = rows.of_experts(back_RN, 1), rows.of_experts(grad_NO)
-    of_gu, of_b, of_grad_b = rows.of_experts(gu_RN, 1), b_ERO.unbind(), grad_b.unbind()
-    for back_Rn, grad_nO, gu_Rn, b_RO, out_RO in zip(of_back, of_grad, of_gu, of_b, of_grad_b, strict=True):
-        torch.mm(b_RO, grad_nO.T, out=back_Rn)
-        torch.mm(gu_Rn, grad_nO, out=out_RO)
-    grad_gate_N = (back_RN * u_RN).sum(0)
-    if gate_N is not None:
-        back_RN *= gate_N
-    of_x, of_grad_x, of_a, of_grad_a = rows.of_experts(x_NI), rows.of_experts(grad_NI), a_ERI.unbind(), grad_a.unbind()
-    for back_Rn, x_nI, grad_nI, a_RI, out_RI in zip(of_back, of_x, of_grad_x, of_a, of_grad_a, strict=True):
-        torch.mm(back_Rn, x_nI, out=out_RI)
-        grad_nI.addmm_(back_Rn.T, a_RI)
-    return grad_NI, grad_gate_N, grad_a, grad_b
+def _linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, out: Tensor) -> None:
+    torch.mm(x_NI, w_OI.T, out=out) if b_O is None else torch.addmm(b_O, x_NI, w_OI.T, out=out)
+
+
+def _add_core_gradient_(grads: Sequence[Tensor | None], grad_nO: Tensor, x_nI: Tensor) -> None:
+    """Adds to the gradients of W and b of W x + b, where they are wanted."""
+    w_OI, b_O = grads
+    if w_OI is not None:
+        w_OI.addmm_(grad_nO.T, x_nI)
+    if b_O is not None:
+        b_O += grad_nO.sum(0)
 
 
 def _core_backward(grad_NO: Tensor, x_NI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -313,7 +406,7 @@ class _FullRows(Function):
         y_NC = _full_linear(a_NH, core.w2_CH, core.b2_C, full.w2_ECH, full.b2_EC, rows)
         ctx.save_for_backward(x_NC, h_NH, a_NH, *weights)
         ctx.rows, ctx.act = rows, act
-        return y_NC.index_select(0, rows.inverse())
+        return y_NC.index_select(0, rows.inverse_N)
 
     @staticmethod
     @once_differentiable
@@ -329,7 +422,7 @@ class _FullRows(Function):
         core_w1, core_b1 = _core_backward(grad_NH, sorted_NC, *ctx.needs_input_grad[3:5])
         core_w2, core_b2 = _core_backward(grad_NC, a_NH, *ctx.needs_input_grad[5:7])
         grad_core, grad_full = (core_w1, core_b1, core_w2, core_b2), (grad_w1, grad_b1, grad_w2, grad_b2)
-        return back_NC.index_select(0, rows.inverse()), None, None, *grad_core, *grad_full
+        return back_NC.index_select(0, rows.inverse_N), None, None, *grad_core, *grad_full
 
 
 def _full_linear(
@@ -374,7 +467,8 @@ def _act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
         return torch.ops.aten.gelu_backward(grad, h, approximate=act.approximate)
     with torch.enable_grad():
         h = h.detach().requires_grad_()
-        return torch.autograd.grad(act(h), h, grad)[0]
+        # forward: past the hooks by which the FLOP counter follows modules, which do not stand a gradient in a gradient
+        return torch.autograd.grad(getattr(act, "forward", act)(h), h, grad)[0]
 
 
 def _by_slice(x_NC: Tensor, sizes: list[int], apply: Callable[[Tensor, int], Tensor]) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rmoe.layers import residual
 from rmoe.layers.residual import Full, LowRank, Network, Residuals, mix, reference
 
 KINDS = ("low_rank", "full")
@@ -45,6 +48,13 @@ def leaves(x: Tensor, gate: Tensor, core: Network, residuals: Residuals) -> list
     return [t.requires_grad_() for t in (x, gate, *core, *residuals)]  # type: ignore[union-attr]
 
 
+def value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor], *arguments: Any) -> list[Tensor]:
+    """y, and the gradients of its squared norm; zeros for what y does not depend on."""
+    y = function(*arguments)
+    grads = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True))]
+
+
 def test_three_tokens_by_hand() -> None:
     # FFN(x) = 2 · relu(x); expert 0 adds 1 to W1, expert 1 adds 1 to W2; the third token has no expert.
     core = Network(torch.ones(1, 1), None, torch.full((1, 1), 2.0), None)
@@ -73,14 +83,40 @@ def test_equals_reference_in_value_and_gradient(
 ) -> None:
     x, expert_TK, gate, core, residuals = problem(kind, tokens, width, 2 * width, experts, k, seed)
     inputs = leaves(x, gate, core, residuals)
-    results: list[Any] = []
-    for function in (mix, reference):
-        y = function(x, expert_TK, gate, core, residuals, torch.tanh, mixes)
-        results.append((y, torch.autograd.grad((y * y.detach().cos()).sum(), inputs, allow_unused=True)))
-    (fast, fast_grads), (plain, plain_grads) = results
-    torch.testing.assert_close(fast, plain)
-    for a, b in zip(fast_grads, plain_grads, strict=True):
-        torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+    arguments = (inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)
+    torch.testing.assert_close(value_and_gradients(mix, *arguments), value_and_gradients(reference, *arguments))
+
+
+@given(
+    joined=st.booleans(),
+    rows=st.integers(1, 7),
+    tokens=st.integers(0, 20),
+    experts=st.integers(1, 5),
+    mixes=st.booleans(),
+    train_core=st.booleans(),
+    seed=st.integers(0, 10**6),
+)
+def test_low_rank_in_any_tiles_equals_reference(
+    joined: bool, rows: int, tokens: int, experts: int, mixes: bool, train_core: bool, seed: int
+) -> None:
+    x, expert_TK, gate, core, residuals = problem("low_rank", tokens, 3, 4, experts, 1, seed)
+    inputs = [t for t in leaves(x, gate, core, residuals) if train_core or not any(t is c for c in core)]
+    expected = value_and_gradients(reference, inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)
+    with mock.patch.object(residual, "_TILE", rows), mock.patch.object(residual, "_joins_experts", return_value=joined):
+        found = value_and_gradients(mix, inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mixes", [True, False])
+def test_bfloat16_is_the_reference_but_for_rounding(kind: str, mixes: bool) -> None:
+    x, expert_TK, gate, core, residuals = problem(kind, 40, 4, 8, 4, 1)
+    inputs = leaves(x, gate, core, residuals)
+    expected = value_and_gradients(reference, inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)
+    half = [t.detach().bfloat16().requires_grad_() for t in inputs]
+    again = (half[0], expert_TK, half[1], Network(*half[2:6]), type(residuals)(*half[6:]))
+    for a, b in zip(value_and_gradients(mix, half, *again, torch.tanh, mixes), expected, strict=True):
+        assert (a.double() - b).norm() < 0.05 * b.norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
