@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -15,10 +14,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import packages
 from conftest import free_port_number
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
-_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
 _CONF = """
 ClusterName=rmoe
 SlurmctldHost={host}(127.0.0.1)
@@ -58,18 +57,8 @@ PartitionName=urgent Nodes=n1,n2 MaxTime=INFINITE State=UP PriorityTier=2
 
 
 def missing() -> str:
-    """Why there can be no Slurm here, or nothing. Installs Debian's packages where that is possible."""
-    if os.geteuid():
-        return "Slurm's daemons need root"
-    if not all(shutil.which(name, path=_PATH) for name in PROGRAMS):
-        if not shutil.which("apt-get"):
-            return "no Slurm here, and no apt-get to install it"
-        for words in (["update"], ["install", "-y", "--no-install-recommends", "slurm-wlm", "munge"]):
-            env = os.environ | {"DEBIAN_FRONTEND": "noninteractive"}
-            done = subprocess.run(["apt-get", "-q", *words], env=env, capture_output=True, text=True)
-            if done.returncode:
-                return f"apt-get {words[0]} failed: {done.stderr.strip()[-200:]}"
-    return ""
+    """Why there can be no Slurm here, or nothing."""
+    return packages.missing(PROGRAMS, "slurm-wlm", "munge")
 
 
 @dataclass
@@ -87,7 +76,7 @@ class Slurm:
     def env(self, **more: str) -> dict[str, str]:
         """Of a user of this cluster."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SBATCH_"))}
-        return kept | {"PATH": _PATH, "SLURM_CONF": str(self.folder / "slurm.conf")} | more
+        return kept | {"PATH": packages.PATH, "SLURM_CONF": str(self.folder / "slurm.conf")} | more
 
     def job(self, number: str) -> dict[str, str]:
         """What Slurm knows about the job."""

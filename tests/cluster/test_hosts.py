@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace, with DeepSpeed's launcher on both; then the link between them is cut."""
+"""Two hosts, each a network namespace, with DeepSpeed's launcher on both: started by hand, and by pdsh."""
 
 from __future__ import annotations
 
@@ -9,18 +9,29 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from json import loads
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port_number, process_env
+from conftest import ROOT, free_port_number, process_env, run_processes
 from mishaps import MARK
 from toy import write_config, write_json
 
 from rmoe.engine import faults
 
+sys.path.append(str(Path(__file__).parent))
+import packages
+
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 TIMEOUT, SLACK = 6.0, 20.0  # seconds
 START = 200.0  # seconds until the first step, on a busy machine
+MOE = {"num_experts": 4, "rank": 2, "ep_size": 2}
+DEEPSPEED = Path(sys.executable).parent / "deepspeed"
+# As pdsh calls it: options, host, command. A login there has nothing of the environment here.
+SSH = """#!/bin/bash
+while [[ $1 == -* ]]; do if [[ $1 == -o ]]; then shift; fi; shift; done
+exec ip netns exec "$1" env -i PATH="$PATH" HOME="$HOME" bash -c "${*:2}"
+"""
 
 
 def ip(*words: str) -> subprocess.CompletedProcess[str]:
@@ -31,7 +42,7 @@ def ip(*words: str) -> subprocess.CompletedProcess[str]:
 def hosts() -> Iterator[list[tuple[str, str, str]]]:
     """Name, network device and address of two hosts."""
     number = os.getpid() % 14000  # 10.200 to 10.254
-    found = [(f"rmoe{number}-{i}", f"rm{number}-{i}", f"10.{200 + number // 256}.{number % 256}.{i}") for i in (1, 2)]
+    found = [(f"rmoe{number}-{i}", f"rm{number}", f"10.{200 + number // 256}.{number % 256}.{i}") for i in (1, 2)]
     if os.geteuid() or not shutil.which("ip", path="/usr/sbin:/sbin:/usr/bin"):
         pytest.skip("network namespaces need root and iproute2")
     try:
@@ -53,12 +64,11 @@ def hosts() -> Iterator[list[tuple[str, str, str]]]:
 
 def test_the_link_is_cut(hosts: list[tuple[str, str, str]], tmp_path: Path) -> None:
     """`deepspeed --no_ssh` on each host; five steps are made together, then both ends wait, and end in time."""
-    moe = {"num_experts": 4, "rank": 2, "ep_size": 2}
     hooks = [{"type": "mishaps.MishapHook", "kind": "cut", "at": 5}]
-    config = write_config(tmp_path / "run.py", {"model.moe": moe, "custom_hooks": hooks})
+    config = write_config(tmp_path / "run.py", {"model.moe": MOE, "custom_hooks": hooks})
     json = write_json(tmp_path / "run.json", 2)
     (tmp_path / "hostfile").write_text("".join(f"{name} slots=1\n" for name, _, _ in hosts))
-    deepspeed = [Path(sys.executable).parent / "deepspeed", "--hostfile", tmp_path / "hostfile", "--no_ssh"]
+    deepspeed = [DEEPSPEED, "--hostfile", tmp_path / "hostfile", "--no_ssh"]
     deepspeed += ["--master_addr", hosts[0][2], "--master_port", str(free_port_number())]
     train = [ROOT / "launch" / "train.py", config, "--deepspeed_config", json, "--work-dir", tmp_path / "run"]
     children: list[subprocess.Popen[bytes]] = []
@@ -89,3 +99,25 @@ def test_the_link_is_cut(hosts: list[tuple[str, str, str]], tmp_path: Path) -> N
         assert f"rank {rank} on" in said[0]
         assert "ends after step 5: all ranks wait for each other" in said[0]
         assert f"exits with return code = {faults.FAULT}" in "\n".join(lines)
+
+
+def test_pdsh_starts_the_ranks(hosts: list[tuple[str, str, str]], tmp_path: Path) -> None:
+    """One `deepspeed` for both hosts, with ssh replaced by a way into the namespaces."""
+    if reason := packages.missing(["pdsh"], "pdsh"):
+        pytest.skip(reason)
+    config = write_config(tmp_path / "run.py", {"model.moe": MOE})
+    json = write_json(tmp_path / "run.json", 2)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ssh").write_text(SSH)
+    (tmp_path / "bin" / "ssh").chmod(0o755)
+    (tmp_path / "hostfile").write_text("".join(f"{name} slots=1\n" for name, _, _ in hosts))
+    there = process_env(tmp_path, GLOO_SOCKET_IFNAME=hosts[0][1])
+    passed = ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
+    (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={there[name]}\n" for name in passed))
+    words = [DEEPSPEED, "--hostfile", tmp_path / "hostfile", "--master_addr", hosts[0][2]]
+    words += ["--master_port", free_port_number(), ROOT / "launch" / "train.py", config]
+    words += ["--deepspeed_config", json, "--work-dir", tmp_path / "run", "--timeout", TIMEOUT]
+    env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
+    run_processes(tmp_path, list(map(str, words)), 0, env=env, timeout=START)
+    assert loads((tmp_path / "run" / "cost.json").read_text())["devices"] == 2
+    assert (tmp_path / "run" / "model.safetensors").exists()

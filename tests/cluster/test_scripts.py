@@ -59,11 +59,16 @@ def test_the_scripts_have_defaults_that_exist(name: str) -> None:
     assert all((ROOT / file).is_file() for file in (command[script], command[script + 1], command[script + 3]))
 
 
-def test_the_grid_has_one_element_for_each_config() -> None:
+def test_the_grid_has_one_element_for_each_config_of_the_paper() -> None:
+    """Those are the ones with all four pipelines."""
     commands = printed("launch/slurm/grid.sbatch", "--dry-run", "--cfg-options", "randomness.seed=1")
-    configs = {command[command.index("launch/train.py") + 1] for command in commands}
-    there = [path for task in ("segmentation", "detection") for path in (ROOT / "rmoe" / "configs" / task).glob("*.py")]
-    assert configs == {str(path.relative_to(ROOT)) for path in there}
+    configs = [command[command.index("launch/train.py") + 1] for command in commands]
+    whole = [str(path.relative_to(ROOT)) for path in (ROOT / "rmoe" / "configs").glob("*/*_intermediate_residual_*.py")]
+    pipelines = ("dense", "moe", "residual", "intermediate_residual")
+    assert sorted(configs) == sorted(
+        path.replace("intermediate_residual", name) for path in whole for name in pipelines
+    )
+    assert all((ROOT / path).is_file() for path in configs)
     assert f"#SBATCH --array=0-{len(commands) - 1}%" in (ROOT / "launch" / "slurm" / "grid.sbatch").read_text()
     assert all(command[-1] == "randomness.seed=1" for command in commands)
 
