@@ -59,6 +59,20 @@ def test_routing_is_float32_under_bfloat16() -> None:
     torch.testing.assert_close(routing.probability_TE, x.float().softmax(-1), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("noise", [0.0, 1.5])
+def test_gradients_of_all_that_the_gate_gives(k: int, noise: float) -> None:
+    module = gate(top_k=k, noise=noise, losses=GateLosses(importance=1.0, load=1.0 if noise else 0.0, z=1.0)).double()
+
+    def function(x_TC: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        torch.manual_seed(0)  # the same noise each time
+        routing = torch.func.functional_call(module, {"weight": weight}, x_TC)
+        return routing.gate_TK, routing.sums.probability_E, routing.sums.z
+
+    inputs = [t.detach().double().requires_grad_() for t in (LOGITS + 0.1, module.weight)]
+    assert torch.autograd.gradcheck(function, inputs)
+
+
 def sums_of(probability_TE: Tensor, load_TE: Tensor, logits_TE: Tensor) -> GateSums:
     first = torch.bincount(probability_TE.argmax(-1), minlength=probability_TE.shape[1]).float()
     z = logits_TE.logsumexp(-1).square().sum()
