@@ -7,13 +7,11 @@ first of two dimensions is several times as fast on a CPU as one over a last dim
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 
@@ -57,14 +55,16 @@ class Gate(nn.Module):
         config = self.config
         with torch.autocast(x_TC.device.type, enabled=False):
             dtype = torch.promote_types(x_TC.dtype, torch.float32)
+            clean_ET = self.weight.to(dtype) @ x_TC.to(dtype).T
             std = config.noise / config.num_experts if self.training else 0.0
-            choice = _Choice(*_Choose.apply(x_TC.to(dtype), self.weight.to(dtype), std, config.top_k))
-            chosen_KT, expert_KT = choice.chosen_KT, choice.expert_KT
-            sums = self._sums(choice, std) if self.training else None
+            noisy_ET = clean_ET + std * torch.randn_like(clean_ET) if std else clean_ET
+            probability_ET = clean_ET.softmax(0)
+            chosen_KT, expert_KT = _best(noisy_ET.softmax(0) if std else probability_ET, config.top_k)
+            sums = self._sums(clean_ET, noisy_ET, probability_ET, expert_KT, std) if self.training else None
             expert_TK = expert_KT.T
             if self.training and config.capacity_factor is not None:
                 expert_TK = drop_over_capacity(expert_TK, chosen_KT.T, config.num_experts, config.capacity_factor)
-            return Routing(expert_TK, self._gate_values(chosen_KT).T, choice.probability_ET.T, sums)
+            return Routing(expert_TK, self._gate_values(chosen_KT).T, probability_ET.detach().T, sums)
 
     def _gate_values(self, chosen_KT: Tensor) -> Tensor:
         if not self.config.normalises:
@@ -73,62 +73,23 @@ class Gate(nn.Module):
         # probabilities do (straight-through: the sum is a constant), so that the gate learns with one expert too.
         return chosen_KT / chosen_KT.sum(0).detach()
 
-    def _sums(self, choice: _Choice, std: float) -> GateSums:
-        losses, clean_ET = self.config.losses, choice.clean_ET
+    def _sums(
+        self, clean_ET: Tensor, noisy_ET: Tensor, probability_ET: Tensor, expert_KT: Tensor, std: float
+    ) -> GateSums:
+        losses = self.config.losses
         zeros_E = clean_ET.new_zeros(self.config.num_experts)
         load_E = zeros_E
         if losses.load:
             # The chance that fresh noise would bring an expert over the last chosen one (V-MoE, appendix A).
-            threshold_1T = choice.noisy_ET.gather(0, choice.expert_KT[-1:])
+            threshold_1T = noisy_ET.gather(0, expert_KT[-1:]).detach()
             load_E = torch.special.ndtr((clean_ET - threshold_1T) / std).sum(1)
         return GateSums(
-            probability_E=choice.probability_E,
+            probability_E=probability_ET.sum(1),
             load_E=load_E,
-            first_E=torch.bincount(choice.expert_KT[0], minlength=len(zeros_E)).to(zeros_E.dtype),
+            first_E=torch.bincount(expert_KT[0], minlength=len(zeros_E)).to(zeros_E.dtype),
             z=clean_ET.logsumexp(0).square().sum() if losses.z else zeros_E.sum(),
-            tokens=zeros_E.new_full((), clean_ET.shape[1]),
+            tokens=zeros_E.new_tensor(float(clean_ET.shape[1])),
         )
-
-
-class _Choice(NamedTuple):
-    """What `_Choose` returns."""
-
-    chosen_KT: Tensor  # probability of each choice under the noise
-    probability_E: Tensor  # without noise, summed over tokens
-    clean_ET: Tensor  # logits
-    noisy_ET: Tensor  # logits with noise; no gradient, nor have those below one
-    probability_ET: Tensor  # without noise
-    expert_KT: Tensor
-
-
-class _Choose(Function):
-    """Logits, noise, softmax and top-k in one: next to a small layer, autograd's bookkeeping of each would count."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TC: Tensor, w_EC: Tensor, std: float, k: int) -> tuple[Tensor, ...]:
-        clean_ET = w_EC @ x_TC.T
-        probability_ET = clean_ET.softmax(0)
-        noisy_ET = torch.randn_like(clean_ET).mul_(std).add_(clean_ET) if std else clean_ET.clone()
-        choice_ET = noisy_ET.softmax(0) if std else probability_ET
-        chosen_KT, expert_KT = _best(choice_ET, k)
-        ctx.save_for_backward(x_TC, w_EC, probability_ET, choice_ET, chosen_KT, expert_KT)
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(noisy_ET, probability_ET, expert_KT)
-        return chosen_KT, probability_ET.sum(1), clean_ET, noisy_ET, probability_ET, expert_KT
-
-    @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_chosen_KT: Tensor | None, grad_sum_E: Tensor | None, grad_clean_ET: Tensor | None, *_: None
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x_TC, w_EC, probability_ET, choice_ET, chosen_KT, expert_KT = ctx.saved_tensors
-        grad_ET = torch.zeros_like(choice_ET) if grad_clean_ET is None else grad_clean_ET.clone()
-        if grad_chosen_KT is not None:  # of a softmax p: p (grad - Σ p grad), with a grad that is 0 but for K of E
-            back_KT = chosen_KT * grad_chosen_KT
-            grad_ET.addcmul_(choice_ET, back_KT.sum(0), value=-1).scatter_add_(0, expert_KT, back_KT)
-        if grad_sum_E is not None:
-            grad_ET.addcmul_(probability_ET, grad_sum_E[:, None] - grad_sum_E @ probability_ET)
-        return grad_ET.T @ w_EC, grad_ET @ x_TC, None, None
 
 
 def _best(x_ET: Tensor, k: int) -> tuple[Tensor, Tensor]:
