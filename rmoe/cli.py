@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's); returns its exit code: 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="rmoe", description="Residual mixture-of-experts vision transformers.")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_data, _add_import, _add_estimate, _add_report, _add_verify):
+    for add in (_add_configs, _add_data, _add_import, _add_estimate, _add_report, _add_verify):
         add(groups)
     arguments = parser.parse_args(argv)
     return _exit_code(lambda: arguments.run(arguments), parser.prog)
@@ -51,6 +51,25 @@ def _exit_code(run: Callable[[], int | None], program: str) -> int:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+
+
+def _add_configs(groups: argparse._SubParsersAction) -> None:
+    text = (
+        "Lists the shipped configs: task, backbone, pipeline, published figure, hardware, whether anybody has run it."
+    )
+    parser = groups.add_parser("configs", help="list the shipped configs", description=text)
+    parser.add_argument("words", nargs="*", metavar="WORD", help="only those that have all of these in what is told")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the list to FILE as well")
+    parser.set_defaults(run=_configs)
+
+
+def _configs(arguments: argparse.Namespace) -> None:
+    from rmoe.catalogue import entries, show
+
+    found = entries(arguments.words)
+    show(found)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1) + "\n")
 
 
 def _add_data(groups: argparse._SubParsersAction) -> None:

@@ -3,8 +3,9 @@
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/core.py --deepspeed_config ds_configs/zero0.json \
         --work-dir work_dirs/demo/core
 
-For 2 CPU cores, about 3 minutes. No published figure belongs to it; the full-size recipe is
-upstream/swin_tiny_core_imagenet1k.py.
+Hardware: 2 CPU cores, about 3 minutes.
+Published: nothing; the full-size recipe is upstream/swin_tiny_core_imagenet1k.py.
+Run at full scale: yes, it is the demo.
 """
 
 _base_ = ["../_base_/runtime.py"]

@@ -3,8 +3,9 @@
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/detection_dense.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/detection_dense
 
-For 2 CPU cores, about 2 minutes. No published figure belongs to it; the full-size recipe is
-detection/mask_rcnn_swin_tiny_dense_coco_1x.py.
+Hardware: 2 CPU cores, about 2 minutes.
+Published: nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_dense_coco_1x.py.
+Run at full scale: yes, it is the demo.
 """
 
 _base_ = ["../_base_/runtime.py"]

@@ -3,8 +3,9 @@
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/detection_residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/detection_residual
 
-For 2 CPU cores, about 2 minutes. No published figure belongs to it; the full-size recipe is
-detection/mask_rcnn_swin_tiny_residual_coco_1x.py.
+Hardware: 2 CPU cores, about 2 minutes.
+Published: nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_residual_coco_1x.py.
+Run at full scale: yes, it is the demo.
 """
 
 _base_ = ["detection_dense.py"]

@@ -3,9 +3,11 @@
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/residual
 
-For 2 CPU cores, about 2 minutes. --cfg-options model.backbone.moe.residual=full gives every expert a residual of the
-core's shape. No published figure belongs to it; the full-size recipe is
-segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py.
+Hardware: 2 CPU cores, about 2 minutes.
+Published: nothing; the full-size recipe is segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py.
+Run at full scale: yes, it is the demo.
+
+--cfg-options model.backbone.moe.residual=full gives every expert a residual of the core's shape.
 """
 
 _base_ = ["dense.py"]
