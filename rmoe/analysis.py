@@ -1,18 +1,240 @@
-"""What a trained mixture does: which expert each token of an image went to."""
+"""What a trained mixture is and does, in numbers: its weights as core and residuals, what training moved, and which
+experts tokens go to.
+
+The paper's observation (arXiv 2204.09636): the weights of experts factor into a core, which does not depend on the
+input, and a residual, which does. A mixture whose experts are networks of their own is factored into their mean and the
+rest. Only the two weight matrices of each network count here, not the biases.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rmoe.config import UserError
-from rmoe.layers.moe import collect, moe_layers
+from rmoe.layers.moe import ResidualMoE, collect, moe_layers
+from rmoe.layers.residual import Network
 
 _STRIDES = (4, 8, 16, 32, 64)
+
+
+class LabelledImage(Protocol):
+    """An image that a model can be asked about, and the classes of its pixels."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int [H, W], class indices."""
+
+    def answer(self, model: Any) -> Any:
+        """Evaluates the model on it."""
+
+    def size(self, model: Any) -> tuple[int, int]:
+        """(height, width) in pixels as the backbone gets it."""
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """The experts of one layer, each θ_e = core + Δ_e. Norms are Frobenius norms over both weight matrices.
+
+    Attributes:
+        core_norm: of the core; of experts of their own, of their mean.
+        residual_norm: of each Δ_e.
+        cosine_experts: between θ_e and θ_f, [E][E].
+        cosine_residuals: between Δ_e and Δ_f, [E][E]; 0 where one is zero.
+        effective_rank: of each Δ_e, by "w1" and "w2": the exponential of the entropy of its singular values, taken as
+            shares of their sum (Roy and Vetterli, EUSIPCO 2007); 0 where it is zero.
+    """
+
+    core_norm: float
+    residual_norm: list[float]
+    cosine_experts: list[list[float]]
+    cosine_residuals: list[list[float]]
+    effective_rank: dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class LayerMovement:
+    """What training did to the experts of one layer, as parts of what they were.
+
+    Attributes:
+        core: norm of the core's change over the core's norm.
+        experts: of each θ_e, norm of its change over its norm.
+        shared: share of all experts' squared change that is the same for all of them: 1 where training moved a common
+            core alone, 0 where it moved residuals alone; 0 where nothing moved.
+    """
+
+    core: float
+    experts: list[float]
+    shared: float
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """Where the tokens of some images went in one layer; first choices.
+
+    Attributes:
+        load: share of the tokens of each expert.
+        load_entropy: entropy of `load` over log E: 1 where all experts have the same load.
+        gate_entropy: mean entropy of a token's gate probabilities over log E: 0 where the gate is sure.
+        by_class: for each class that occurs, its tokens by expert, int [E].
+        information: mutual information of expert and class over the entropy of the classes: 0 where experts do not
+            look at classes, 1 where an expert tells the class; 0 with one class.
+    """
+
+    load: list[float]
+    load_entropy: float
+    gate_entropy: float
+    by_class: dict[str, list[int]]
+    information: float
+
+
+def weight_statistics(model: nn.Module) -> dict[str, LayerWeights]:
+    """By the name of the layer in the timm model, such as "layers.2.blocks.1.mlp".
+
+    Raises:
+        UserError: the model is dense.
+    """
+    found = {}
+    for name, layer in _layers(model).items():
+        core, deltas = _factored(layer)
+        whole = torch.stack([core + delta for delta in map(_flat, deltas)])
+        rest = torch.stack([*map(_flat, deltas)])
+        found[name] = LayerWeights(
+            core_norm=core.norm().item(),
+            residual_norm=rest.norm(dim=1).tolist(),
+            cosine_experts=_cosines(whole),
+            cosine_residuals=_cosines(rest),
+            effective_rank={
+                "w1": [effective_rank(delta.w1_HC) for delta in deltas],
+                "w2": [effective_rank(delta.w2_CH) for delta in deltas],
+            },
+        )
+    return found
+
+
+def movement(before: nn.Module, after: nn.Module) -> dict[str, LayerMovement]:
+    """What happened between two models of the same experts, upstream and downstream, say; by layer as above.
+
+    Raises:
+        UserError: they do not have the same layers and numbers of experts.
+    """
+    old, new = _layers(before), _layers(after)
+    shapes = [{name: (layer.num_experts, _factored(layer)[0].numel()) for name, layer in x.items()} for x in (old, new)]
+    if shapes[0] != shapes[1]:
+        raise UserError(
+            f"the two runs have other experts: {shapes[0]} and {shapes[1]} (number, weights); give two runs of one moe"
+        )
+    found = {}
+    for name in new:
+        (core0, deltas0), (core1, deltas1) = _factored(old[name]), _factored(new[name])
+        theta0, theta1 = (
+            torch.stack([c + d for d in map(_flat, ds)]) for c, ds in ((core0, deltas0), (core1, deltas1))
+        )
+        moved = theta1 - theta0
+        everything = moved.square().sum()
+        common = len(moved) * moved.mean(0).square().sum()
+        found[name] = LayerMovement(
+            core=((core1 - core0).norm() / core0.norm()).item(),
+            experts=(moved.norm(dim=1) / theta0.norm(dim=1)).tolist(),
+            shared=(common / everything).item() if everything else 0.0,
+        )
+    return found
+
+
+def effective_rank(x: Tensor) -> float:
+    """See `LayerWeights.effective_rank`. x: a matrix."""
+    values = torch.linalg.svdvals(x)
+    if not values.sum():
+        return 0.0
+    return torch.special.entr(values / values.sum()).sum().exp().item()
+
+
+def load_statistics(model: nn.Module, images: Iterable[LabelledImage], classes: Sequence[str]) -> dict[str, LayerLoad]:
+    """Where tokens go; by layer as above.
+
+    Args:
+        model: with `ResidualMoE` layers.
+        images: see `LabelledImage`; labels that are no index into `classes` are left out where classes count.
+        classes: their names.
+
+    Raises:
+        UserError: the model is dense.
+    """
+    experts = {name: layer.num_experts for name, layer in _layers(model).items()}
+    counts = {name: np.zeros((len(classes) + 1, number), dtype=np.int64) for name, number in experts.items()}
+    entropy: dict[str, list[float]] = {name: [] for name in experts}
+    for image in images:
+        labels_hw, routed = image.labels, _routed(model, lambda: image.answer(model), image.size(model))  # noqa: B023
+        for name, (expert_hw, probability_TE) in routed.items():
+            labels = _sampled(labels_hw, expert_hw.shape)
+            labels = np.where((labels >= 0) & (labels < len(classes)), labels, len(classes))
+            np.add.at(counts[name], (labels.ravel(), expert_hw.ravel()), 1)
+            entropy[name].append(torch.special.entr(probability_TE).sum(1).mean().item())
+    return {name: _load(counts[name], entropy[name], classes) for name in experts}
+
+
+def _load(counts: np.ndarray, entropies: list[float], classes: Sequence[str]) -> LayerLoad:
+    experts, known = counts.shape[1], counts[:-1]
+    load = counts.sum(0) / counts.sum()
+    full = np.log(experts) if experts > 1 else 1.0
+    joint = known / max(known.sum(), 1)
+    by_class, by_expert = joint.sum(1), joint.sum(0)
+    shared = _entropy(by_class) + _entropy(by_expert) - _entropy(joint)
+    return LayerLoad(
+        load=load.tolist(),
+        load_entropy=_entropy(load) / full,
+        gate_entropy=float(np.mean(entropies)) / full,
+        by_class={name: row.tolist() for name, row in zip(classes, known, strict=True) if row.any()},
+        information=shared / _entropy(by_class) if _entropy(by_class) else 0.0,
+    )
+
+
+def _entropy(shares: np.ndarray) -> float:
+    positive = shares[shares > 0]
+    return float(-(positive * np.log(positive)).sum())
+
+
+def _sampled(labels_hw: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
+    """The label in the middle of each cell of the grid."""
+    rows, columns = (
+        ((np.arange(count) + 0.5) * side / count).astype(int) for count, side in zip(grid, labels_hw.shape, strict=True)
+    )
+    return labels_hw[np.ix_(rows, columns)]
+
+
+def _layers(model: nn.Module) -> dict[str, ResidualMoE]:
+    """By name in the timm model: whatever head it is in, its last wrapper calls it `model`."""
+    layers = {name.rpartition("model.")[2]: layer for name, layer in moe_layers(model).items()}
+    if not layers:
+        raise UserError("the model is dense: there are no experts; give a run whose config has a moe")
+    return layers
+
+
+@torch.no_grad()
+def _factored(layer: ResidualMoE) -> tuple[Tensor, list[Network]]:
+    """The core's weight matrices in one vector, and Δ of each expert; float64."""
+    residuals = type(layer.residuals())(*(x.double() for x in layer.residuals()))
+    deltas = [residuals.delta(e) for e in range(layer.num_experts)]
+    if layer.config.residual != "experts":
+        core: Any = layer.core
+        return _flat(Network(core.fc1.weight.double(), None, core.fc2.weight.double(), None)), deltas
+    w1, w2 = (torch.stack(parts).mean(0) for parts in zip(*((d.w1_HC, d.w2_CH) for d in deltas), strict=True))
+    rest = [Network(d.w1_HC - w1, None, d.w2_CH - w2, None) for d in deltas]
+    return _flat(Network(w1, None, w2, None)), rest
+
+
+def _flat(network: Network) -> Tensor:
+    return torch.cat([network.w1_HC.flatten(), network.w2_CH.flatten()])
+
+
+def _cosines(x_EN: Tensor) -> list[list[float]]:
+    unit = nn.functional.normalize(x_EN, dim=1)
+    return (unit @ unit.T).tolist()
 
 
 def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, np.ndarray]:
@@ -21,22 +243,29 @@ def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]
     Args:
         model: with `ResidualMoE` layers.
         run: one evaluation of `model` on one image.
-        size: the image's (height, width) in pixels.
+        size: (height, width) in pixels of the image as the backbone gets it.
 
     Returns:
-        By the layer's name, experts as int64 [h, w], on the grid of that layer's tokens.
+        By layer as above, experts as int64 [h, w], on the grid of that layer's tokens.
 
     Raises:
         UserError: the model is dense.
     """
-    layers = moe_layers(model)
-    if not layers:
-        raise UserError("the model is dense: no token is routed; give a run with model.backbone.moe")
+    return {name: expert_hw for name, (expert_hw, _) in _routed(model, run, size).items()}
+
+
+def _routed(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
+    """The map and the gate's probabilities, float32 [T, E], of each layer."""
+    layers = _layers(model)
     with torch.no_grad(), collect() as records:
         run()
     prefix = max(getattr(module, "num_prefix_tokens", 0) for module in model.modules())
-    chosen = {name: records.routing[layer].expert_TK[prefix:, 0].cpu().numpy() for name, layer in layers.items()}
-    return {name: expert_T.reshape(_grid(len(expert_T), size)) for name, expert_T in chosen.items()}
+    found = {}
+    for name, layer in layers.items():
+        routing = records.routing[layer]
+        expert_T = routing.expert_TK[prefix:, 0].cpu().numpy()
+        found[name] = (expert_T.reshape(_grid(len(expert_T), size)), routing.probability_TE[prefix:].cpu())
+    return found
 
 
 def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's); returns its exit code: 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="rmoe", description="Residual mixture-of-experts vision transformers.")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_configs, _add_data, _add_import, _add_estimate, _add_report, _add_verify):
+    for add in (_add_configs, _add_data, _add_import, _add_estimate, _add_report, _add_analyze, _add_verify):
         add(groups)
     arguments = parser.parse_args(argv)
     return _exit_code(lambda: arguments.run(arguments), parser.prog)
@@ -150,7 +150,9 @@ def _add_check(actions: argparse._SubParsersAction) -> None:
     parser = actions.add_parser("check", help="read a whole data set and list what is wrong with it")
     parser.add_argument("layout", choices=_LAYOUTS)
     parser.add_argument(
-        "path", type=Path, help="folder with images/ and annotations/, with train2017/ and annotations/, or with train/"
+        "path",
+        type=Path,
+        help="folder with images/ and annotations/, with train2017/ and annotations/, or with train/ or train.zip",
     )
     parser.add_argument(
         "--num-classes", type=int, help="ade20k: classes without void (default: as its class list says)"
@@ -255,6 +257,26 @@ def _report(arguments: argparse.Namespace) -> None:
     from rmoe.report import report
 
     report(arguments.runs, arguments.out)
+
+
+def _add_analyze(groups: argparse._SubParsersAction) -> None:
+    text = (
+        "Looks into a trained mixture: norms of core and residuals, cosines between experts, effective ranks, the load "
+        "of experts and the classes that go to them; with an earlier run, what training moved. Writes analysis.json "
+        "and pictures."
+    )
+    parser = groups.add_parser("analyze", help="look into a trained mixture of experts", description=text)
+    parser.add_argument("work_dir", type=Path, metavar="RUN", help="work dir of a finished run")
+    parser.add_argument("--before", type=Path, metavar="RUN", help="work dir of the run that it started from")
+    parser.add_argument("--images", type=int, default=100, metavar="N", help="for the load (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.set_defaults(run=_analyze)
+
+
+def _analyze(arguments: argparse.Namespace) -> None:
+    from rmoe.report import analyze
+
+    analyze(arguments.work_dir, arguments.out, arguments.before, arguments.images)
 
 
 def _add_verify(groups: argparse._SubParsersAction) -> None:

@@ -1,4 +1,4 @@
-"""What runs achieved and what they cost: a table, `summary.json`, and pictures of predictions and of routing.
+"""What runs achieved and what they cost: a table, `summary.json`, and pictures; and what a mixture is inside.
 
 A run is told by what it leaves in its work dir: the dumped config, cost.json, vis_data/scalars.json, model.safetensors.
 """
@@ -9,32 +9,24 @@ import copy
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
-import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Patch, Rectangle
 from mmengine.config import Config
-from mmengine.dataset import pseudo_collate
 from mmengine.registry import DATASETS, MODELS, init_default_scope
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 from torch import nn
 
-from rmoe.analysis import routing_maps
+from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, load_statistics, movement, weight_statistics
 from rmoe.config import UserError
 from rmoe.layers.moe import load_global_state_dict, moe_layers
+from rmoe.pictures import Scene, draw_detections, draw_experts, draw_load, draw_movement, draw_predictions, draw_weights
 
 SCENES = 6
-_SURE = 0.5  # score from which on a detection is drawn
 _TITLES = {"residual": "RMoE"}
-_VOID = (0, 0, 0)
 _WIDTH = 150  # columns of the table: not cut when the output is a file
 
 
@@ -146,6 +138,11 @@ class Run:
         init_default_scope(self.config.default_scope)
         return DATASETS.build(self._dataset_config(split))
 
+    def scenes(self, count: int) -> list[Scene]:
+        """At most `count` validation images, evenly spread."""
+        dataset = self.dataset("val")
+        return [Scene(dataset, int(i)) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
+
     def model(self) -> nn.Module:
         """The trained model on the CPU, in evaluation mode, in one process and without DeepSpeed's engine."""
         init_default_scope(self.config.default_scope)
@@ -185,14 +182,84 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Row]:
     ):
         if mine := [run for run in runs if run.task.name == task]:
             models = {run.folder.name: (_TITLES.get(run.arm, run.arm), run.model()) for run in mine}
-            dataset = mine[0].dataset("val")
-            scenes = [int(index) for index in np.linspace(0, len(dataset) - 1, min(SCENES, len(dataset)))]
-            draw(dataset, scenes, list(models.values())).savefig(out / name)
+            scenes = mine[0].scenes(SCENES)
+            draw(scenes, list(models.values())).savefig(out / name)
             for folder, (_, model) in models.items():
                 if moe_layers(model):
-                    draw_experts(dataset, scenes, model).savefig(out / f"experts_{folder}.png")
+                    draw_experts(scenes, model).savefig(out / f"experts_{folder}.png")
     Console(width=_WIDTH).print(table(rows))
     return rows
+
+
+def analyze(folder: str | Path, out: str | Path, before: str | Path | None = None, images: int = 100) -> dict[str, Any]:
+    """Looks into the mixture of a finished run: prints a table, writes OUT/analysis.json, and draws OUT/weights.png,
+    OUT/load.png and OUT/experts.png; with an earlier run, OUT/movement.png.
+
+    Args:
+        folder: work dir of the run.
+        out: folder for the results; made if need be.
+        before: work dir of a run of the same experts, such as the upstream one that this one started from.
+        images: validation images that are sent through the gates.
+
+    Returns:
+        What analysis.json holds: by layer, see `rmoe.analysis`.
+
+    Raises:
+        UserError: no finished run's work dir, a dense model, or two runs with other experts.
+    """
+    run, out = Run(Path(folder)), Path(out)
+    model = run.model()
+    weights = weight_statistics(model)
+    moved = movement(Run(Path(before)).model(), model) if before else {}
+    init_default_scope(run.config.default_scope)
+    scenes = run.scenes(images)
+    classes = list(scenes[0].dataset.metainfo["classes"])
+    load = load_statistics(model, scenes, classes)
+    out.mkdir(parents=True, exist_ok=True)
+    layers = {
+        name: {"weights": asdict(weights[name]), "load": asdict(load[name])}
+        | ({"movement": asdict(moved[name])} if before else {})
+        for name in weights
+    }
+    found = {"run": str(folder), "before": before and str(before), "images": len(scenes), "layers": layers}
+    (out / "analysis.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw_weights(weights).savefig(out / "weights.png")
+    draw_load(load).savefig(out / "load.png")
+    draw_experts(scenes[:: max(1, len(scenes) // SCENES)][:SCENES], model).savefig(out / "experts.png")
+    if before:
+        draw_movement(moved).savefig(out / "movement.png")
+    Console(width=_WIDTH).print(_inside(weights, load, moved))
+    return found
+
+
+def _inside(
+    weights: Mapping[str, LayerWeights], load: Mapping[str, LayerLoad], moved: Mapping[str, LayerMovement]
+) -> Table:
+    drawn = Table(title="means over a layer's experts")
+    heads = ["layer", "‖core‖", "‖Δ‖ / ‖core‖", "cosine θ", "cosine Δ", "rank Δw1", "rank Δw2"]
+    heads += [
+        "load entropy",
+        "gate entropy",
+        "tells class",
+        *(["core moved", "experts moved", "shared"] if moved else []),
+    ]
+    for head in heads:
+        drawn.add_column(head, justify="left" if head == "layer" else "right", no_wrap=head == "layer")
+    for name, one in weights.items():
+        norm = float(np.mean(one.residual_norm)) / one.core_norm
+        ranks = [float(np.mean(one.effective_rank[part])) for part in ("w1", "w2")]
+        cosines = [_beside(one.cosine_experts), _beside(one.cosine_residuals)]
+        gate = [load[name].load_entropy, load[name].gate_entropy, load[name].information]
+        change = [moved[name].core, float(np.mean(moved[name].experts)), moved[name].shared] if moved else []
+        numbers = [one.core_norm, norm, *cosines, *ranks, *gate, *change]
+        drawn.add_row(name.removesuffix(".mlp"), *(f"{x:.3f}" for x in numbers))
+    return drawn
+
+
+def _beside(square: Sequence[Sequence[float]]) -> float:
+    """Mean of the entries beside the diagonal; of one expert, 1."""
+    values = np.array(square)
+    return float(values[~np.eye(len(values), dtype=bool)].mean()) if len(values) > 1 else 1.0
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -207,74 +274,6 @@ def table(rows: Sequence[Row]) -> Table:
         counts = (row.params_total, row.params_active, row.params_trainable)
         drawn.add_row(row.task, row.arm, row.metric, *(f"{x:.2f}" for x in numbers), *(f"{x:,}" for x in counts))
     return drawn
-
-
-def draw_predictions(dataset: Any, scenes: Sequence[int], models: Sequence[tuple[str, nn.Module]]) -> Figure:
-    """A row for each of the `scenes` (indices into `dataset`): image, truth, and the answer of each titled model."""
-    palette = dataset.metainfo["palette"]
-    colours = np.array([*palette, *[_VOID] * (256 - len(palette))], dtype=np.uint8)
-    figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
-    seen = {len(palette)}  # void, which no model answers
-    for row, index in zip(axes, scenes, strict=True):
-        batch = pseudo_collate([dataset[index]])
-        truth = batch["data_samples"][0].gt_sem_seg.data[0].numpy()
-        answers = [_predict(model, batch).pred_sem_seg.data[0].numpy() for _, model in models]
-        row[0].imshow(_image(batch))
-        for axis, labels in zip(row[1:], [truth, *answers], strict=True):
-            axis.imshow(colours[labels])
-            seen |= set(np.unique(labels).tolist())
-    names = dataset.metainfo["classes"]
-    _legend(figure, [(name, colours[label] / 255) for label, name in enumerate([*names, "void"]) if label in seen])
-    return figure
-
-
-def draw_detections(dataset: Any, scenes: Sequence[int], models: Sequence[tuple[str, nn.Module]]) -> Figure:
-    """A row for each of the `scenes` (indices into `dataset`): image, truth, and what each titled model is sure of."""
-    names = dataset.metainfo["classes"]
-    colours = matplotlib.colormaps["hsv"](np.arange(len(names)) / len(names))[:, :3]
-    figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
-    seen: set[int] = set()
-    for row, index in zip(axes, scenes, strict=True):
-        batch = pseudo_collate([dataset[index]])
-        image = _image(batch)
-        # From the data set's own list: the truth in a batch has been resized with the image.
-        objects = dataset.get_data_info(index)["instances"]
-        answers = [_predict(model, batch).pred_instances for _, model in models]
-        drawn = [([one["bbox"] for one in objects], [one["bbox_label"] for one in objects], None)]
-        for sure in (answer[answer.scores > _SURE] for answer in answers):
-            drawn.append((sure.bboxes.tolist(), sure.labels.tolist(), sure.get("masks")))
-        row[0].imshow(image)
-        for axis, (boxes, labels, masks) in zip(row[1:], drawn, strict=True):
-            axis.imshow(image)
-            for number, ((x0, y0, x1, y1), label) in enumerate(zip(boxes, labels, strict=True)):
-                colour = colours[label]
-                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
-                if masks is not None:
-                    axis.imshow(masks[number].numpy()[..., None] * np.array([*colour, 0.5]))
-                seen.add(label)
-    _legend(figure, [(names[label], colours[label]) for label in sorted(seen)])
-    return figure
-
-
-def draw_experts(dataset: Any, scenes: Sequence[int], model: nn.Module) -> Figure:
-    """A row for each of the `scenes`: the image, and for each MoE layer the first expert of every token over it."""
-    layers = moe_layers(model)
-    experts = max(layer.num_experts for layer in layers.values())
-    colours = matplotlib.colormaps["hsv"](np.arange(experts) / experts)[:, :3]  # no grey: the image under them is
-    titles = [name.removeprefix("backbone.model.").removesuffix(".mlp") for name in layers]
-    figure, axes = _grid(len(scenes), ["image", *titles], legend=1.2)
-    for row, index in zip(axes, scenes, strict=True):
-        batch = pseudo_collate([dataset[index]])
-        size = tuple(batch["inputs"][0].shape[-2:])
-        maps = routing_maps(model, partial(_predict, model, batch), size)
-        image = _image(batch)
-        row[0].imshow(image)
-        for axis, expert_hw in zip(row[1:], maps.values(), strict=True):
-            extent = (0, image.shape[1], image.shape[0], 0)
-            axis.imshow(image.mean(-1), cmap="gray", extent=extent)
-            axis.imshow(colours[expert_hw], extent=extent, alpha=0.65, interpolation="nearest")
-    _legend(figure, [(f"expert {expert}", colours[expert]) for expert in range(experts)])
-    return figure
 
 
 def _majorities(runs: Sequence[Run]) -> list[dict[str, float]]:
@@ -297,34 +296,3 @@ def _in_one_process(config: Any) -> Any:
             if part.get("moe"):
                 part["moe"]["ep_size"] = 1
     return changed
-
-
-def _predict(model: Any, batch: Any) -> Any:
-    """The data sample of a batch of one, answered."""
-    with torch.no_grad():
-        return model.test_step(batch)[0]
-
-
-def _image(batch: Any) -> np.ndarray:
-    with Image.open(batch["data_samples"][0].img_path) as image:
-        return np.asarray(image.convert("RGB"))
-
-
-def _grid(rows: int, titles: Sequence[str], legend: float) -> tuple[Figure, np.ndarray]:
-    """A figure with a titled column for each of `titles` and `legend` inches on the right."""
-    side = 2.0
-    width = side * len(titles)
-    figure = Figure(figsize=(width + legend, side * rows + 0.3), dpi=100)
-    axes = figure.subplots(rows, len(titles), squeeze=False)
-    top = 1 - 0.3 / (side * rows + 0.3)
-    figure.subplots_adjust(left=0.005, right=width / (width + legend), bottom=0.005, top=top, wspace=0.03, hspace=0.03)
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
-    for axis in axes.flat:
-        axis.axis("off")
-    return figure, axes
-
-
-def _legend(figure: Figure, entries: Sequence[tuple[str, Any]]) -> None:
-    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in entries]
-    figure.legend(handles=handles, loc="center right", frameon=False)

@@ -1,15 +1,17 @@
-"""Which expert each token went to."""
+"""What a mixture is and does: weights factored, movement, load; and which expert each token went to."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from timm.layers import Mlp
+from torch import nn
 
-from rmoe.analysis import routing_maps
+from rmoe.analysis import effective_rank, load_statistics, movement, routing_maps, weight_statistics
 from rmoe.backbones.pyramid import TimmPyramid
-from rmoe.config import UserError
-from rmoe.layers.moe import moe_layers
+from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.layers.moe import ResidualMoE, moe_layers
 
 SWIN = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4}
 VIT = {"embed_dim": 12, "depth": 2, "num_heads": 2}
@@ -26,7 +28,7 @@ def test_maps_are_on_the_grids_of_their_layers(model, kwargs, out, grids):
     pyramid = TimmPyramid(model, kwargs, out, moe={"num_experts": 3}).eval()
     maps = routing_maps(pyramid, lambda: pyramid(torch.randn(1, 3, 64, 80)), (64, 80))
     assert [expert_hw.shape for expert_hw in maps.values()] == grids
-    assert list(maps) == list(moe_layers(pyramid))
+    assert [f"model.{name}" for name in maps] == list(moe_layers(pyramid))
     assert all(expert_hw.min() >= 0 and expert_hw.max() < 3 for expert_hw in maps.values())
 
 
@@ -54,3 +56,114 @@ def test_a_dense_model_has_none():
     dense = TimmPyramid("vit_tiny_patch16_224", VIT, (0, 1))
     with pytest.raises(UserError, match="the model is dense"):
         routing_maps(dense, lambda: None, (16, 16))
+
+
+class Net(nn.Module):
+    """One layer of four experts, whose name in a run's model would be `model.mlp`; a token's first entries route it."""
+
+    def __init__(self, **moe: object) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Module()
+        self.model.mlp = ResidualMoE(Mlp(6, 12), ResidualMoEConfig(num_experts=4, rank=2, **moe))
+        self.model.mlp.gate.weight.data = 50 * torch.eye(4, 6)
+        self.eval()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.model.mlp(x)
+
+    def spread(self, common: float = 0.0, own: float = 0.0) -> Net:
+        """Adds the same to all experts, and noise of mean zero over them."""
+        for x in self.model.mlp.residuals():
+            noise = torch.randn_like(x)
+            x.data += common * torch.randn_like(x[:1]) + own * (noise - noise.mean(0))
+        return self
+
+
+def test_effective_rank_by_hand():
+    assert effective_rank(torch.eye(5)) == pytest.approx(5)
+    assert effective_rank(torch.ones(4, 7)) == pytest.approx(1, abs=1e-4)
+    assert effective_rank(torch.diag(torch.tensor([3.0, 1.0]))) == pytest.approx(4 / 3**0.75)
+    assert effective_rank(torch.zeros(2, 3)) == 0
+
+
+def test_low_rank_residuals_in_numbers():
+    net = Net().spread(own=1.0)
+    (found,) = weight_statistics(net).values()
+    layer = net.model.mlp
+    deltas = [layer.residuals().delta(e) for e in range(4)]
+    norms = [(d.w1_HC.square().sum() + d.w2_CH.square().sum()).sqrt().item() for d in deltas]
+    assert found.residual_norm == pytest.approx(norms, rel=1e-5)
+    core = layer.core.fc1.weight.square().sum() + layer.core.fc2.weight.square().sum()
+    assert found.core_norm == pytest.approx(core.sqrt().item(), rel=1e-5)
+    assert all(0 < rank <= 2 for ranks in found.effective_rank.values() for rank in ranks)
+    thetas = torch.stack(
+        [
+            torch.cat([(layer.core.fc1.weight + d.w1_HC).flatten(), (layer.core.fc2.weight + d.w2_CH).flatten()])
+            for d in deltas
+        ]
+    )
+    assert found.cosine_experts[0][1] == pytest.approx(
+        torch.cosine_similarity(thetas[0], thetas[1], dim=0).item(), rel=1e-4
+    )
+    assert found.cosine_residuals[2][2] == pytest.approx(1)
+
+
+def test_at_the_start_residuals_are_nothing():
+    (found,) = weight_statistics(Net()).values()
+    assert found.residual_norm == [0.0] * 4
+    assert found.cosine_residuals == [[0.0] * 4] * 4
+    assert found.cosine_experts[0][3] == pytest.approx(1)
+    assert found.effective_rank == {"w1": [0.0] * 4, "w2": [0.0] * 4}
+
+
+def test_experts_of_their_own_are_mean_and_rest():
+    net = Net(residual="experts", expert_init="core")
+    (copied,) = weight_statistics(net).values()
+    assert copied.residual_norm == pytest.approx([0.0] * 4, abs=1e-6)
+    (moved,) = weight_statistics(net.spread(own=0.1)).values()
+    assert moved.core_norm == pytest.approx(copied.core_norm, rel=1e-5)  # noise of mean zero
+    assert min(moved.residual_norm) > 0.1
+
+
+@pytest.mark.parametrize(("common", "own", "shared"), [(0.1, 0.0, 1.0), (0.0, 0.1, 0.0), (0.0, 0.0, 0.0)])
+@pytest.mark.parametrize("kind", ["full", "experts"])
+def test_what_moved_is_common_or_not(kind, common, own, shared):
+    (found,) = movement(Net(residual=kind), Net(residual=kind).spread(common, own)).values()
+    assert found.shared == pytest.approx(shared, abs=1e-6)
+    assert (min(found.experts) > 0) == bool(common or own)
+    # Experts of their own have a core only as their mean, which then moves; a frozen one does not.
+    assert (found.core > 1e-6) == bool(kind == "experts" and common)
+
+
+def test_other_experts_cannot_be_compared():
+    few = Net()
+    few.model.mlp = ResidualMoE(Mlp(6, 12), ResidualMoEConfig(num_experts=2))
+    with pytest.raises(UserError, match="have other experts"):
+        movement(Net(), few)
+
+
+class Picture:
+    """2 × 4 pixels and as many tokens, each of which goes to the expert `to` says."""
+
+    def __init__(self, to: list[int], labels: list[int]) -> None:
+        self.tokens, self.labels = torch.eye(6)[to], np.array(labels).reshape(2, 4)
+
+    def answer(self, model: nn.Module) -> object:
+        return model(self.tokens)
+
+    def size(self, model: nn.Module) -> tuple[int, int]:
+        return (8, 16)  # of stride 4
+
+
+def test_load_by_hand():
+    halves = Picture([0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0, 1, -1])
+    (found,) = load_statistics(Net(), [halves], ["sky", "grass", "sea"]).values()
+    assert found.load == [0.5, 0.5, 0, 0]
+    assert found.load_entropy == pytest.approx(0.5)
+    assert found.gate_entropy == pytest.approx(0, abs=1e-6)
+    assert found.by_class == {"sky": [4, 0, 0, 0], "grass": [0, 3, 0, 0]}
+    assert found.information == pytest.approx(1)
+    blind = Picture([0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0, 1, 1])
+    (found,) = load_statistics(Net(), [blind], ["sky", "grass", "sea"]).values()
+    assert found.information == pytest.approx(0, abs=1e-9)

@@ -14,6 +14,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 
+from rmoe.cli import main
 from rmoe.config import UserError
 from rmoe.layers.moe import global_state_dict
 from rmoe.report import Row, report, table
@@ -144,6 +145,29 @@ def test_what_a_report_leaves(runs, tmp_path, capsys):
             assert image.width > 200 * columns
             assert image.height > 3 * 200
             assert len(set(image.convert("RGB").get_flattened_data())) > 20
+
+
+def test_what_an_analysis_leaves(runs, tmp_path, capsys):
+    out = tmp_path / "inside"
+    assert main(["analyze", str(runs[1]), "--before", str(runs[1]), "--out", str(out), "--images", "2"]) == 0
+    found = json.loads((out / "analysis.json").read_text())
+    assert found["images"] == 2
+    assert list(found["layers"]) == ["layers.2.blocks.1.mlp", "layers.3.blocks.1.mlp"]
+    for layer in found["layers"].values():
+        assert layer["weights"]["residual_norm"] == [0.0] * 4
+        assert sum(layer["load"]["load"]) == pytest.approx(1)
+        assert layer["movement"]["core"] == 0
+    of_classes = [layer["load"]["by_class"] for layer in found["layers"].values()]
+    assert [set(classes) for classes in of_classes] == [
+        {"sky", "grass"},
+        {"grass"},
+    ]  # one token has grass in its middle
+    assert "layers.2.blocks.1" in capsys.readouterr().out
+    for name in ("weights.png", "load.png", "experts.png", "movement.png"):
+        with Image.open(out / name) as image:
+            assert len(set(image.convert("RGB").get_flattened_data())) > 20
+    assert main(["analyze", str(runs[0]), "--out", str(out)]) == 2
+    assert "the model is dense" in capsys.readouterr().err
 
 
 def test_the_table_is_not_cut():

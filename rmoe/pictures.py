@@ -1,0 +1,221 @@
+"""Pictures of what models answer and of what a mixture does: one row for each scene or layer, titled columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch, Rectangle
+from mmengine.dataset import default_collate, pseudo_collate
+from PIL import Image
+from torch import nn
+
+from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
+from rmoe.layers.moe import moe_layers
+
+_SURE = 0.5  # score from which on a detection is drawn
+_CLASSES = 30  # of the commonest, shown with the experts that they go to
+_VOID = (0, 0, 0)
+
+
+class Scene:
+    """One image of a data set, and what is known of it.
+
+    Args:
+        dataset: of a task: `rmoe.ImageFolder`, or one of mmseg's or mmdet's.
+        index: of the image.
+    """
+
+    def __init__(self, dataset: Any, index: int) -> None:
+        item = dataset[index]
+        self.dataset, self.index = dataset, index
+        self.batch = default_collate([item]) if "labels" in item else pseudo_collate([item])
+
+    def answer(self, model: Any) -> Any:
+        """What `model` says, in evaluation mode and without gradient."""
+        with torch.no_grad():
+            return model.test_step(self.batch)[0]
+
+    def size(self, model: Any) -> tuple[int, int]:
+        """(height, width) in pixels of the image as the backbone gets it."""
+        return tuple(model.data_preprocessor(self.batch, False)["inputs"].shape[-2:])
+
+    @property
+    def image(self) -> np.ndarray:
+        """[H, W, 3], as it lies on disk; of a classifier's, as its transform made it, in 0 … 1."""
+        if "labels" in self.batch:
+            pixels = self.batch["inputs"][0].movedim(0, -1).numpy()
+            return (pixels - pixels.min()) / max(np.ptp(pixels), 1e-6)
+        with Image.open(self.batch["data_samples"][0].img_path) as image:
+            return np.asarray(image.convert("RGB"))
+
+    @property
+    def objects(self) -> list[dict[str, Any]]:
+        """A detector's truth from the data set's own list: that in a batch has been resized with the image."""
+        return self.dataset.get_data_info(self.index)["instances"]
+
+    @property
+    def labels(self) -> np.ndarray:
+        """int [H, W], class indices: the image's class, the label map, or, of boxes, the smallest around a pixel and -1
+        outside of all.
+        """
+        if "labels" in self.batch:
+            return np.full(self.batch["inputs"].shape[-2:], int(self.batch["labels"][0]))
+        sample = self.batch["data_samples"][0]
+        if "gt_sem_seg" in sample:
+            return sample.gt_sem_seg.data[0].numpy()
+        labels = np.full(self.image.shape[:2], -1)
+        for one in sorted(self.objects, key=lambda one: -_area(one["bbox"])):
+            left, top, right, bottom = (round(side) for side in one["bbox"])
+            labels[top:bottom, left:right] = one["bbox_label"]
+        return labels
+
+
+def _area(box: Sequence[float]) -> float:
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
+def draw_predictions(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
+    """A row for each of the `scenes`: image, truth, and the answer of each titled model."""
+    metainfo = scenes[0].dataset.metainfo
+    palette = metainfo["palette"]
+    colours = np.array([*palette, *[_VOID] * (256 - len(palette))], dtype=np.uint8)
+    figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
+    seen = {len(palette)}  # void, which no model answers
+    for row, scene in zip(axes, scenes, strict=True):
+        answers = [scene.answer(model).pred_sem_seg.data[0].numpy() for _, model in models]
+        row[0].imshow(scene.image)
+        for axis, labels in zip(row[1:], [scene.labels, *answers], strict=True):
+            axis.imshow(colours[labels])
+            seen |= set(np.unique(labels).tolist())
+    names = metainfo["classes"]
+    _legend(figure, [(name, colours[label] / 255) for label, name in enumerate([*names, "void"]) if label in seen])
+    return figure
+
+
+def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
+    """A row for each of the `scenes`: image, truth, and what each titled model is sure of."""
+    names = scenes[0].dataset.metainfo["classes"]
+    colours = matplotlib.colormaps["hsv"](np.arange(len(names)) / len(names))[:, :3]
+    figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
+    seen: set[int] = set()
+    for row, scene in zip(axes, scenes, strict=True):
+        image, truth = scene.image, scene.objects
+        drawn: list[tuple[Any, Any, Any]]
+        drawn = [([one["bbox"] for one in truth], [one["bbox_label"] for one in truth], None)]
+        for answer in (scene.answer(model).pred_instances for _, model in models):
+            sure = answer[answer.scores > _SURE]
+            drawn.append((sure.bboxes.tolist(), sure.labels.tolist(), sure.get("masks")))
+        row[0].imshow(image)
+        for axis, (boxes, labels, masks) in zip(row[1:], drawn, strict=True):
+            axis.imshow(image)
+            for number, ((x0, y0, x1, y1), label) in enumerate(zip(boxes, labels, strict=True)):
+                colour = colours[label]
+                axis.add_patch(Rectangle((x0, y0), x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2))
+                if masks is not None:
+                    axis.imshow(masks[number].numpy()[..., None] * np.array([*colour, 0.5]))
+                seen.add(label)
+    _legend(figure, [(names[label], colours[label]) for label in sorted(seen)])
+    return figure
+
+
+def draw_experts(scenes: Sequence[Scene], model: nn.Module) -> Figure:
+    """A row for each of the `scenes`: the image, and for each MoE layer the first expert of every token over it."""
+    layers = moe_layers(model)
+    experts = max(layer.num_experts for layer in layers.values())
+    colours = matplotlib.colormaps["hsv"](np.arange(experts) / experts)[:, :3]  # no grey: the image under them is
+    maps = [routing_maps(model, partial(scene.answer, model), scene.size(model)) for scene in scenes]
+    titles = [name.removesuffix(".mlp") for name in maps[0]]
+    figure, axes = _grid(len(scenes), ["image", *titles], legend=1.2)
+    for row, scene, found in zip(axes, scenes, maps, strict=True):
+        image = scene.image
+        row[0].imshow(image)
+        for axis, expert_hw in zip(row[1:], found.values(), strict=True):
+            extent = (0, image.shape[1], image.shape[0], 0)
+            axis.imshow(image.mean(-1), cmap="gray", extent=extent)
+            axis.imshow(colours[expert_hw], extent=extent, alpha=0.65, interpolation="nearest")
+    _legend(figure, [(f"expert {expert}", colours[expert]) for expert in range(experts)])
+    return figure
+
+
+def draw_weights(layers: Mapping[str, LayerWeights]) -> Figure:
+    """A row for each layer: cosines between experts and between residuals, residuals' norms and effective ranks."""
+    figure, axes = _panels(layers, ["cosine of experts", "cosine of residuals", "‖Δ‖ / ‖core‖", "effective rank of Δ"])
+    for row, weights in zip(axes, layers.values(), strict=True):
+        for axis, cosines in zip(row, (weights.cosine_experts, weights.cosine_residuals), strict=False):
+            shown = axis.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
+            figure.colorbar(shown, ax=axis, fraction=0.05)
+        experts = range(len(weights.residual_norm))
+        row[2].bar(experts, [norm / weights.core_norm for norm in weights.residual_norm])
+        for shift, (name, ranks) in zip((-0.2, 0.2), weights.effective_rank.items(), strict=True):
+            row[3].bar([expert + shift for expert in experts], ranks, width=0.4, label=name)
+        row[3].legend(fontsize="x-small")
+    return figure
+
+
+def draw_load(layers: Mapping[str, LayerLoad]) -> Figure:
+    """A row for each layer: the experts' shares of the tokens, and the commonest classes' tokens by expert."""
+    figure, axes = _panels(layers, ["load", "classes by expert"], widths=(1, 2))
+    for (left, right), load in zip(axes, layers.values(), strict=True):
+        left.bar(range(len(load.load)), load.load)
+        left.axhline(1 / len(load.load), color="black", linewidth=0.5)
+        left.set_xlabel(f"entropy {load.load_entropy:.2f}, of the gate {load.gate_entropy:.2f}", fontsize="x-small")
+        names = sorted(load.by_class, key=lambda name: -sum(load.by_class[name]))[:_CLASSES]
+        counts = np.array([load.by_class[name] for name in names], dtype=float).reshape(len(names), -1)
+        right.imshow((counts / counts.sum(1, keepdims=True)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        right.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
+        right.set_xlabel(f"what the expert tells of the class: {load.information:.2f}", fontsize="x-small")
+    return figure
+
+
+def draw_movement(layers: Mapping[str, LayerMovement]) -> Figure:
+    """What training moved, by layer: the core, each expert, and how much of it was common to all experts."""
+    figure = Figure(figsize=(1.6 * len(layers) + 4, 3.2), dpi=100, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    names = [name.removesuffix(".mlp") for name in layers]
+    left.boxplot([moved.experts for moved in layers.values()], tick_labels=names)
+    left.plot(range(1, len(names) + 1), [moved.core for moved in layers.values()], "ko", label="core")
+    left.set_title("change / norm: experts, core", fontsize="small")
+    left.legend(fontsize="x-small")
+    right.bar(names, [moved.shared for moved in layers.values()])
+    right.set(ylim=(0, 1))
+    right.set_title("share of the change common to all experts", fontsize="small")
+    for axis in (left, right):
+        axis.tick_params(labelsize="x-small")
+    return figure
+
+
+def _panels(layers: Mapping[str, Any], titles: Sequence[str], widths: Sequence[float] | None = None) -> Any:
+    figure = Figure(figsize=(3.2 * sum(widths or [1] * len(titles)), 2.6 * len(layers)), dpi=100, layout="constrained")
+    axes = figure.subplots(len(layers), len(titles), squeeze=False, width_ratios=widths)
+    for row, name in zip(axes, layers, strict=True):
+        row[0].set_ylabel(name.removesuffix(".mlp"), fontsize="small")
+        for axis, title in zip(row, titles, strict=True):
+            axis.set_title(title, fontsize="small")
+            axis.tick_params(labelsize="x-small")
+    return figure, axes
+
+
+def _grid(rows: int, titles: Sequence[str], legend: float) -> tuple[Figure, np.ndarray]:
+    """A figure with a titled column for each of `titles` and `legend` inches on the right."""
+    side = 2.0
+    width = side * len(titles)
+    figure = Figure(figsize=(width + legend, side * rows + 0.3), dpi=100)
+    axes = figure.subplots(rows, len(titles), squeeze=False)
+    top = 1 - 0.3 / (side * rows + 0.3)
+    figure.subplots_adjust(left=0.005, right=width / (width + legend), bottom=0.005, top=top, wspace=0.03, hspace=0.03)
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
+    for axis in axes.flat:
+        axis.axis("off")
+    return figure, axes
+
+
+def _legend(figure: Figure, entries: Sequence[tuple[str, Any]]) -> None:
+    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in entries]
+    figure.legend(handles=handles, loc="center right", frameon=False)
