@@ -5,7 +5,8 @@
 `reference` says what is meant, token by token; `mix` computes it. Where a token has one network (one expert, or several
 outputs to be weighed) it sorts the rows by expert once, pads nothing and has its own backward: the core's products run
 over all rows at once, a low-rank residual adds its skinny ones in place, a full one is added to the core's weight in a
-scratch buffer and so costs what a dense layer costs; no gradient is computed of a frozen core.
+scratch buffer and so costs what a dense layer costs; no gradient is computed of a frozen core. On a GPU, in bfloat16,
+the experts' products are torch's grouped GEMM, which no one has timed there yet.
 
 Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank, N rows sorted
 by expert, those without one last, n and m rows of a tile and a piece of it; G experts taken together, Q = G·R; I and O
@@ -55,13 +56,13 @@ class LowRank(NamedTuple):
         """Δ_e in the core's shape."""
         return Network(self.b1_ERH[e].T @ self.a1_ERC[e], None, self.b2_ERC[e].T @ self.a2_ERH[e], None)
 
-    def first(self, x_NC: Tensor, sizes: list[int]) -> Tensor:
+    def first(self, x_NC: Tensor, groups: _Groups) -> Tensor:
         """ΔW1_e x of rows sorted by expert, [N, H]."""
-        return _by_slice(x_NC, sizes, lambda x, e: F.linear(x, self.a1_ERC[e]) @ self.b1_ERH[e])
+        return groups.product(groups.product(x_NC, self.a1_ERC.mT), self.b1_ERH)
 
-    def second(self, a_NH: Tensor, sizes: list[int]) -> Tensor:
+    def second(self, a_NH: Tensor, groups: _Groups) -> Tensor:
         """ΔW2_e a of rows sorted by expert, [N, C]."""
-        return _by_slice(a_NH, sizes, lambda a, e: F.linear(a, self.a2_ERH[e]) @ self.b2_ERC[e])
+        return groups.product(groups.product(a_NH, self.a2_ERH.mT), self.b2_ERC)
 
 
 class Full(NamedTuple):
@@ -76,13 +77,13 @@ class Full(NamedTuple):
         """Δ_e in the core's shape."""
         return Network(self.w1_EHC[e], self.b1_EH[e], self.w2_ECH[e], self.b2_EC[e])
 
-    def first(self, x_NC: Tensor, sizes: list[int]) -> Tensor:
+    def first(self, x_NC: Tensor, groups: _Groups) -> Tensor:
         """ΔW1_e x + Δb1_e of rows sorted by expert, [N, H]."""
-        return _by_slice(x_NC, sizes, lambda x, e: F.linear(x, self.w1_EHC[e], self.b1_EH[e]))
+        return groups.product(x_NC, self.w1_EHC.mT) + self.b1_EH.index_select(0, groups.expert_N)
 
-    def second(self, a_NH: Tensor, sizes: list[int]) -> Tensor:
+    def second(self, a_NH: Tensor, groups: _Groups) -> Tensor:
         """ΔW2_e a + Δb2_e of rows sorted by expert, [N, C]."""
-        return _by_slice(a_NH, sizes, lambda a, e: F.linear(a, self.w2_ECH[e], self.b2_EC[e]))
+        return groups.product(a_NH, self.w2_ECH.mT) + self.b2_EC.index_select(0, groups.expert_N)
 
 
 Residuals = LowRank | Full
@@ -158,10 +159,14 @@ def mix(
     residuals = type(residuals)(*(w.to(dtype) for w in residuals))
     if inside:
         return _mix_weights(x_TC, expert_TK, gate_TK, core, residuals, act)
-    rows = _sort_rows(expert_TK.flatten(), residuals[0].shape[0])
-    x_NC = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC
-    if isinstance(residuals, LowRank):
-        scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(len(x_NC))
+    x_NC, expert_N = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, expert_TK.flatten()
+    scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(len(x_NC))
+    rows = None if _has_grouped_gemm(x_NC, *_widths(residuals)) else _sort_rows(expert_N, residuals[0].shape[0])
+    if rows is None:
+        if ready is not None:
+            ready()
+        y_NC = _grouped_rows(x_NC, expert_N, scale_N, core, residuals, act)
+    elif isinstance(residuals, LowRank):
         y_NC = _LowRankRows.apply(x_NC, scale_N, rows, act, ready, *core, *residuals)
     else:
         y_NC = _FullRows.apply(x_NC, rows, act, *core, *residuals)
@@ -189,18 +194,65 @@ def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
     return _Rows(order_N, inverse_N, sorted_N, sizes, len(order_N) - dropped)
 
 
+def _widths(residuals: Residuals) -> set[int]:
+    """C, H and, for low rank, R."""
+    return {size for delta in residuals for size in delta.shape[1:]}
+
+
+class _Groups(NamedTuple):
+    """Rows sorted by expert for products that autograd follows."""
+
+    expert_N: Tensor
+    end_E: Tensor  # int32: one past the last row of each expert, on the rows' device
+
+    def product(self, x_NI: Tensor, w_EIO: Tensor) -> Tensor:
+        """x w_e for the rows of each expert."""
+        if _has_grouped_gemm(x_NI, *w_EIO.shape[1:]):
+            return F.grouped_mm(x_NI, w_EIO, offs=self.end_E)
+        # Empty slices are computed too: an expert without tokens needs a gradient of zeros, not none (ZeRO would mix up
+        # the gradients of different experts).
+        slices = x_NI.tensor_split(self.end_E[:-1].long().cpu())
+        return torch.cat([x_nI @ w_IO for x_nI, w_IO in zip(slices, w_EIO.unbind(), strict=True)])
+
+
+def _has_grouped_gemm(x: Tensor, *widths: int) -> bool:
+    """Whether torch has a grouped GEMM for it: bfloat16 on a GPU, in rows of whole 16 bytes."""
+    return x.is_cuda and x.dtype == torch.bfloat16 and not any(width * x.itemsize % 16 for width in widths)
+
+
 def _mix_weights(
     x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, core: Network, residuals: Residuals, act: Activation
 ) -> Tensor:
     """Residuals that meet inside one network, or whose weight differs from row to row and merges with no other."""
-    rows = _sort_rows(expert_TK.flatten(), residuals[0].shape[0])
-    pair_N = rows.order_N[: rows.chosen]
+    num_experts = residuals[0].shape[0]
+    gate_TK = gate_TK.where(expert_TK < num_experts, 0.0)
+    expert_N, pair_N = expert_TK.clamp(max=num_experts - 1).flatten().sort(stable=True)
+    every_E = torch.arange(num_experts, device=expert_N.device)
+    groups = _Groups(expert_N, torch.searchsorted(expert_N, every_E, right=True).to(torch.int32))
     token_N, gate_N1 = pair_N // expert_TK.shape[1], gate_TK.flatten()[pair_N, None]
-    h_TH = F.linear(x_TC, core.w1_HC, core.b1_H)
-    h_TH = h_TH.index_add(0, token_N, gate_N1 * residuals.first(x_TC[token_N], rows.sizes))
+    h_TH = _of_core(x_TC, core.w1_HC, core.b1_H, residuals[1].shape[-1])
+    h_TH = h_TH.index_add(0, token_N, gate_N1 * residuals.first(x_TC[token_N], groups))
     a_TH = act(h_TH)
-    y_TC = F.linear(a_TH, core.w2_CH, core.b2_C)
-    return y_TC.index_add(0, token_N, gate_N1 * residuals.second(a_TH[token_N], rows.sizes))
+    y_TC = _of_core(a_TH, core.w2_CH, core.b2_C, x_TC.shape[1])
+    return y_TC.index_add(0, token_N, gate_N1 * residuals.second(a_TH[token_N], groups))
+
+
+def _of_core(x_NI: Tensor, w_OI: Tensor | None, b_O: Tensor | None, outputs: int) -> Tensor:
+    return x_NI.new_zeros(len(x_NI), outputs) if w_OI is None else F.linear(x_NI, w_OI, b_O)
+
+
+def _grouped_rows(
+    x_NC: Tensor, expert_N: Tensor, scale_N: Tensor, core: Network, residuals: Residuals, act: Activation
+) -> Tensor:
+    """Rows of one network each on a GPU: nothing there waits for how many rows an expert has. Not yet timed on one."""
+    if isinstance(residuals, Full):
+        # Merged with the core, which the rows without an expert have to themselves: one product where two would be.
+        without = [
+            torch.zeros_like(delta[:1]) if c is None else c[None] for c, delta in zip(core, residuals, strict=True)
+        ]
+        thetas = Full(*(torch.cat([delta + c, c]) for c, delta in zip(without, residuals, strict=True)))
+        core, residuals = Network(None, None, None, None), thetas  # type: ignore[arg-type]
+    return _mix_weights(x_NC, expert_N[:, None], scale_N[:, None], core, residuals, act)
 
 
 class _Tile(NamedTuple):
@@ -265,7 +317,8 @@ class _LowRankRows(Function):
             x_nC = x_NC.index_select(0, row_n)
             h_nH = F.linear(x_nC, core.w1_HC, core.b1_H)
             if ready is not None:
-                ready = ready()  # type: ignore[assignment]
+                ready()
+                ready = None
             of_h = _add_low_rank_(h_nH, x_nC, gate_Gn, low.a1_ERC, low.b1_ERH, tile)
             a_nH = act(h_nH)
             _linear(a_nH, core.w2_CH, core.b2_C, out=y_nC)
@@ -469,12 +522,6 @@ def _act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
         h = h.detach().requires_grad_()
         # forward: past the hooks by which the FLOP counter follows modules, which do not stand a gradient in a gradient
         return torch.autograd.grad(getattr(act, "forward", act)(h), h, grad)[0]
-
-
-def _by_slice(x_NC: Tensor, sizes: list[int], apply: Callable[[Tensor, int], Tensor]) -> Tensor:
-    # Empty slices are computed too: an expert without tokens needs a gradient of zeros, not none (ZeRO would mix up
-    # the gradients of different experts).
-    return torch.cat([apply(x, e) for e, x in enumerate(x_NC.split(sizes))])
 
 
 def _add(core: Network, delta: Network, scale: Tensor | float) -> Network:
