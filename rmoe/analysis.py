@@ -196,7 +196,7 @@ def _load(counts: np.ndarray, entropies: list[float], classes: Sequence[str]) ->
 
 def _entropy(shares: np.ndarray) -> float:
     positive = shares[shares > 0]
-    return float(-(positive * np.log(positive)).sum())
+    return float((positive * np.log(1 / positive)).sum())
 
 
 def _sampled(labels_hw: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
 from mmengine.dataset import default_collate, pseudo_collate
 from PIL import Image
 from torch import nn
@@ -149,6 +150,7 @@ def draw_weights(layers: Mapping[str, LayerWeights]) -> Figure:
     for row, weights in zip(axes, layers.values(), strict=True):
         for axis, cosines in zip(row, (weights.cosine_experts, weights.cosine_residuals), strict=False):
             shown = axis.imshow(cosines, vmin=-1, vmax=1, cmap="RdBu")
+            axis.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
             figure.colorbar(shown, ax=axis, fraction=0.05)
         experts = range(len(weights.residual_norm))
         row[2].bar(experts, [norm / weights.core_norm for norm in weights.residual_norm])
@@ -168,6 +170,7 @@ def draw_load(layers: Mapping[str, LayerLoad]) -> Figure:
         names = sorted(load.by_class, key=lambda name: -sum(load.by_class[name]))[:_CLASSES]
         counts = np.array([load.by_class[name] for name in names], dtype=float).reshape(len(names), -1)
         right.imshow((counts / counts.sum(1, keepdims=True)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        right.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         right.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
         right.set_xlabel(f"what the expert tells of the class: {load.information:.2f}", fontsize="x-small")
     return figure
@@ -198,6 +201,7 @@ def _panels(layers: Mapping[str, Any], titles: Sequence[str], widths: Sequence[f
         for axis, title in zip(row, titles, strict=True):
             axis.set_title(title, fontsize="small")
             axis.tick_params(labelsize="x-small")
+            axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))  # experts
     return figure, axes
 
 

@@ -75,10 +75,12 @@ class Block(nn.Module):
 class ToyModel(BaseModel):
     """Classifies a set of tokens by their mean; the embedding is frozen."""
 
-    def __init__(self, moe: Mapping[str, Any] | None = None, drop_path: float = 0.0, blocks: int = 2) -> None:
+    def __init__(
+        self, moe: Mapping[str, Any] | None = None, drop_path: float = 0.0, blocks: int = 2, norm: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = nn.Sequential(nn.Linear(WIDTH, WIDTH), *(Block(moe, drop_path) for _ in range(blocks)))
-        self.head = nn.Linear(WIDTH, 2)
+        self.head = nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Linear(WIDTH, 2)) if norm else nn.Linear(WIDTH, 2)
         self.backbone[0].requires_grad_(False)
 
     def forward(self, inputs: list[Tensor], data_samples: list[BaseDataElement], mode: str = "loss") -> Any:
