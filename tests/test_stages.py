@@ -1,0 +1,103 @@
+"""Runs that build on one another: what is run, what is skipped, and how it fails."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rmoe import stages
+from rmoe.stages import Failed, Training, run_logged
+
+LINE = "11/22 14:17 - INFO - Iter(train) [ 40/300]  lr: 9.6e-04  eta: 0:06:25  loss: 2.6019  decode.loss_ce: 2.6018"
+FINISHES = (
+    "import pathlib, sys; f = pathlib.Path(sys.argv[1]); [(f / n).touch() for n in ('cost.json', 'model.safetensors')]"
+)
+
+
+@pytest.fixture(autouse=True)
+def _as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "installed", list)
+
+
+def training(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Training:
+    """A run of `code` instead of launch/train.py, which counts its runs."""
+    config, json = folder / "config.py", folder / "ds.json"
+    config.write_text("steps = 3\n")
+    json.write_text("{}")
+    one = Training(folder / "run", str(config), str(json))
+    command = [sys.executable, "-c", f"{code}; open(r'{folder / 'runs'}', 'a').write('x')", str(one.folder)]
+    monkeypatch.setattr(Training, "command", lambda self: command)
+    return one
+
+
+def test_the_command():
+    one = Training(Path("out"), "a.py", "b.json", ["x=1"])
+    words = ["launch/train.py", "a.py", "--deepspeed_config", "b.json", "--work-dir", "out", "--resume"]
+    assert one.command() == ["python", *words, "--cfg-options", "x=1"]
+    several = Training(Path("out"), "a.py", "b.json", processes=2).command()
+    assert several[:3] == ["deepspeed", "--num_accelerators", "2"]
+    assert several[5:] == words
+
+
+def test_a_complete_run_is_skipped_unless_something_changed(tmp_path, monkeypatch):
+    one = training(tmp_path, monkeypatch, FINISHES)
+    assert one.run()
+    assert not one.run()
+    assert (tmp_path / "runs").read_text() == "x"
+    (tmp_path / "ds.json").write_text("{ }")
+    assert not one.current()
+    assert one.run()
+    before = Training(tmp_path / "before", one.config, one.json, ["seed=1"])
+    after = Training(one.folder, one.config, one.json, after=[before])
+    assert after.fingerprint() != one.fingerprint()
+    assert after.run()
+    assert (tmp_path / "runs").read_text() == "xxx"
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    with pytest.raises(Failed):
+        training(tmp_path, monkeypatch, "pass").run()
+    (tmp_path / "run" / "iter_5.pth").touch()
+    training(tmp_path, monkeypatch, FINISHES).run()
+    assert (tmp_path / "run" / "iter_5.pth").exists()
+
+
+def test_a_failure_shows_the_command_the_log_and_the_code(tmp_path, monkeypatch):
+    one = training(tmp_path, monkeypatch, "import sys; print('first'); print('reason'); sys.exit(7)")
+    with pytest.raises(Failed, match=r"(?s)reason.*-c.*left with exit code 7; all output: .*output.log"):
+        one.run()
+
+
+def test_a_launcher_that_lies_is_caught(tmp_path, monkeypatch):
+    with pytest.raises(Failed, match="not complete"):
+        training(tmp_path, monkeypatch, "pass").run()
+
+
+def test_progress_is_read_from_the_log(tmp_path):
+    seen = []
+    code = f"print({LINE!r}); print('something else')"
+    run_logged([sys.executable, "-c", code], tmp_path / "log", lambda *told: seen.append(told))
+    assert seen == [(40, 300, "2.6019")]
+
+
+def test_an_interrupted_command_leaves_nothing_running(tmp_path, monkeypatch):
+    note = tmp_path / "pid"
+    code = "import subprocess as s, sys; child = s.Popen(['sleep', '99']); "
+    code += "print(child.pid, end=' ', file=open(sys.argv[1], 'w')); child.wait()"
+
+    def interrupt(show, text):
+        if note.exists() and note.read_text().endswith(" "):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "_tell", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_logged([sys.executable, "-c", code, str(note)], tmp_path / "output.log")
+    stat = Path("/proc", note.read_text().strip(), "stat")
+    for _ in range(50):
+        if not stat.exists() or stat.read_text().split()[2] == "Z":  # a zombie where nobody reaps
+            return
+        time.sleep(0.1)
+    pytest.fail("the grandchild still runs")
