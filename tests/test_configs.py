@@ -132,7 +132,7 @@ RUNS = [  # what is added to the command in the docstring
 
 
 def cut_down(config: Config, folder: Path) -> Config:
-    """The config in a small size; its data and the core, if that has been trained, are in `folder`."""
+    """The config in a small size; its data and its core are in `folder`."""
     part = backbone(config)
     family = part.model.partition("_")[0]
     part.kwargs = {**part.get("kwargs", {}), **SMALL[family]}
@@ -142,7 +142,7 @@ def cut_down(config: Config, folder: Path) -> Config:
         part.out_indices = tuple(range(SMALL["vit"]["depth"]))
     widths = [WIDTHS[family][index] for index in part.get("out_indices", ())]
     if "core" in part:
-        part.core = str(folder / part.core) if (folder / part.core / "model.safetensors").exists() else None
+        part.core = str(folder / part.core)
     config.default_hooks.logger.interval = 1
     config.experiment_name = uuid4().hex  # or the logs of runs within a second mix
     classes = CLASSES.get(task(config))
