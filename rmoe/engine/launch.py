@@ -113,9 +113,9 @@ def train(arguments: argparse.Namespace) -> None:
         cfg = read_config(arguments.config, arguments.cfg_options or {}, arguments.safe_config)
         notes = prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
         join(arguments.timeout)
-        check_data(cfg)
         with faults.Watch(Path(cfg.work_dir), arguments.timeout) as watch:
             try:
+                check_data(cfg)
                 with user_errors("the config"):
                     runner = Runner.from_cfg(cfg)
                 for note in notes:

@@ -243,10 +243,10 @@ def test_with_and_without_an_average(runs: Runs) -> None:
 
 
 def test_no_run_starts_without_its_data(runs: Runs) -> None:
-    """Both processes say the same, and nothing has been written."""
+    """Both processes say the same, and nothing has been built: there is no log."""
     said = runs.outcomes["no data"]
     assert said == ["UserError: folder nowhere/train does not exist; correct the path, or put the data set there"] * 2
-    assert not (runs.folder / "no data").exists()
+    assert [path.name for path in (runs.folder / "no data").iterdir()] == ["heartbeats"]
 
 
 def test_the_seed_is_not_all_that_makes_runs_equal(runs: Runs) -> None:
