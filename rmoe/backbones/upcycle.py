@@ -6,6 +6,7 @@ import copy as copying
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from rmoe.config import ResidualMoEConfig, UserError, nearest
@@ -46,7 +47,8 @@ class Upcycled(NamedTuple):
 def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) -> Upcycled:
     """Turns feed-forward networks of a dense model into residual mixtures of experts around themselves.
 
-    Right afterwards the model computes what it computed before (unless config.combine is "softmax").
+    Right afterwards the model computes what it computed before (unless config.combine is "softmax"), and the random
+    generators stand where they stood.
 
     Args:
         model: any model whose blocks hold timm-style `Mlp`s (linear `fc1`, activation `act`, linear `fc2`): timm's
@@ -64,9 +66,10 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
     selected = _select(list(networks), config)
     for name in selected:
         _check_dropout(name, networks[name])
-    for name in selected:
-        parent, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, ResidualMoE(networks[name], config))
+    with torch.random.fork_rng([]):  # what is drawn after this, a head say, is what the dense model would have drawn
+        for name in selected:
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, ResidualMoE(networks[name], config))
     return Upcycled(model, _report(model, selected, [name for name in networks if name not in selected]))
 
 

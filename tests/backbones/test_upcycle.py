@@ -123,3 +123,10 @@ def test_dropout_inside_a_network_is_refused_before_anything_changes() -> None:
 def test_gated_networks_are_not_taken_for_plain_ones() -> None:
     model = nn.ModuleDict({"plain": Mlp(4, 8), "gated": SwiGLU(4, 8), "normed": Mlp(4, 8, norm_layer=nn.LayerNorm)})
     assert list(find_networks(model)) == ["plain"]
+
+
+def test_what_is_drawn_afterwards_is_what_the_dense_model_would_have_drawn() -> None:
+    swin()
+    head = nn.Linear(3, 3)
+    rmoe.upcycle(swin(), CONFIG)
+    assert torch.equal(nn.Linear(3, 3).weight, head.weight)
