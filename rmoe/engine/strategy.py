@@ -131,7 +131,7 @@ class Strategy(DeepSpeedStrategy):
 
     def _wrap_model(self, model: nn.Module) -> Engine:
         self._scale_lr()
-        with _vectors(model):
+        with _scalars_sent():
             engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
             )
@@ -209,14 +209,23 @@ class Strategy(DeepSpeedStrategy):
 
 
 @contextmanager
-def _vectors(model: nn.Module) -> Iterator[None]:
-    """DeepSpeed cannot send a parameter without dimensions, such as ATSS's scales in mmdet: meanwhile it has one."""
-    scalars = [parameter for parameter in model.parameters() if not parameter.dim()]
-    for parameter in scalars:
-        parameter.data = parameter.data.view(1)
-    yield
-    for parameter in scalars:
-        parameter.data = parameter.data.view(())
+def _scalars_sent() -> Iterator[None]:
+    """DeepSpeed cannot send a parameter without dimensions, such as ATSS's scales in mmdet: meanwhile it gets one."""
+    send = deepspeed.DeepSpeedEngine._broadcast_model
+
+    def _broadcast_model(engine: deepspeed.DeepSpeedEngine) -> None:
+        scalars = [parameter for parameter in engine.module.parameters() if not parameter.dim()]
+        for parameter in scalars:
+            parameter.data = parameter.data.view(1)
+        send(engine)
+        for parameter in scalars:
+            parameter.data = parameter.data.view(())
+
+    deepspeed.DeepSpeedEngine._broadcast_model = _broadcast_model
+    try:
+        yield
+    finally:
+        deepspeed.DeepSpeedEngine._broadcast_model = send
 
 
 class Runner(FlexibleRunner):
