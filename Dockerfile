@@ -41,6 +41,7 @@ COPY --from=build /opt/rmoe /opt/rmoe
 WORKDIR /rmoe
 COPY ds_configs ds_configs
 COPY launch launch
+COPY rmoe/configs rmoe/configs
 RUN mkdir work_dirs && chown rmoe work_dirs
 ENV PATH=/opt/rmoe/bin:$PATH PYTHON=/opt/rmoe/bin/python PYTHONUNBUFFERED=1
 USER 10001

@@ -15,7 +15,8 @@ python=${PYTHON:-}
 if [[ -z $python ]]; then if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi; fi
 read -ra more <<<"${SRUN_ARGS:-}"
 cpus=${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-}} # a step does not inherit it
-command=("$python" launch/restart.py --max-restarts "${MAX_RESTARTS:-3}"
+# PYTHON may be one inside a container, where there is no srun: what starts it again is any Python 3.9 or newer.
+command=(python3 launch/restart.py --max-restarts "${MAX_RESTARTS:-3}"
   srun --kill-on-bad-exit=1 ${cpus:+"--cpus-per-task=$cpus"} "${more[@]}"
   "$python" -u launch/train.py "$config" --deepspeed_config "$json" --work-dir "$work_dir" --resume
   --timeout "${TIMEOUT:-300}" "$@")

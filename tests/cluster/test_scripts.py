@@ -45,7 +45,7 @@ def test_a_word_with_spaces_stays_one_word() -> None:
     (command,) = printed(
         "launch/slurm/run.sh", "--dry-run", *words, PYTHON="py", TIMEOUT="60", SRUN_ARGS="-v --mpi=none"
     )
-    assert command[:4] == ["py", "launch/restart.py", "--max-restarts", "3"]
+    assert command[:4] == ["python3", "launch/restart.py", "--max-restarts", "3"]
     assert command[4:9] == ["srun", "--kill-on-bad-exit=1", "-v", "--mpi=none", "py"]
     assert command[9:12] == ["-u", "launch/train.py", words[0]]
     assert command[-7:] == ["--work-dir", words[2], "--resume", "--timeout", "60", *words[3:]]

@@ -130,7 +130,6 @@ def test_the_chain_runs_its_stages_one_after_the_other(slurm: slurm_here.Slurm, 
     """Real jobs and steps, in which a rank only notes what it was told; where the first stage fails, none follows."""
     shutil.copytree(ROOT / "launch", tmp_path / "launch")
     (tmp_path / "python").write_text(f"""#!/bin/bash
-if [[ $1 == launch/restart.py ]]; then exec {sys.executable} "$@"; fi
 if [[ $SLURM_PROCID == 0 ]]; then echo "$SLURM_JOB_NAME $SLURM_STEP_NUM_TASKS ${{@: -1}}" >>{tmp_path}/said; fi
 [[ $* != *bad.py* ]]
 """)
