@@ -224,7 +224,8 @@ class Runs:
     def weights(self, name: str, options: str) -> dict[str, list[int]]:
         """Their shapes."""
         with safe_open(self.work_dir(name, options) / "model.safetensors", "pt") as file:
-            return {key: file.get_slice(key).get_shape() for key in file.keys()}
+            keys = file.keys()
+            return {key: file.get_slice(key).get_shape() for key in keys}
 
 
 @pytest.fixture(scope="module")
