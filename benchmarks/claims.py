@@ -1,0 +1,453 @@
+"""The paper's claims in miniature: its four pipelines and the arms between them, on the embedded set.
+
+    python -m benchmarks.claims
+
+Every arm of a seed starts from the same weights, sees the same images in the same order, and has the same schedule and
+batch; they differ in the experts alone. Differences to dense are paired over the seeds, with Student's 95 % interval. A
+pipeline costs the sum of its stages. Each run has one core to itself; as many run side by side as there are cores.
+
+A run that is complete is not run again unless its configuration has changed, and one that was interrupted goes on: this
+may be stopped at any time. Writes claims.json, one object for each task and arm, and claims_runs.json, every run with
+its cost, and draws claims.png. `--part ablation` varies one choice at a time instead (ablation.json).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from rich.console import Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy.stats import t as student
+
+from benchmarks import common
+from benchmarks.common import ROOT, Row
+from rmoe.report import Run
+from rmoe.stages import Training, installed
+
+BASES = Path("rmoe/configs/demo")
+JSON = "ds_configs/zero0.json"
+SEEDS, HEADLINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
+HEADLINE = ("dense", "residual")
+EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 1}
+OWN = EXPERTS | {"residual": "experts", "expert_init": "random", "capacity_factor": 1.25}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A way through the two stages.
+
+    Attributes:
+        upstream: the stage that it starts from, a key of `UPSTREAM`.
+        moe: keys of `ResidualMoEConfig` downstream; None is dense.
+        options: further dotted keys of the downstream config, and their values.
+    """
+
+    upstream: str
+    moe: Mapping[str, Any] | None
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Upstream:
+    """A stage of upstream training.
+
+    Attributes:
+        moe: as of `Arm`.
+        after: the stage that it starts from, if any.
+        share: its steps as a part of core pretraining's.
+    """
+
+    moe: Mapping[str, Any] | None = None
+    after: str | None = None
+    share: float = 1.0
+
+
+UPSTREAM = {
+    "core": Upstream(),
+    "moe": Upstream(OWN),
+    "intermediate": Upstream(EXPERTS, "core", 0.2),
+}
+ARMS = {
+    "dense": Arm("core", None),
+    "moe": Arm("moe", OWN),
+    "residual": Arm("core", EXPERTS),
+    "intermediate_residual": Arm("intermediate", EXPERTS),
+    "full_residual": Arm("core", EXPERTS | {"residual": "full"}),
+    "core_trained": Arm("core", EXPERTS | {"train_core": True}),
+    "upcycled": Arm("core", EXPERTS | {"residual": "experts"}),
+    "experts_fixed": Arm("moe", OWN | {"train_residual": False}),
+}
+_LR = "optim_wrapper.paramwise_cfg."
+# One choice at a time, against `residual` of ARMS.
+ABLATION = {
+    "2 experts": Arm("core", EXPERTS | {"num_experts": 2}),
+    "4 experts": Arm("core", EXPERTS | {"num_experts": 4}),
+    "16 experts": Arm("core", EXPERTS | {"num_experts": 16}),
+    "2 of 8": Arm("core", EXPERTS | {"top_k": 2}),
+    "all blocks": Arm("core", EXPERTS | {"blocks": "all"}),
+    "last two blocks": Arm("core", EXPERTS | {"blocks": "last_two"}),
+    "rank 2": Arm("core", EXPERTS | {"rank": 2}),
+    "rank 32": Arm("core", EXPERTS | {"rank": 32}),
+    "residual lr × 3": Arm("core", EXPERTS, {f"{_LR}residual_lr_mult": 3.0}),
+    "residual lr × 10": Arm("core", EXPERTS, {f"{_LR}residual_lr_mult": 10.0}),
+    "gate lr × 10": Arm("core", EXPERTS, {f"{_LR}gate_lr_mult": 10.0}),
+    "no decay of residuals": Arm("core", EXPERTS, {f"{_LR}residual_decay_mult": 0.0}),
+    "decay of residuals × 10": Arm("core", EXPERTS, {f"{_LR}residual_decay_mult": 10.0}),
+    "no aux loss": Arm("core", EXPERTS | {"losses": {"importance": 0.0}}),
+    "importance 0.05": Arm("core", EXPERTS | {"losses": {"importance": 0.05}}),
+    "no noise": Arm("core", EXPERTS | {"noise": 0.0}),
+    "straight-through": Arm("core", EXPERTS | {"combine": "straight_through"}),
+    "intermediate": Arm("intermediate", EXPERTS),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A downstream task.
+
+    Attributes:
+        base: its dense config, in `BASES`.
+        data: its folder within the embedded set.
+        classes: file with its class list, within that.
+    """
+
+    base: str
+    data: str
+    classes: str
+
+
+TASKS = {
+    "segmentation": Task("dense.py", "ade20k", "classes.json"),
+    "detection": Task("detection_dense.py", "coco", "annotations/instances_val2017.json"),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much is trained on what.
+
+    Attributes:
+        scenes: words of `rmoe data scenes`.
+        upstream_steps: of core pretraining.
+        steps: of a downstream task.
+        batch: images of a step, by task and "upstream"; one process.
+        seeds: of all arms.
+        headline_seeds: of `HEADLINE`.
+        arms, tasks: which of them.
+    """
+
+    scenes: Mapping[str, str]
+    upstream_steps: int
+    steps: Mapping[str, int]
+    batch: Mapping[str, int]
+    seeds: tuple[int, ...] = SEEDS
+    headline_seeds: tuple[int, ...] = HEADLINE_SEEDS
+    arms: tuple[str, ...] = tuple(ARMS)
+    tasks: tuple[str, ...] = tuple(TASKS)
+
+
+FULL = Size(
+    scenes={"styles": "plain,tinted,night,outline", "scenes-train": "2000"},
+    upstream_steps=1000,
+    steps={"segmentation": 500, "detection": 500},
+    batch={"upstream": 64, "segmentation": 8, "detection": 4},
+)
+QUICK = Size(
+    scenes={
+        "size": "64",
+        "upstream-size": "32",
+        "upstream-classes": "120",
+        "upstream-train": "2",
+        "upstream-val": "1",
+        "scenes-train": "8",
+        "scenes-val": "2",
+    },
+    upstream_steps=2,
+    steps={"segmentation": 2, "detection": 2},
+    batch={"upstream": 8, "segmentation": 2, "detection": 2},
+    seeds=(0, 1),
+    headline_seeds=(0, 1),
+    arms=("dense", "residual", "moe"),
+    tasks=("segmentation",),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    part = words.pop(words.index("--part") + 1) if "--part" in words else "claims"
+    words = [word for word in words if word != "--part"]
+    arguments = common.parse("claims", __doc__, words)
+    size = QUICK if arguments.quick else FULL
+    folder = Path("work_dirs") / ("claims_quick" if arguments.quick else "claims")
+    os.chdir(ROOT)
+    _render(folder / "data", size)
+    arms = {name: ARMS[name] for name in size.arms}
+    if part == "ablation":
+        arms = {name: ARMS[name] for name in HEADLINE} | ABLATION
+    runs = plan(folder, size, arms, part)
+    execute(list(runs.values()), arguments.threads)
+    rows = results(runs, size, arms)
+    name = "claims" if part == "claims" else part
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(arguments._replace(name=name), rows)
+    details = [describe(key, training) for key, training in runs.items()]
+    config = {"scenes": dict(size.scenes), "steps": dict(size.steps), "batch": dict(size.batch)}
+    config |= {"upstream_steps": size.upstream_steps, "seeds": size.seeds, "headline_seeds": size.headline_seeds}
+    common.publish(arguments._replace(name=f"{name}_runs"), config, details, table(rows))
+
+
+# A run's key: (stage or arm, "upstream" or task, seed).
+Key = tuple[str, str, int]
+
+
+def plan(folder: Path, size: Size, arms: Mapping[str, Arm], part: str) -> dict[Key, Training]:
+    """All runs, each after those that it starts from."""
+    runs: dict[Key, Training] = {}
+
+    def upstream(stage: str, seed: int) -> Training:
+        key = (stage, "upstream", seed)
+        if key not in runs:
+            one = UPSTREAM[stage]
+            before = () if one.after is None else (upstream(one.after, seed),)
+            steps = max(1, round(one.share * size.upstream_steps))
+            split = {f"{part}_dataloader.dataset.root": str(folder / "data/upstream") for part in ("train", "val")}
+            options = {**split, "stage": stage, "model.core": str(before[0].folder) if before else None}
+            config = _config("core.py", steps, size.batch["upstream"], seed, options, "model", one.moe)
+            runs[key] = _training(folder / f"{stage}_{seed}", config, before)
+        return runs[key]
+
+    for task_name in size.tasks:
+        task, data = TASKS[task_name], folder / "data" / TASKS[task_name].data
+        for name, arm in arms.items():
+            for seed in size.headline_seeds if name in HEADLINE and part == "claims" else size.seeds:
+                before = upstream(arm.upstream, seed)
+                options = {"stage": name, "model.backbone.core": str(before.folder), **arm.options}
+                options |= {f"{split}_dataloader.dataset.data_root": str(data) for split in ("train", "val")}
+                options |= {
+                    f"{split}_dataloader.dataset.classes": str(data / task.classes) for split in ("train", "val")
+                }
+                if task_name == "detection":
+                    options["val_evaluator.ann_file"] = str(data / task.classes)
+                steps, batch = size.steps[task_name], size.batch[task_name]
+                config = _config(task.base, steps, batch, seed, options, "model.backbone", arm.moe)
+                place = folder / task_name / f"{name.replace(' ', '_')}_{seed}"
+                runs[(name, task_name, seed)] = _training(place, config, (before,))
+    return runs
+
+
+def _config(
+    base: str, steps: int, batch: int, seed: int, options: Mapping[str, Any], place: str, moe: Mapping[str, Any] | None
+) -> Config:
+    """A demo config with another length, seed and mixture."""
+    config = Config.fromfile(BASES / base, import_custom_modules=False)
+    warmup = max(1, steps // 10)
+    config.merge_from_dict(
+        {
+            "train_cfg.max_iters": steps,
+            "train_cfg.val_interval": steps,
+            "param_scheduler.0.end": warmup,
+            "param_scheduler.1.begin": warmup,
+            "param_scheduler.1.end": steps,
+            "default_hooks.checkpoint.interval": max(1, steps // 4),
+            "train_dataloader.batch_size": batch,
+            "randomness.seed": seed,
+            **options,
+            **({f"{place}.moe": dict(moe)} if moe else {}),
+        }
+    )
+    return config
+
+
+def _training(folder: Path, config: Config, after: tuple[Training, ...]) -> Training:
+    path = folder.with_suffix(".py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config.dump(path)
+    return Training(folder, str(path), JSON, after=after)
+
+
+def execute(runs: Sequence[Training], jobs: int) -> None:
+    """Runs them all, `jobs` at a time, each on one core, with their progress on the terminal.
+
+    Raises:
+        rmoe.stages.Failed: of the first run that failed; the others that had begun are finished first.
+    """
+    # The same everywhere: on the CPU, whatever the machine has.
+    os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    overall, single, lock = Progress(*columns), Progress(*columns), threading.Lock()
+    total = overall.add_task("runs", total=len(runs))
+    done: set[Path] = set()
+
+    def one(training: Training) -> Training:
+        bar = single.add_task(str(training.folder), total=None)
+
+        def show(step: int, steps: int, loss: str) -> None:
+            single.update(bar, completed=step, total=steps)
+
+        try:
+            training.run(show)
+        finally:
+            with lock:
+                single.remove_task(bar)
+        return training
+
+    with Live(Group(overall, single), refresh_per_second=2), ThreadPoolExecutor(jobs) as pool:
+        waiting, running = list(runs), set[Future[Training]]()
+        while waiting or running:
+            ready = [training for training in waiting if all(before.folder in done for before in training.after)]
+            for training in ready[: jobs - len(running)]:
+                waiting.remove(training)
+                running.add(pool.submit(one, training))
+            finished, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in finished:
+                done.add(future.result().folder)
+                overall.advance(total)
+
+
+def results(runs: Mapping[Key, Training], size: Size, arms: Mapping[str, Arm]) -> list[Row]:
+    """One object for each task, metric and arm."""
+    rows: list[Row] = []
+    for task in size.tasks:
+        values: dict[str, dict[str, dict[int, float]]] = {}
+        cost: dict[str, list[Row]] = {}
+        for (name, where, seed), training in runs.items():
+            if where == task:
+                for metric, value in Run(training.folder).values().items():
+                    values.setdefault(metric, {}).setdefault(name, {})[seed] = value
+                cost.setdefault(name, []).append(pipeline_cost(training))
+        spent = {
+            name: {key: statistics.mean(one[key] for one in each) for key in each[0]} for name, each in cost.items()
+        }
+        for metric, of_arm in values.items():
+            for name, of_seed in of_arm.items():
+                rows.append(
+                    {"arm": name, "task": task, "metric": metric, "upstream": arms[name].upstream}
+                    | summary(of_seed, of_arm["dense"])
+                    | spent[name]
+                    | _relative(spent, name)
+                )
+    return rows
+
+
+def summary(values: Mapping[int, float], dense: Mapping[int, float]) -> Row:
+    """Of an arm's values by seed: mean and spread, and the difference to dense over the seeds that both have."""
+    shared = [seed for seed in values if seed in dense]
+    mean, interval = paired([values[seed] - dense[seed] for seed in shared])
+    seeds = sorted(values)
+    return {
+        "seeds": seeds,
+        "values": [values[seed] for seed in seeds],
+        "mean": statistics.mean(values.values()),
+        "std": statistics.stdev(values.values()) if len(seeds) > 1 else None,
+        "diff_to_dense": mean,
+        "interval95": interval,
+    }
+
+
+def paired(differences: Sequence[float]) -> tuple[float, list[float] | None]:
+    """Mean of paired differences and Student's 95 % interval around it; None for one pair."""
+    mean, count = statistics.mean(differences), len(differences)
+    if count < 2:
+        return mean, None
+    half = float(student.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
+    return mean, [mean - half, mean + half]
+
+
+def pipeline_cost(training: Training) -> dict[str, float]:
+    """Device seconds and FLOPs of a run, and of it and all that it starts from."""
+    own = json.loads((training.folder / "cost.json").read_text())
+    seconds, flops = own["device_seconds"], own["flops_per_step"] * own["steps"]
+    before = [pipeline_cost(one) for one in training.after]
+    return {
+        "finetune_device_seconds": seconds,
+        "finetune_flops": flops,
+        "pipeline_device_seconds": seconds + sum(one["pipeline_device_seconds"] for one in before),
+        "pipeline_flops": flops + sum(one["pipeline_flops"] for one in before),
+    }
+
+
+def _relative(spent: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float | None]:
+    """Costs as multiples of dense's and of full MoE training's."""
+    found: dict[str, float | None] = {}
+    for other in ("dense", "moe"):
+        for key, label in (
+            ("pipeline_device_seconds", "cost"),
+            ("pipeline_flops", "flops"),
+            ("finetune_device_seconds", "finetune_cost"),
+            ("finetune_flops", "finetune_flops"),
+        ):
+            found[f"{label}_vs_{other}"] = spent[name][key] / spent[other][key] if other in spent else None
+    return found
+
+
+def describe(key: Key, training: Training) -> Row:
+    """A run, for claims_runs.json."""
+    name, where, seed = key
+    cost = json.loads((training.folder / "cost.json").read_text())
+    kept = ("device_seconds", "steps", "images", "flops_per_step", "params_total", "params_active", "params_trainable")
+    run = {"arm": name, "where": where, "seed": seed, "fingerprint": training.fingerprint()[:12]}
+    return run | Run(training.folder).values() | {name: cost[name] for name in kept}
+
+
+def table(rows: Iterable[Row]) -> list[Row]:
+    """For people: quality against cost."""
+    return [
+        {
+            "task": row["task"],
+            "arm": row["arm"],
+            "metric": row["metric"],
+            "seeds": len(row["seeds"]),
+            "mean": row["mean"],
+            "std": row["std"],
+            "− dense": row["diff_to_dense"],
+            "95 %": "–" if row["interval95"] is None else "{:+.2f} … {:+.2f}".format(*row["interval95"]),
+            "pipeline s × dense": row["cost_vs_dense"],
+            "× moe": row["cost_vs_moe"],
+            "pipeline FLOPs × dense": row["flops_vs_dense"],
+            "finetune s × dense": row["finetune_cost_vs_dense"],
+        }
+        for row in rows
+    ]
+
+
+def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
+    """Difference to dense, with its interval, over the pipeline's cost."""
+    metrics = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
+    with common.picture(arguments, len(metrics), "Quality against cost, dense = 0 and 1") as axes:
+        for axis, (task, metric) in zip(axes, metrics, strict=True):
+            for row in (row for row in rows if (row["task"], row["metric"]) == (task, metric)):
+                mean, interval = row["diff_to_dense"], row["interval95"] or [row["diff_to_dense"]] * 2
+                error = [[mean - interval[0]], [interval[1] - mean]]
+                axis.errorbar(row["cost_vs_dense"], mean, yerr=error, fmt="o", capsize=3)
+                axis.annotate(
+                    row["arm"],
+                    (row["cost_vs_dense"], mean),
+                    fontsize="x-small",
+                    xytext=(4, 4),
+                    textcoords="offset points",
+                )
+            axis.axhline(0.0, color="black", linewidth=0.5)
+            axis.set(title=f"{task}: {metric} − dense", xlabel="device seconds of the pipeline, × dense")
+
+
+def _render(folder: Path, size: Size) -> None:
+    words = [f"--{name}={value}" for name, value in size.scenes.items()]
+    subprocess.run(installed(["rmoe", "data", "scenes", str(folder), *words]), check=True)
+
+
+if __name__ == "__main__":
+    main()
