@@ -122,7 +122,8 @@ class ResidualMoEConfig:
         train_core: train θ0 as well; by default it is frozen.
         train_residual: train Δ (or the `experts`); False fixes them, as Swin-MoE does while finetuning for detection.
         recompute: run the experts again for backward instead of keeping their activations; the gate decides once.
-        ep_size: processes over which the experts of a layer are spread; divides E and the number of processes.
+        ep_size: processes over which the experts of a layer are spread; divides E and the number of processes. Fixed
+            experts have neither gradients nor optimizer states to share out: every process has all, and this becomes 1.
         exchange: with ep_size > 1, send `tokens` to their experts or the experts' `weights` to the tokens; `auto`
             sends whichever is cheaper for the residual's kind: weights for `low_rank`, tokens otherwise.
     """
@@ -170,8 +171,8 @@ class ResidualMoEConfig:
             raise UserError("residual='experts' has no core to add residuals to: use combine='softmax'")
         if self.residual == "experts" and self.train_core:
             raise UserError("residual='experts' has no core to train: leave train_core=False")
-        if not self.train_residual and self.ep_size > 1:
-            raise UserError("fixed experts (train_residual=False) need no expert parallelism: use ep_size=1")
+        if not self.train_residual:
+            object.__setattr__(self, "ep_size", 1)
         if self.exchange == "tokens" and self.mixes_weights and self.top_k > 1:
             raise UserError(
                 "exchange='tokens' cannot add the residuals of several experts inside one network: use "

@@ -41,7 +41,6 @@ def test_frozen() -> None:
         ({"noise": 0.0, "losses": {"load": 0.1}}, "needs noise"),
         ({"residual": "experts", "combine": "residual"}, "no core"),
         ({"residual": "experts", "train_core": True}, "no core"),
-        ({"train_residual": False, "ep_size": 2}, "use ep_size=1"),
         ({"top_k": 2, "exchange": "tokens"}, "exchange='weights'"),
     ],
 )
@@ -57,3 +56,7 @@ def test_the_cheap_choices() -> None:
     assert not full.mixes_weights
     assert full.sends_tokens
     assert not ResidualMoEConfig(residual="full", combine="residual", top_k=2).sends_tokens
+
+
+def test_fixed_experts_are_on_every_process() -> None:
+    assert ResidualMoEConfig(train_residual=False, ep_size=2).ep_size == 1

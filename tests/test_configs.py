@@ -278,7 +278,7 @@ def test_what_it_begins_with_is_what_another_config_leaves(name):
 
 @pytest.mark.parametrize(("name", "arm"), ARMS)
 def test_an_arm_is_one_changed_key(name, arm):
-    """Fixed experts also need ep_size=1, which changes no result."""
+    """Besides, fixed experts are on every process: their ep_size becomes 1."""
     changed = load(name)
     changed.merge_from_dict(
         launch.parser().parse_args([name, "--deepspeed_config", "", "--cfg-options", *arm.split()]).cfg_options

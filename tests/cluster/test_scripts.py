@@ -59,6 +59,12 @@ def test_the_scripts_have_defaults_that_exist(name: str) -> None:
     assert all((ROOT / file).is_file() for file in (command[script], command[script + 1], command[script + 3]))
 
 
+@pytest.mark.parametrize(("ranks", "images"), [({}, 32), ({"SLURM_NTASKS": "16"}, 64)])
+def test_pretraining_has_the_published_images_in_a_step(ranks: dict[str, str], images: int) -> None:
+    (command,) = printed("launch/slurm/pretrain_core.sbatch", "--dry-run", **ranks)
+    assert command[-1] == f"train_dataloader.batch_size={images}"
+
+
 def test_the_grid_has_one_element_for_each_config_of_the_paper() -> None:
     """Those are the ones with all four pipelines."""
     commands = printed("launch/slurm/grid.sbatch", "--dry-run", "--cfg-options", "randomness.seed=1")

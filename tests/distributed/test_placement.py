@@ -37,7 +37,7 @@ PLACES = [(2, 1), (2, 2), (4, 2)]
 
 def cases(ep_size: int) -> dict[str, dict[str, Any]]:
     return {
-        f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": 1 if name == "fixed" else ep_size}}
+        f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": ep_size}}
         for name, moe in LAYERS.items()
         for zero in STAGES
         # All of them under ZeRO-2, some under the others too.

@@ -14,7 +14,7 @@ gate's noise and the weights of its losses V-MoE's (arXiv 2106.05974). 8 experts
 comparison.
 
 Arm, by what follows --cfg-options:
-    model.backbone.moe.train_residual=False model.backbone.moe.ep_size=1  experts fixed: Swin-MoE's best for COCO
+    model.backbone.moe.train_residual=False  experts fixed: Swin-MoE's best for COCO
 """
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]

@@ -1,0 +1,96 @@
+"""The claims' arithmetic by hand, and that the arms of a seed differ in the experts alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mmengine.config import Config
+
+from benchmarks import claims
+from benchmarks.claims import ARMS, QUICK, UPSTREAM, paired, pipeline_cost, plan, results, summary
+from rmoe.config import ResidualMoEConfig
+from rmoe.stages import Training
+
+
+def test_a_paired_interval_by_hand() -> None:
+    mean, interval = paired([1.0, 2.0, 3.0])
+    assert mean == 2.0
+    # Student's t of 2 degrees of freedom is 4.3027; the standard error 1 / √3.
+    assert interval == pytest.approx([2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], abs=1e-3)
+    assert paired([0.5]) == (0.5, None)
+
+
+def test_differences_are_between_values_of_one_seed() -> None:
+    found = summary({0: 11.0, 1: 22.0}, {1: 20.0, 0: 10.0, 2: 99.0})
+    assert (found["seeds"], found["values"], found["mean"]) == ([0, 1], [11.0, 22.0], 16.5)
+    assert found["diff_to_dense"] == 1.5
+
+
+def test_every_mixture_is_a_valid_one() -> None:
+    for arm in [*ARMS.values(), *claims.ABLATION.values(), *UPSTREAM.values()]:
+        if arm.moe:
+            ResidualMoEConfig.from_dict(arm.moe)
+    assert {arm.upstream for arm in ARMS.values()} == set(UPSTREAM)
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Training]:
+    """The quick plan, with what finished runs leave: dense cost 100 s and 10 steps of 7 FLOPs, others more."""
+    planned = plan(tmp_path, QUICK, {name: ARMS[name] for name in QUICK.arms}, "claims")
+    values = {}
+    for number, ((name, _, seed), training) in enumerate(planned.items()):
+        training.folder.mkdir(parents=True)
+        more = 0 if name in ("dense", "core") else 50
+        cost = {"device_seconds": 100 + more, "steps": 10, "flops_per_step": 7 + more}
+        (training.folder / "cost.json").write_text(json.dumps(cost))
+        values[training.folder] = {"mIoU": 10.0 * seed + number}
+
+    class FinishedRun:
+        def __init__(self, folder: Path) -> None:
+            self.values = lambda: values[folder]
+
+    monkeypatch.setattr(claims, "Run", FinishedRun)
+    return planned
+
+
+def test_stages_come_in_order_and_are_shared(runs: dict[Any, Training]) -> None:
+    keys = list(runs)
+    assert len(keys) == 2 * (2 + 3)  # seeds × (core, moe; three arms)
+    for key, training in runs.items():
+        for before in training.after:
+            assert keys.index(key) > [one.folder for one in runs.values()].index(before.folder)
+    assert runs["dense", "segmentation", 0].after == runs["residual", "segmentation", 0].after
+
+
+def test_arms_of_a_seed_differ_in_the_experts_alone(runs: dict[Any, Training]) -> None:
+    dense, residual = (
+        Config.fromfile(runs[name, "segmentation", 1].config, import_custom_modules=False).to_dict()
+        for name in ("dense", "residual")
+    )
+    assert residual["model"]["backbone"].pop("moe") == {"num_experts": 8, "top_k": 1}
+    assert (dense.pop("stage"), residual.pop("stage")) == ("dense", "residual")
+    assert dense == residual
+    assert dense["randomness"]["seed"] == 1
+    assert dense["param_scheduler"][-1]["end"] == dense["train_cfg"]["max_iters"] == 2
+
+
+def test_a_pipeline_costs_the_sum_of_its_stages(runs: dict[Any, Training]) -> None:
+    found = pipeline_cost(runs["moe", "segmentation", 0])
+    assert found["finetune_device_seconds"] == 150
+    assert found["pipeline_device_seconds"] == 300
+    assert found["pipeline_flops"] == 2 * 10 * 57
+
+
+def test_the_rows_of_claims(runs: dict[Any, Training]) -> None:
+    rows = {row["arm"]: row for row in results(runs, QUICK, {name: ARMS[name] for name in QUICK.arms})}
+    assert list(rows) == ["dense", "residual", "moe"]
+    wanted = {"arm", "task", "metric", "seeds", "values", "mean", "diff_to_dense", "interval95"}
+    wanted |= {"pipeline_device_seconds", "cost_vs_dense", "cost_vs_moe"}
+    assert all(wanted <= row.keys() for row in rows.values())
+    assert rows["dense"]["diff_to_dense"] == 0
+    assert rows["residual"]["cost_vs_dense"] == pytest.approx(250 / 200)
+    assert rows["residual"]["cost_vs_moe"] == pytest.approx(250 / 300)
+    assert claims.table(rows.values())[0]["95 %"] == "+0.00 … +0.00"
