@@ -4,8 +4,10 @@ Ratios come from one process in which the contenders take turns: what else the m
 A ratio is the median over the rounds of (time in that round) / (the reference's time in the same round).
 
 The C library's allocator decides part of a ratio on a CPU: with glibc's defaults, large tensors are mapped and given
-back at every step, and the page faults slow the dense network most. So ratios are taken under both `ALLOCATORS`, each
-in a process of its own, since glibc reads its settings once.
+back at every step, and the page faults slow the dense network most. So do threads: a small product that is spread over
+two cores may wait longer for the second one than it computes. So ratios are taken in several `SETTINGS`, each in a
+process of its own, since glibc reads its settings once. The first is judged: one thread, as each process of a training
+has on a CPU with as many processes as cores, and the allocator in which the dense network is fastest.
 """
 
 from __future__ import annotations
@@ -40,6 +42,18 @@ ALLOCATORS: dict[str, dict[str, str]] = {
         "MALLOC_TOP_PAD_": "268435456",
     },
 }
+CORES = len(os.sched_getaffinity(0))
+
+
+class Setting(NamedTuple):
+    """What ratios depend on besides their contenders: a key of `ALLOCATORS`, and the threads of torch."""
+
+    allocator: str
+    threads: int
+
+
+JUDGED, DEFAULT, ALL_CORES = "judged", "default allocator", "all cores"
+SETTINGS = {JUDGED: Setting("tuned", 1), DEFAULT: Setting("default", 1), ALL_CORES: Setting("tuned", CORES)}
 _ALLOCATOR_VARIABLES = {name for settings in ALLOCATORS.values() for name in settings}
 
 Row = dict[str, Any]
@@ -189,10 +203,10 @@ def parse(name: str, description: str | None, argv: Sequence[str] | None = None)
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    parser.add_argument("--threads", type=int, help="default: all cores, quick 1")
+    parser.add_argument("--threads", type=int, help="default: all cores, quick 1; layer and step have their own")
     parser.add_argument("--out", type=Path, help=f"default: {_relative(RESULTS)}, quick {_relative(QUICK_RESULTS)}")
     given = parser.parse_args(argv)
-    threads = given.threads or (1 if given.quick else len(os.sched_getaffinity(0)))
+    threads = given.threads or (1 if given.quick else CORES)
     return Arguments(name, given.quick, threads, given.out or (QUICK_RESULTS if given.quick else RESULTS))
 
 
@@ -207,7 +221,7 @@ def publish(arguments: Arguments, config: Mapping[str, Any], rows: Sequence[Row]
         "command": f"python -m benchmarks.{arguments.name}{' --quick' * arguments.quick}",
         "quick": arguments.quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": machine() | {"threads": arguments.threads, "allocators": ALLOCATORS},
+        "machine": machine() | {"threads": arguments.threads, "allocators": ALLOCATORS, "settings": SETTINGS},
         "versions": versions,
         "commit": commit.removesuffix("-dirty") or None,
         "dirty": commit.endswith("-dirty"),
@@ -225,7 +239,7 @@ def machine() -> Row:
     """The CPU on which this runs."""
     from rmoe.cost import device_kind
 
-    return {"cpu": device_kind(), "cores": len(os.sched_getaffinity(0)), "gpu": None}
+    return {"cpu": device_kind(), "cores": CORES, "gpu": None}
 
 
 def show(rows: Sequence[Row], title: str) -> None:

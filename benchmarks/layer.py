@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from benchmarks import common
-from benchmarks.common import ALLOCATORS, Row
+from benchmarks.common import JUDGED, SETTINGS, Row
 from rmoe.config import ResidualMoEConfig
 from rmoe.layers.gate import gate_loss
 from rmoe.layers.moe import ResidualMoE, collect
@@ -34,9 +34,10 @@ from rmoe.layers.moe import ResidualMoE, collect
 TOKENS, WIDTHS, EXPERTS = (1568, 6272, 25088), (96, 192, 384, 768), 8
 GROWTH_TOKENS, MANY_EXPERTS = 6272, 64
 NARROW = 16
+SMALL = 25088 * 192  # tokens × width up to which all contenders are timed
 PACE, QUICK_PACE = {"seconds": 3.0, "rounds": (3, 40)}, {"seconds": 0.0, "rounds": (2, 2)}
 STOCK = ("stock_dropless", "stock_capacity")
-# Under both allocators and in both number formats; the other contenders cost a third of the time and answer no target.
+# In all settings and both number formats; the other contenders cost a third of the time and answer no target.
 TARGETED = ("dense", "dense_frozen", "low_rank_8", "low_rank_16", "full", "upper_bound", "stock_dropless")
 
 Step = Callable[[Tensor, Tensor], None]
@@ -63,18 +64,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens, widths = ((128,), (16, 32)) if arguments.quick else (TOKENS, WIDTHS)
     pace = QUICK_PACE if arguments.quick else PACE
     rows: list[Row] = []
-    for allocator in ALLOCATORS:
+    for setting, (allocator, threads) in SETTINGS.items():
         found = common.in_child(
             "benchmarks.layer:measure",
             allocator=allocator,
-            threads=arguments.threads,
-            tokens=tokens if allocator == "tuned" else tokens[:2],  # the most tokens take half the time of all
+            threads=arguments.threads if arguments.quick else threads,
+            tokens=tokens if setting == JUDGED else tokens[:2],  # the most tokens take half the time of all
             widths=widths,
             growth_tokens=min(GROWTH_TOKENS, max(tokens)),
-            everything=allocator == "tuned",
+            everything=setting == JUDGED,
             pace=pace,
         )
-        rows += [{"allocator": allocator} | row for row in found]
+        rows += [{"setting": setting} | row for row in found]
     draw(arguments, rows)
     config = {"experts": EXPERTS, "many_experts": MANY_EXPERTS, "top_k": 1, "hidden": "4C", "pace": pace}
     common.publish(arguments, config, rows, table(rows))
@@ -87,7 +88,8 @@ def measure(
     common.join_group()  # stock deepspeed.moe asks for one
     rows: list[Row] = []
     for dtype, count, width in product(("float32", "bfloat16"), tokens, widths):
-        names = CONTENDERS if everything and dtype == "float32" else TARGETED
+        small = count * width <= SMALL
+        names = CONTENDERS if everything and small and dtype == "float32" else TARGETED
         rows += _grid_rows(Cell(count, width, dtype), tuple(names), pace)
     if everything:
         for count, width in product(tokens, widths):
@@ -100,12 +102,12 @@ def measure(
 def table(rows: Sequence[Row]) -> list[Row]:
     """Median ratios, one column for each contender."""
     shown = [row for row in rows if row["contender"] not in ("dense", "layer")]
-    return common.pivot(shown, ("part", "allocator", "dtype", "tokens", "width"), "contender", "ratio")
+    return common.pivot(shown, ("part", "setting", "dtype", "tokens", "width"), "contender", "ratio")
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
     """Ratios to the dense network over the width, for the largest number of tokens."""
-    grid = [row for row in rows if row["part"] == "grid" and row["allocator"] == "tuned"]
+    grid = [row for row in rows if row["part"] == "grid" and row["setting"] == JUDGED]
     most = max(row["tokens"] for row in grid)
     with common.picture(arguments, 2, f"Forward + backward of one layer, {most} tokens, dense = 1") as axes:
         for axis, dtype in zip(axes, ("float32", "bfloat16"), strict=True):

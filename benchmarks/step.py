@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from benchmarks import common, training
-from benchmarks.common import ALLOCATORS, Row
+from benchmarks.common import DEFAULT, JUDGED, SETTINGS, Row
 from rmoe.engine.optim import param_groups
 from rmoe.estimate import Setting, estimate
 
@@ -42,18 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     for task in tasks:
         memory: dict[str, Row] = {}
-        for allocator in ["default"] if arguments.quick else ALLOCATORS:
+        for setting in (DEFAULT,) if arguments.quick else (DEFAULT, JUDGED):
+            allocator, threads = SETTINGS[setting]
             found = common.in_child(
                 "benchmarks.step:measure",
                 allocator=allocator,
-                threads=arguments.threads,
+                threads=threads,
                 task=task,
                 memory=not memory,
                 pace=pace,
                 **sizes,
             )
             memory = memory or found["memory"]
-            place = {"task": task, "allocator": allocator}
+            place = {"task": task, "setting": setting}
             rows += [place | row | memory[row["contender"]] for row in found["seconds"]]
     for row in rows:
         dense = next(other for other in rows if (other["task"], other["contender"]) == (row["task"], "dense"))
@@ -118,7 +119,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
     return [
         {
             "task": row["task"],
-            "allocator": row["allocator"],
+            "setting": row["setting"],
             "arm": row["contender"],
             "seconds": row["ms"] / 1e3,
             "× dense": row["ratio"],
@@ -135,7 +136,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
     """Time and memory of the arms, dense = 1."""
     kinds = {"ratio": "time", "step_ratio": "memory of the step", "beyond_weights_ratio": "memory beyond weights"}
-    shown = [row for row in rows if row["allocator"] == rows[-1]["allocator"]]
+    shown = [row for row in rows if row["setting"] == rows[-1]["setting"]]
     with common.picture(arguments, len(kinds), "Training step, dense = 1") as axes:
         for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
             axis.bar([f"{row['task'][:3]}.\n{row['contender']}" for row in shown], [row[kind] for row in shown])

@@ -3,8 +3,8 @@
     python -m benchmarks.layer; python -m benchmarks.step; python -m benchmarks.targets
 
 Reads layer.json and step.json and writes targets.json: a list of one object for each target. `measured` is the worst
-of the sizes, `at` says which; it is taken under the allocator in which the dense network is fastest, `tuned`, with the
-worst under glibc's default beside it. null: not measured.
+of the sizes, `at` says which; it is taken in the first of `benchmarks.common.SETTINGS`, with the worst in the others
+beside it. null: not measured.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from benchmarks import common
-from benchmarks.common import Row
+from benchmarks.common import ALL_CORES, DEFAULT, JUDGED, Row
 
 # (sizes, which cells of the grid, highest ratio to the trained dense network in float32)
 Limits = tuple[tuple[str, Callable[[Row], bool], float], ...]
@@ -31,7 +31,7 @@ FULL: Limits = (
 STOCK, GATE, GROWTH = 0.85, 0.08, {"low_rank_8": 1.10, "full": 1.25}
 STEP, MEMORY = {"low_rank": 1.00, "full": 1.03}, {"low_rank": 1.00, "full": 1.15}
 MORE_IN_BFLOAT16 = 0.20
-JUDGED, ASIDE = "tuned", "default"
+_ASIDE = {DEFAULT: "measured_default_allocator", ALL_CORES: "measured_all_cores"}
 LAYER_COMMAND, STEP_COMMAND = "python -m benchmarks.layer", "python -m benchmarks.step"
 
 
@@ -84,14 +84,13 @@ def table(rows: Sequence[Row]) -> list[Row]:
     """The targets for print."""
     names = {"target": "target", "against": "against", "limit": "at most", "measured": "measured", "met": "met"}
     return [
-        {new: row[old] for old, new in (names | {"measured_default_allocator": "glibc's default"}).items()}
-        for row in rows
+        {new: row[old] for old, new in (names | {key: name for name, key in _ASIDE.items()}).items()} for row in rows
     ]
 
 
 def _target(what: str, against: str, limit: float, rows: Iterable[Row], key: str, command: str) -> Row:
     found = list(rows)
-    worst, aside = _worst(found, key, JUDGED), _worst(found, key, ASIDE)
+    worst = _worst(found, key, JUDGED)
     measured = worst.get(key)
     return {
         "target": what,
@@ -101,13 +100,13 @@ def _target(what: str, against: str, limit: float, rows: Iterable[Row], key: str
         "met": None if measured is None else measured <= limit,
         "command": command,
         "at": {name: worst[name] for name in ("task", "tokens", "width", "contender") if name in worst},
-        "measured_default_allocator": aside.get(key),
+        **{name: _worst(found, key, setting).get(key) for setting, name in _ASIDE.items()},
     }
 
 
-def _worst(rows: Sequence[Row], key: str, allocator: str) -> Row:
+def _worst(rows: Sequence[Row], key: str, setting: str) -> Row:
     """The row with the highest value; an empty one where nothing was measured."""
-    return max((row for row in rows if row["allocator"] == allocator), key=lambda row: row[key], default={})
+    return max((row for row in rows if row["setting"] == setting), key=lambda row: row[key], default={})
 
 
 if __name__ == "__main__":

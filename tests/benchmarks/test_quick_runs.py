@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import scaling, tables, targets, training
-from benchmarks.common import ALLOCATORS
+from benchmarks.common import JUDGED, SETTINGS
 from rmoe.estimate import Setting, estimate
 
 pytestmark = pytest.mark.slow
@@ -33,10 +33,10 @@ def quick(name: str, out: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[st
 
 def test_layer(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = quick("layer", out, monkeypatch)
-    assert all(set(row) >= RATIO | {"part", "allocator", "dtype", "tokens", "width"} for row in rows)
-    assert {row["allocator"] for row in rows} == set(ALLOCATORS)
+    assert all(set(row) >= RATIO | {"part", "setting", "dtype", "tokens", "width"} for row in rows)
+    assert {row["setting"] for row in rows} == set(SETTINGS)
     assert {row["part"] for row in rows} == {"grid", "gate", "overhead", "growth"}
-    measured = {row["contender"] for row in rows if row["part"] == "grid" and row["allocator"] == "tuned"}
+    measured = {row["contender"] for row in rows if row["part"] == "grid" and row["setting"] == JUDGED}
     assert {"dense", "low_rank_8", "full", "upper_bound", "stock_dropless", "loop", "lora_8"} <= measured
 
 

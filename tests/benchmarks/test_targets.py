@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from benchmarks import common, layer, targets
-from benchmarks.common import Row
+from benchmarks.common import DEFAULT, JUDGED, SETTINGS, Row
 
 KEYS = {"target", "against", "limit", "measured", "met", "command"}
 
@@ -15,7 +15,7 @@ KEYS = {"target", "against", "limit", "measured", "met", "command"}
 def grid(contender: str, tokens: int, width: int, ratio: float, dtype: str = "float32", **more: Any) -> Row:
     row = {
         "part": "grid",
-        "allocator": "tuned",
+        "setting": JUDGED,
         "dtype": dtype,
         "tokens": tokens,
         "width": width,
@@ -27,8 +27,8 @@ def grid(contender: str, tokens: int, width: int, ratio: float, dtype: str = "fl
 def everything(ratio: float) -> list[Row]:
     """A layer.json in which all cells have one ratio."""
     rows = [
-        grid(name, tokens, width, ratio, dtype, allocator=allocator)
-        for allocator in ("default", "tuned")
+        grid(name, tokens, width, ratio, dtype, setting=setting)
+        for setting in SETTINGS
         for dtype in ("float32", "bfloat16")
         for tokens in layer.TOKENS
         for width in layer.WIDTHS
@@ -40,7 +40,7 @@ def everything(ratio: float) -> list[Row]:
 
 def steps(ratio: float) -> list[Row]:
     return [
-        {"task": task, "allocator": "tuned", "contender": arm, "ratio": ratio, "beyond_weights_ratio": ratio}
+        {"task": task, "setting": JUDGED, "contender": arm, "ratio": ratio, "beyond_weights_ratio": ratio}
         for task in ("segmentation", "detection")
         for arm in ("dense", "low_rank", "full")
     ]
@@ -60,8 +60,8 @@ def test_the_worst_size_decides() -> None:
     assert (slow["limit"], slow["measured"], slow["met"]) == (1.10, 1.2, False)
 
 
-def test_bfloat16_may_cost_more_and_the_tuned_allocator_is_judged() -> None:
-    rows = [grid("full", 1568, 96, 1.30, "bfloat16"), grid("full", 1568, 96, 1.9, "bfloat16", allocator="default")]
+def test_bfloat16_may_cost_more_and_one_setting_is_judged() -> None:
+    rows = [grid("full", 1568, 96, 1.30, "bfloat16"), grid("full", 1568, 96, 1.9, "bfloat16", setting=DEFAULT)]
     found = {row["target"]: row for row in targets.layer_targets(rows)}["full, bfloat16, T 1568"]
     assert (found["limit"], found["measured"], found["met"]) == (1.40, 1.30, True)
     assert found["measured_default_allocator"] == 1.9
