@@ -19,7 +19,7 @@ from torch import nn
 from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
 from rmoe.layers.moe import moe_layers
 
-_SURE = 0.5  # score from which on a detection is drawn
+_SURE = 0.3  # score from which on a detection is drawn
 _CLASSES = 30  # of the commonest, shown with the experts that they go to
 _VOID = (0, 0, 0)
 

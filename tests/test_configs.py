@@ -231,7 +231,8 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """All runs that a selected test asks for, by one process."""
-    chosen = [item.callspec.params for item in request.session.items if "runs" in getattr(item, "fixturenames", ())]
+    here = [item for item in request.session.items if item.path == request.path]
+    chosen = [item.callspec.params for item in here if "runs" in item.fixturenames]
     return Runs(tmp_path_factory.mktemp("configs"), [(one["name"], one["options"]) for one in chosen])
 
 

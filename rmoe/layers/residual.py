@@ -204,15 +204,15 @@ class _Groups(NamedTuple):
 
     expert_N: Tensor
     end_E: Tensor  # int32: one past the last row of each expert, on the rows' device
+    sizes: list[int] | None  # rows of each expert; None where a grouped GEMM needs no such answer from the device
 
     def product(self, x_NI: Tensor, w_EIO: Tensor) -> Tensor:
         """x w_e for the rows of each expert."""
-        if _has_grouped_gemm(x_NI, *w_EIO.shape[1:]):
+        if self.sizes is None:
             return F.grouped_mm(x_NI, w_EIO, offs=self.end_E)
         # Empty slices are computed too: an expert without tokens needs a gradient of zeros, not none (ZeRO would mix up
         # the gradients of different experts).
-        slices = x_NI.tensor_split(self.end_E[:-1].long().cpu())
-        return torch.cat([x_nI @ w_IO for x_nI, w_IO in zip(slices, w_EIO.unbind(), strict=True)])
+        return torch.cat([x_nI @ w_IO for x_nI, w_IO in zip(x_NI.split(self.sizes), w_EIO.unbind(), strict=True)])
 
 
 def _has_grouped_gemm(x: Tensor, *widths: int) -> bool:
@@ -227,8 +227,10 @@ def _mix_weights(
     num_experts = residuals[0].shape[0]
     gate_TK = gate_TK.where(expert_TK < num_experts, 0.0)
     expert_N, pair_N = expert_TK.clamp(max=num_experts - 1).flatten().sort(stable=True)
+    grouped = _has_grouped_gemm(x_TC, *_widths(residuals))
+    sizes = None if grouped else torch.bincount(expert_N, minlength=num_experts).tolist()
     every_E = torch.arange(num_experts, device=expert_N.device)
-    groups = _Groups(expert_N, torch.searchsorted(expert_N, every_E, right=True).to(torch.int32))
+    groups = _Groups(expert_N, torch.searchsorted(expert_N, every_E, right=True).to(torch.int32), sizes)
     token_N, gate_N1 = pair_N // expert_TK.shape[1], gate_TK.flatten()[pair_N, None]
     h_TH = _of_core(x_TC, core.w1_HC, core.b1_H, residuals[1].shape[-1])
     h_TH = h_TH.index_add(0, token_N, gate_N1 * residuals.first(x_TC[token_N], groups))
@@ -391,13 +393,13 @@ def _add_low_rank_(
 ) -> tuple[Tensor, Tensor]:
     """Adds g B_eᵀ (A_e x) to y in place and returns A_e x and g A_e x for each of G experts, Q = G·R, for backward."""
     u_Qn = x_nI.new_empty(tile.together * a_ERI.shape[1], len(x_nI))
-    of_x, of_u = x_nI.split(tile.lengths), u_Qn.split(tile.lengths, 1)
-    for a_QI, x_mI, u_Qm in zip(_by_piece(a_ERI, tile), of_x, of_u, strict=True):
-        torch.mm(a_QI, x_mI.T, out=u_Qm)
+    of_x, of_u = x_nI.T.split(tile.lengths, 1), u_Qn.split(tile.lengths, 1)
+    for a_QI, x_Im, u_Qm in zip(_by_piece(a_ERI, tile), of_x, of_u, strict=True):
+        torch.mm(a_QI, x_Im, out=u_Qm)
     gu_Qn = _scaled(u_Qn, gate_Gn)
-    of_y, of_gu = y_nO.split(tile.lengths), gu_Qn.split(tile.lengths, 1)
-    for b_QO, y_mO, gu_Qm in zip(_by_piece(b_ERO, tile), of_y, of_gu, strict=True):
-        y_mO.addmm_(gu_Qm.T, b_QO)
+    of_y, of_gu = y_nO.split(tile.lengths), gu_Qn.T.split(tile.lengths)
+    for b_QO, y_mO, gu_mQ in zip(_by_piece(b_ERO, tile), of_y, of_gu, strict=True):
+        y_mO.addmm_(gu_mQ, b_QO)
     return u_Qn, gu_Qn
 
 
@@ -417,16 +419,16 @@ def _low_rank_backward_(
     """
     u_Qn, gu_Qn = kept
     (of_a, of_b), (of_grad_a, of_grad_b) = ([_by_piece(w, tile) for w in pair] for pair in (factors, grads))
-    back_Qn = torch.empty_like(u_Qn)
-    of_grad, of_back, of_gu = (grad_nO.split(tile.lengths), *(u.split(tile.lengths, 1) for u in (back_Qn, gu_Qn)))
-    for grad_mO, back_Qm, gu_Qm, b_QO, grad_b_QO in zip(of_grad, of_back, of_gu, of_b, of_grad_b, strict=True):
-        torch.mm(b_QO, grad_mO.T, out=back_Qm)
+    back_Qn, lengths = torch.empty_like(u_Qn), tile.lengths
+    for b_QO, grad_Om, back_Qm in zip(of_b, grad_nO.T.split(lengths, 1), back_Qn.split(lengths, 1), strict=True):
+        torch.mm(b_QO, grad_Om, out=back_Qm)
+    for grad_b_QO, gu_Qm, grad_mO in zip(of_grad_b, gu_Qn.split(lengths, 1), grad_nO.split(lengths), strict=True):
         grad_b_QO.addmm_(gu_Qm, grad_mO)
-    of_back = _scaled(back_Qn, gate_Gn).split(tile.lengths, 1)
-    of_x, of_grad = x_nI.split(tile.lengths), back_nI.split(tile.lengths)
-    for back_Qm, x_mI, back_mI, a_QI, grad_a_QI in zip(of_back, of_x, of_grad, of_a, of_grad_a, strict=True):
-        grad_a_QI.addmm_(back_Qm, x_mI)
-        back_mI.addmm_(back_Qm.T, a_QI)
+    scaled_Qn = _scaled(back_Qn, gate_Gn)
+    for grad_a_QI, scaled_Qm, x_mI in zip(of_grad_a, scaled_Qn.split(lengths, 1), x_nI.split(lengths), strict=True):
+        grad_a_QI.addmm_(scaled_Qm, x_mI)
+    for back_mI, scaled_mQ, a_QI in zip(back_nI.split(lengths), scaled_Qn.T.split(lengths), of_a, strict=True):
+        back_mI.addmm_(scaled_mQ, a_QI)
     return (back_Qn * u_Qn).view(tile.together, -1, len(grad_nO)).sum(1)
 
 

@@ -36,23 +36,15 @@ def test_every_mixture_is_a_valid_one() -> None:
     assert {arm.upstream for arm in ARMS.values()} == set(UPSTREAM)
 
 
-@pytest.fixture
-def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[Any, Training]:
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Training]:
     """The quick plan, with what finished runs leave: dense cost 100 s and 10 steps of 7 FLOPs, others more."""
-    planned = plan(tmp_path, QUICK, {name: ARMS[name] for name in QUICK.arms}, "claims")
-    values = {}
-    for number, ((name, _, seed), training) in enumerate(planned.items()):
+    planned = plan(tmp_path_factory.mktemp("claims"), QUICK, {name: ARMS[name] for name in QUICK.arms}, "claims")
+    for (name, _, _), training in planned.items():
         training.folder.mkdir(parents=True)
         more = 0 if name in ("dense", "core") else 50
         cost = {"device_seconds": 100 + more, "steps": 10, "flops_per_step": 7 + more}
         (training.folder / "cost.json").write_text(json.dumps(cost))
-        values[training.folder] = {"mIoU": 10.0 * seed + number}
-
-    class FinishedRun:
-        def __init__(self, folder: Path) -> None:
-            self.values = lambda: values[folder]
-
-    monkeypatch.setattr(claims, "Run", FinishedRun)
     return planned
 
 
@@ -84,13 +76,18 @@ def test_a_pipeline_costs_the_sum_of_its_stages(runs: dict[Any, Training]) -> No
     assert found["pipeline_flops"] == 2 * 10 * 57
 
 
-def test_the_rows_of_claims(runs: dict[Any, Training]) -> None:
+def test_the_rows_of_claims(runs: dict[Any, Training], monkeypatch: pytest.MonkeyPatch) -> None:
+    class FinishedRun:
+        def __init__(self, folder: Path) -> None:
+            self.values = lambda: {"mIoU": float(folder.name[-1])}
+
+    monkeypatch.setattr(claims, "Run", FinishedRun)
     rows = {row["arm"]: row for row in results(runs, QUICK, {name: ARMS[name] for name in QUICK.arms})}
     assert list(rows) == ["dense", "residual", "moe"]
     wanted = {"arm", "task", "metric", "seeds", "values", "mean", "diff_to_dense", "interval95"}
     wanted |= {"pipeline_device_seconds", "cost_vs_dense", "cost_vs_moe"}
     assert all(wanted <= row.keys() for row in rows.values())
-    assert rows["dense"]["diff_to_dense"] == 0
+    assert (rows["dense"]["values"], rows["dense"]["diff_to_dense"]) == ([0.0, 1.0], 0)
     assert rows["residual"]["cost_vs_dense"] == pytest.approx(250 / 200)
     assert rows["residual"]["cost_vs_moe"] == pytest.approx(250 / 300)
     assert claims.table(rows.values())[0]["95 %"] == "+0.00 … +0.00"
