@@ -200,14 +200,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = plan(folder, size, arms, part)
     execute(list(runs.values()), arguments.threads)
     rows = results(runs, size, arms)
-    name = "claims" if part == "claims" else part
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw(arguments._replace(name=name), rows)
+    (arguments.out / f"{part}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(arguments._replace(name=part), rows)
     details = [describe(key, training) for key, training in runs.items()]
     config = {"scenes": dict(size.scenes), "steps": dict(size.steps), "batch": dict(size.batch)}
     config |= {"upstream_steps": size.upstream_steps, "seeds": size.seeds, "headline_seeds": size.headline_seeds}
-    common.publish(arguments._replace(name=f"{name}_runs"), config, details, table(rows))
+    common.publish(arguments._replace(name=f"{part}_runs"), config, details, table(rows))
 
 
 # A run's key: (stage or arm, "upstream" or task, seed).

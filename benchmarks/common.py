@@ -16,7 +16,6 @@ import argparse
 import importlib
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -158,12 +157,11 @@ def in_child(function: str, *, allocator: str, threads: int, processes: int = 1,
 
 
 def _environment(allocator: str, threads: int, processes: int) -> dict[str, str]:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+    from rmoe.stages import free_port
+
     kept = {name: value for name, value in os.environ.items() if name not in _ALLOCATOR_VARIABLES}
     group = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    group |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     # These numbers are a CPU's, also where there is a GPU.
     own = {
         "OMP_NUM_THREADS": str(threads),

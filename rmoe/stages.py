@@ -59,7 +59,7 @@ class Training:
         """As a user would type it."""
         words = ["python"]
         if self.processes > 1:
-            words = ["deepspeed", "--num_accelerators", str(self.processes), "--master_port", str(_free_port())]
+            words = ["deepspeed", "--num_accelerators", str(self.processes), "--master_port", str(free_port())]
         words += ["launch/train.py", self.config, "--deepspeed_config", self.json]
         words += ["--work-dir", str(self.folder), "--resume"]
         return words + (["--cfg-options", *self.options] if self.options else [])
@@ -149,7 +149,8 @@ def _end(child: subprocess.Popen[bytes]) -> None:
         child.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on at the moment."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

@@ -7,7 +7,6 @@ import difflib
 import inspect
 import os
 import re
-import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +33,7 @@ from rmoe.engine import checkpoint, ds_json, faults, optim  # noqa: F401 (regist
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.faults import Fault, Preempted
 from rmoe.engine.strategy import Diverged, Runner, user_errors
+from rmoe.stages import free_port
 
 _CONSTRUCTORS = (None, "DefaultOptimWrapperConstructor", "rmoe.ParamGroups")
 _WRAPPER_KEYS = {
@@ -449,10 +449,8 @@ def set_alone() -> None:
     """Where no launcher has given this process a place in a group, takes srun's, else makes it a group of its own."""
     set_slurm()
     if "RANK" not in os.environ:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+        port = str(free_port())
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
 
 
 def _backend() -> str:
