@@ -21,7 +21,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from scipy.stats import t as student
 
 from benchmarks import common
 from benchmarks.common import ROOT, Row
+from rmoe.data.textures import STUFF
 from rmoe.report import Run
 from rmoe.stages import Training, installed
 
@@ -40,7 +41,13 @@ BASES = Path("rmoe/configs/demo")
 JSON = "ds_configs/zero0.json"
 SEEDS, HEADLINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
 HEADLINE = ("dense", "residual")
+REFERENCES = ("dense", "moe", "residual")  # what arms are compared with
 EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 1}
+# Of the backbones here, the one that learns from few images in few steps: docs/claims.md.
+MODEL: dict[str, Any] = {
+    "model": "cvt_13",
+    "kwargs": {"_delete_": True, "embed_dims": (32, 96, 192), "depths": (1, 2, 4), "num_heads": (1, 3, 6)},
+}
 OWN = EXPERTS | {"residual": "experts", "expert_init": "random", "capacity_factor": 1.25}
 
 
@@ -121,16 +128,53 @@ class Task:
         base: its dense config, in `BASES`.
         data: its folder within the embedded set.
         classes: file with its class list, within that.
+        stuff: classes besides the scenes' categories of things.
+        counts: dotted keys that hold the number of classes.
+        options: dotted keys, and their values, that fit the config to `MODEL` and the data.
     """
 
     base: str
     data: str
     classes: str
+    stuff: int
+    counts: tuple[str, ...]
+    options: Mapping[str, Any]
 
 
+CATEGORIES = 8  # of things
 TASKS = {
-    "segmentation": Task("dense.py", "ade20k", "classes.json"),
-    "detection": Task("detection_dense.py", "coco", "annotations/instances_val2017.json"),
+    "segmentation": Task(
+        "dense.py",
+        "ade20k",
+        "classes.json",
+        len(STUFF),
+        (
+            "model.decode_head.num_classes",
+            "train_dataloader.dataset.num_classes",
+            "train_dataloader.dataset.pipeline.1.num_classes",
+            "val_dataloader.dataset.num_classes",
+            "val_dataloader.dataset.pipeline.1.num_classes",
+        ),
+        {
+            "model.backbone.out_indices": (0, 1, 2),
+            "model.decode_head.in_channels": [32, 96, 192],
+            "model.decode_head.in_index": [0, 1, 2],
+            "model.decode_head.loss_decode.class_weight": [0.5] * len(STUFF) + [2.0] * CATEGORIES,
+        },
+    ),
+    "detection": Task(
+        "detection_dense.py",
+        "coco",
+        "annotations/instances_val2017.json",
+        0,
+        (
+            "model.roi_head.bbox_head.num_classes",
+            "model.roi_head.mask_head.num_classes",
+            "train_dataloader.dataset.num_classes",
+            "val_dataloader.dataset.num_classes",
+        ),
+        {"model.backbone.out_indices": (1, 2), "model.neck.in_channels": [96, 192]},
+    ),
 }
 
 
@@ -139,7 +183,7 @@ class Size:
     """How much is trained on what.
 
     Attributes:
-        scenes: words of `rmoe data scenes`.
+        pictures, scenes: words of `rmoe data scenes`, for the set that cores are trained on and for the tasks' set.
         upstream_steps: of core pretraining.
         steps: of a downstream task.
         batch: images of a step, by task and "upstream"; one process.
@@ -148,6 +192,7 @@ class Size:
         arms, tasks: which of them.
     """
 
+    pictures: Mapping[str, str]
     scenes: Mapping[str, str]
     upstream_steps: int
     steps: Mapping[str, int]
@@ -159,21 +204,30 @@ class Size:
 
 
 FULL = Size(
-    scenes={"styles": "plain,tinted,night,outline", "scenes-train": "2000"},
-    upstream_steps=1000,
-    steps={"segmentation": 500, "detection": 500},
+    pictures={"scenes-train": "1", "scenes-val": "1"},
+    scenes={
+        "styles": "plain,night",
+        "categories": str(CATEGORIES),
+        "scenes-train": "2000",
+        "upstream-train": "1",
+        "upstream-val": "1",
+    },
+    upstream_steps=800,
+    steps={"segmentation": 400, "detection": 400},
     batch={"upstream": 64, "segmentation": 8, "detection": 4},
 )
+_TINY = {
+    "size": "64",
+    "upstream-size": "32",
+    "upstream-train": "2",
+    "upstream-val": "1",
+    "scenes-train": "8",
+    "scenes-val": "2",
+    "categories": str(CATEGORIES),
+}
 QUICK = Size(
-    scenes={
-        "size": "64",
-        "upstream-size": "32",
-        "upstream-classes": "120",
-        "upstream-train": "2",
-        "upstream-val": "1",
-        "scenes-train": "8",
-        "scenes-val": "2",
-    },
+    pictures=_TINY,
+    scenes=_TINY,
     upstream_steps=2,
     steps={"segmentation": 2, "detection": 2},
     batch={"upstream": 8, "segmentation": 2, "detection": 2},
@@ -193,7 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = QUICK if arguments.quick else FULL
     folder = Path("work_dirs") / ("claims_quick" if arguments.quick else "claims")
     os.chdir(ROOT)
-    _render(folder / "data", size)
+    _render(folder / "data/pictures", size.pictures)
+    _render(folder / "data/scenes", size.scenes)
     arms = {name: ARMS[name] for name in size.arms}
     if part == "ablation":
         arms = {name: ARMS[name] for name in HEADLINE} | ABLATION
@@ -204,8 +259,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments.out / f"{part}.json").write_text(json.dumps(rows, indent=1) + "\n")
     draw(arguments._replace(name=part), rows)
     details = [describe(key, training) for key, training in runs.items()]
-    config = {"scenes": dict(size.scenes), "steps": dict(size.steps), "batch": dict(size.batch)}
-    config |= {"upstream_steps": size.upstream_steps, "seeds": size.seeds, "headline_seeds": size.headline_seeds}
+    config = asdict(size) | {"model": MODEL}
     common.publish(arguments._replace(name=f"{part}_runs"), config, details, table(rows))
 
 
@@ -223,18 +277,23 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm], part: str) -> dict[K
             one = UPSTREAM[stage]
             before = () if one.after is None else (upstream(one.after, seed),)
             steps = max(1, round(one.share * size.upstream_steps))
-            split = {f"{part}_dataloader.dataset.root": str(folder / "data/upstream") for part in ("train", "val")}
+            split = {
+                f"{part}_dataloader.dataset.root": str(folder / "data/pictures/upstream") for part in ("train", "val")
+            }
             options = {**split, "stage": stage, "model.core": str(before[0].folder) if before else None}
+            options |= {f"model.{key}": value for key, value in MODEL.items()}
             config = _config("core.py", steps, size.batch["upstream"], seed, options, "model", one.moe)
             runs[key] = _training(folder / f"{stage}_{seed}", config, before)
         return runs[key]
 
     for task_name in size.tasks:
-        task, data = TASKS[task_name], folder / "data" / TASKS[task_name].data
+        task, data = TASKS[task_name], folder / "data/scenes" / TASKS[task_name].data
         for name, arm in arms.items():
             for seed in size.headline_seeds if name in HEADLINE and part == "claims" else size.seeds:
                 before = upstream(arm.upstream, seed)
-                options = {"stage": name, "model.backbone.core": str(before.folder), **arm.options}
+                options = {"stage": name, "model.backbone.core": str(before.folder), **task.options, **arm.options}
+                options |= {f"model.backbone.{key}": value for key, value in MODEL.items()}
+                options |= dict.fromkeys(("num_classes", *task.counts), task.stuff + CATEGORIES)
                 options |= {f"{split}_dataloader.dataset.data_root": str(data) for split in ("train", "val")}
                 options |= {
                     f"{split}_dataloader.dataset.classes": str(data / task.classes) for split in ("train", "val")
@@ -322,39 +381,60 @@ def results(runs: Mapping[Key, Training], size: Size, arms: Mapping[str, Arm]) -
     rows: list[Row] = []
     for task in size.tasks:
         values: dict[str, dict[str, dict[int, float]]] = {}
-        cost: dict[str, list[Row]] = {}
+        costs: dict[str, dict[int, dict[str, float]]] = {}
         for (name, where, seed), training in runs.items():
             if where == task:
                 for metric, value in Run(training.folder).values().items():
                     values.setdefault(metric, {}).setdefault(name, {})[seed] = value
-                cost.setdefault(name, []).append(pipeline_cost(training))
-        spent = {
-            name: {key: statistics.mean(one[key] for one in each) for key in each[0]} for name, each in cost.items()
-        }
+                costs.setdefault(name, {})[seed] = pipeline_cost(training)
         for metric, of_arm in values.items():
-            for name, of_seed in of_arm.items():
-                rows.append(
-                    {"arm": name, "task": task, "metric": metric, "upstream": arms[name].upstream}
-                    | summary(of_seed, of_arm["dense"])
-                    | spent[name]
-                    | _relative(spent, name)
-                )
+            for name in of_arm:
+                row: Row = {"arm": name, "task": task, "metric": metric, "upstream": arms[name].upstream}
+                rows.append(row | quality(of_arm, name) | cost(costs, name))
     return rows
 
 
-def summary(values: Mapping[int, float], dense: Mapping[int, float]) -> Row:
-    """Of an arm's values by seed: mean and spread, and the difference to dense over the seeds that both have."""
-    shared = [seed for seed in values if seed in dense]
-    mean, interval = paired([values[seed] - dense[seed] for seed in shared])
-    seeds = sorted(values)
-    return {
-        "seeds": seeds,
-        "values": [values[seed] for seed in seeds],
-        "mean": statistics.mean(values.values()),
-        "std": statistics.stdev(values.values()) if len(seeds) > 1 else None,
-        "diff_to_dense": mean,
-        "interval95": interval,
+def quality(of_arm: Mapping[str, Mapping[int, float]], name: str) -> Row:
+    """Of an arm's values by seed: mean and spread, and the differences to the `REFERENCES` over the seeds of both."""
+    mine = dict(sorted(of_arm[name].items()))
+    row: Row = {
+        "seeds": [*mine],
+        "values": [*mine.values()],
+        "mean": statistics.mean(mine.values()),
+        "std": statistics.stdev(mine.values()) if len(mine) > 1 else None,
     }
+    for other in REFERENCES:
+        theirs = of_arm.get(other, {})
+        shared = [seed for seed in mine if seed in theirs]
+        mean, interval = paired([mine[seed] - theirs[seed] for seed in shared]) if shared else (None, None)
+        row |= {f"diff_to_{other}": mean, _interval("interval95", other): interval}
+    return row
+
+
+def cost(of_arm: Mapping[str, Mapping[int, Mapping[str, float]]], name: str) -> Row:
+    """Of an arm's costs by seed: their means, and the mean ratios to the `REFERENCES` over the seeds of both."""
+    mine = of_arm[name]
+    row: Row = {key: statistics.mean(one[key] for one in mine.values()) for key in next(iter(mine.values()))}
+    for other in REFERENCES:
+        theirs = of_arm.get(other, {})
+        shared = [seed for seed in mine if seed in theirs]
+        for key, label in (
+            ("pipeline_device_seconds", "cost"),
+            ("finetune_device_seconds", "finetune_cost"),
+            ("pipeline_flops", "flops"),
+            ("finetune_flops", "finetune_flops"),
+        ):
+            ratios = [mine[seed][key] / theirs[seed][key] for seed in shared]
+            mean, interval = paired(ratios) if ratios else (None, None)
+            row[f"{label}_vs_{other}"] = mean
+            if key.endswith("seconds"):
+                row[_interval(f"{label}_interval95", other)] = interval
+    return row
+
+
+def _interval(name: str, other: str) -> str:
+    """Of a difference to dense the key has no further name."""
+    return name if other == "dense" else f"{name}_to_{other}"
 
 
 def paired(differences: Sequence[float]) -> tuple[float, list[float] | None]:
@@ -379,27 +459,13 @@ def pipeline_cost(training: Training) -> dict[str, float]:
     }
 
 
-def _relative(spent: Mapping[str, Mapping[str, float]], name: str) -> dict[str, float | None]:
-    """Costs as multiples of dense's and of full MoE training's."""
-    found: dict[str, float | None] = {}
-    for other in ("dense", "moe"):
-        for key, label in (
-            ("pipeline_device_seconds", "cost"),
-            ("pipeline_flops", "flops"),
-            ("finetune_device_seconds", "finetune_cost"),
-            ("finetune_flops", "finetune_flops"),
-        ):
-            found[f"{label}_vs_{other}"] = spent[name][key] / spent[other][key] if other in spent else None
-    return found
-
-
 def describe(key: Key, training: Training) -> Row:
     """A run, for claims_runs.json."""
     name, where, seed = key
-    cost = json.loads((training.folder / "cost.json").read_text())
+    found = json.loads((training.folder / "cost.json").read_text())
     kept = ("device_seconds", "steps", "images", "flops_per_step", "params_total", "params_active", "params_trainable")
     run = {"arm": name, "where": where, "seed": seed, "fingerprint": training.fingerprint()[:12]}
-    return run | Run(training.folder).values() | {name: cost[name] for name in kept}
+    return run | Run(training.folder).values() | {name: found[name] for name in kept}
 
 
 def table(rows: Iterable[Row]) -> list[Row]:
@@ -413,7 +479,7 @@ def table(rows: Iterable[Row]) -> list[Row]:
             "mean": row["mean"],
             "std": row["std"],
             "− dense": row["diff_to_dense"],
-            "95 %": "–" if row["interval95"] is None else "{:+.2f} … {:+.2f}".format(*row["interval95"]),
+            "95 %": span(row["interval95"]),
             "pipeline s × dense": row["cost_vs_dense"],
             "× moe": row["cost_vs_moe"],
             "pipeline FLOPs × dense": row["flops_vs_dense"],
@@ -421,6 +487,11 @@ def table(rows: Iterable[Row]) -> list[Row]:
         }
         for row in rows
     ]
+
+
+def span(interval: Sequence[float] | None) -> str:
+    """An interval of differences for print."""
+    return "–" if interval is None else "{:+.2f} … {:+.2f}".format(*interval)
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
@@ -443,8 +514,8 @@ def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
             axis.set(title=f"{task}: {metric} − dense", xlabel="device seconds of the pipeline, × dense")
 
 
-def _render(folder: Path, size: Size) -> None:
-    words = [f"--{name}={value}" for name, value in size.scenes.items()]
+def _render(folder: Path, parameters: Mapping[str, str]) -> None:
+    words = [f"--{name}={value}" for name, value in parameters.items()]
     subprocess.run(installed(["rmoe", "data", "scenes", str(folder), *words]), check=True)
 
 

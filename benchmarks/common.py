@@ -260,6 +260,14 @@ def markdown(rows: Sequence[Row]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def circumstances(found: Mapping[str, Any]) -> str:
+    """What `publish` wrote a result with: command, date, machine, versions, commit."""
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
+    machine = "{cpu}, {cores} cores, {threads} threads".format(**found["machine"])
+    commit = f"{found['commit']}{' with changes' * found['dirty']}"
+    return f"`{found['command']}`, {found['date']}: {machine}, no GPU; {versions}; commit {commit}."
+
+
 def cell(value: Any) -> str:
     """A value as tables show it: three significant digits of a number, − for what was not measured."""
     if value is None:

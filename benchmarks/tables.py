@@ -1,22 +1,27 @@
-"""Prints the results as Markdown, for docs/performance.md.
+"""Writes the tables that docs/performance.md and docs/claims.md end with, from what is in benchmarks/results.
 
-python -m benchmarks.tables > tables.md
+    python -m benchmarks.tables
+
+What stands above the first of them is left as it is.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import common, layer, scaling, step, targets, training_cost
+from benchmarks import common, layer, scaling, step, targets, training_cost, verdicts
 
+DOCS = common.ROOT / "docs"
 _BENCHMARKS = {"layer": layer, "step": step, "training_cost": training_cost, "scaling": scaling}
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main() -> None:
     """The command."""
-    print(render(common.parse("tables", __doc__, argv).out), end="")
+    for name, tables in (("performance.md", render(common.RESULTS)), ("claims.md", verdicts.render(common.RESULTS))):
+        page = DOCS / name
+        first = tables.partition("\n")[0]
+        page.write_text(page.read_text().partition(first)[0] + tables)
 
 
 def render(folder: Path) -> str:
@@ -27,15 +32,10 @@ def render(folder: Path) -> str:
     for name, module in _BENCHMARKS.items():
         if (path := folder / f"{name}.json").exists():
             found = json.loads(path.read_text())
-            parts.append(f"## {name}\n\n{_circumstances(found)}\n\n{common.markdown(module.table(found['rows']))}")
+            parts.append(
+                f"## {name}\n\n{common.circumstances(found)}\n\n{common.markdown(module.table(found['rows']))}"
+            )
     return "\n".join(parts)
-
-
-def _circumstances(found: common.Row) -> str:
-    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    machine = "{cpu}, {cores} cores, {threads} threads".format(**found["machine"])
-    commit = f"{found['commit']}{' with changes' * found['dirty']}"
-    return f"`{found['command']}`, {found['date']}: {machine}, no GPU; {versions}; commit {commit}."
 
 
 if __name__ == "__main__":

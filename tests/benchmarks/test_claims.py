@@ -10,7 +10,7 @@ import pytest
 from mmengine.config import Config
 
 from benchmarks import claims
-from benchmarks.claims import ARMS, QUICK, UPSTREAM, paired, pipeline_cost, plan, results, summary
+from benchmarks.claims import ARMS, QUICK, UPSTREAM, cost, paired, pipeline_cost, plan, quality, results
 from rmoe.config import ResidualMoEConfig
 from rmoe.stages import Training
 
@@ -24,9 +24,25 @@ def test_a_paired_interval_by_hand() -> None:
 
 
 def test_differences_are_between_values_of_one_seed() -> None:
-    found = summary({0: 11.0, 1: 22.0}, {1: 20.0, 0: 10.0, 2: 99.0})
+    found = quality({"residual": {1: 22.0, 0: 11.0}, "dense": {1: 20.0, 0: 10.0, 2: 99.0}}, "residual")
     assert (found["seeds"], found["values"], found["mean"]) == ([0, 1], [11.0, 22.0], 16.5)
     assert found["diff_to_dense"] == 1.5
+    assert (found["diff_to_residual"], found["interval95_to_residual"]) == (0, [0, 0])
+    assert (found["diff_to_moe"], found["interval95_to_moe"]) == (None, None)
+
+
+def test_cost_ratios_are_of_one_seed() -> None:
+    seconds = {
+        "residual": {0: 110.0, 1: 210.0},
+        "dense": {0: 100.0, 1: 200.0, 2: 7.0},
+    }
+    keys = ("pipeline_device_seconds", "finetune_device_seconds", "pipeline_flops", "finetune_flops")
+    costs = {name: {seed: dict.fromkeys(keys, x) for seed, x in each.items()} for name, each in seconds.items()}
+    found = cost(costs, "residual")
+    assert found["pipeline_device_seconds"] == 160
+    assert found["cost_vs_dense"] == found["finetune_flops_vs_dense"] == pytest.approx((1.10 + 1.05) / 2)
+    assert found["cost_interval95"][0] < 1.05 < 1.10 < found["cost_interval95"][1]
+    assert found["cost_vs_moe"] is None
 
 
 def test_every_mixture_is_a_valid_one() -> None:
