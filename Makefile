@@ -2,13 +2,14 @@
 # make test    the whole test suite
 # make lint    format, style and types
 # make bench   all benchmarks, on two idle cores; bench-quick only shows that they run
+# make claims  the paper's claims in miniature, on two idle cores: two hours, and one more for single choices
 # Each installs what it needs into .venv first; PYTHON names the interpreter to make it from.
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 
-.PHONY: install demo test lint bench bench-quick format clean
+.PHONY: install demo test lint bench bench-quick claims format clean
 
 install: $(VENV)/installed
 
@@ -42,6 +43,11 @@ lint: install
 bench bench-quick: install
 	set -e; for name in layer step training_cost scaling targets; do \
 	  $(VENV)/bin/python -m benchmarks.$$name $(if $(findstring quick,$@),--quick); done
+
+claims: install
+	$(VENV)/bin/python -m benchmarks.claims
+	$(VENV)/bin/python -m benchmarks.claims --part ablation
+	$(VENV)/bin/python -m benchmarks.tables
 
 format: install
 	$(VENV)/bin/ruff format .

@@ -7,8 +7,9 @@ batch; they differ in the experts alone. Differences to dense are paired over th
 pipeline costs the sum of its stages. Each run has one core to itself; as many run side by side as there are cores.
 
 A run that is complete is not run again unless its configuration has changed, and one that was interrupted goes on: this
-may be stopped at any time. Writes claims.json, one object for each task and arm, and claims_runs.json, every run with
-its cost, and draws claims.png. `--part ablation` varies one choice at a time instead (ablation.json).
+may be stopped at any time. Writes claims.json, one object for each task, metric and arm; claims_runs.json, every run
+with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures. With `--part ablation`
+it varies one choice at a time instead, for segmentation, and writes ablation.json and so on.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from scipy.stats import t as student
 from benchmarks import common
 from benchmarks.common import ROOT, Row
 from rmoe.data.textures import STUFF
-from rmoe.report import Run
+from rmoe.report import Run, analyze
 from rmoe.stages import Training, installed
 
 BASES = Path("rmoe/configs/demo")
@@ -117,6 +118,18 @@ ABLATION = {
     "no noise": Arm("core", EXPERTS | {"noise": 0.0}),
     "straight-through": Arm("core", EXPERTS | {"combine": "straight_through"}),
     "intermediate": Arm("intermediate", EXPERTS),
+}
+
+
+# Whose experts are looked into: runs (see `Key`) of the first seed, each with the run that it started from if that has
+# the same experts.
+ANALYSED: dict[str, tuple[tuple[str, str], tuple[str, str] | None]] = {
+    "moe_upstream": (("moe", "upstream"), None),
+    "moe_downstream": (("moe", "segmentation"), ("moe", "upstream")),
+    "upcycled": (("upcycled", "segmentation"), None),
+    "residual": (("residual", "segmentation"), None),
+    "full_residual": (("full_residual", "segmentation"), None),
+    "intermediate_residual": (("intermediate_residual", "segmentation"), ("intermediate", "upstream")),
 }
 
 
@@ -252,8 +265,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     arms = {name: ARMS[name] for name in size.arms}
     if part == "ablation":
         arms = {name: ARMS[name] for name in HEADLINE} | ABLATION
+        size = replace(size, tasks=("segmentation",))
     runs = plan(folder, size, arms, part)
     execute(list(runs.values()), arguments.threads)
+    if part == "claims":
+        look_inside(runs, size.seeds[0], arguments.out / "experts")
     rows = results(runs, size, arms)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{part}.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -374,6 +390,13 @@ def execute(runs: Sequence[Training], jobs: int) -> None:
             for future in finished:
                 done.add(future.result().folder)
                 overall.advance(total)
+
+
+def look_inside(runs: Mapping[Key, Training], seed: int, out: Path) -> None:
+    """What `rmoe analyze` does, for each of the `ANALYSED` runs that there is; into OUT/NAME."""
+    for name, (after, before) in ANALYSED.items():
+        if (*after, seed) in runs:
+            analyze(runs[*after, seed].folder, out / name, before and runs[*before, seed].folder)
 
 
 def results(runs: Mapping[Key, Training], size: Size, arms: Mapping[str, Arm]) -> list[Row]:

@@ -31,7 +31,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 QUICK_RESULTS = ROOT / "work_dirs" / "benchmarks"
 
-# What glibc reads at start. "tuned": huge pages, nothing mapped for a single tensor, nothing given back.
+# What glibc reads at start. "tuned": huge pages, nothing mapped for a single tensor, nothing given back; "exact": a
+# mapping for every tensor, given back with it.
 ALLOCATORS: dict[str, dict[str, str]] = {
     "default": {},
     "tuned": {
@@ -40,6 +41,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
         "MALLOC_TRIM_THRESHOLD_": "100000000000",
         "MALLOC_TOP_PAD_": "268435456",
     },
+    "exact": {"MALLOC_MMAP_THRESHOLD_": "4096", "MALLOC_MMAP_MAX_": "1000000"},
 }
 CORES = len(os.sched_getaffinity(0))
 

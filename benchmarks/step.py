@@ -4,15 +4,15 @@
 
 Seconds: forward, losses, backward and AdamW's step of all arms in turns, on made-up images. Ratios to the dense arm.
 
-Memory: each arm in a process of its own, under glibc's default allocator. Two steps create the optimizer's states; then
-the gradients are dropped, what is free is given back, the kernel's mark of the highest resident size is reset, and one
-more step is run. `step` is what that step added to what was resident: activations and gradients. `beyond_weights` is
-that and the bytes of the optimizer's states, `estimated` what rmoe.estimate says of it.
+Memory: each arm in a process of its own, with an allocator that maps every tensor by itself and gives it back at once,
+so that what is resident is what lives. Two steps create the optimizer's states; then the gradients are dropped, the
+kernel's mark of the highest resident size is reset, and one more step is run. `step` is what that step added to what
+was resident: activations and gradients. `beyond_weights` is that and the bytes of the optimizer's states, `estimated`
+what rmoe.estimate says of it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,13 +24,13 @@ import torch
 from torch import nn
 
 from benchmarks import common, training
-from benchmarks.common import DEFAULT, JUDGED, SETTINGS, Row
+from benchmarks.common import JUDGED, SETTINGS, Row
 from rmoe.engine.optim import param_groups
 from rmoe.estimate import Setting, estimate
 
 TASKS, MEASURED = ("segmentation", "detection"), ("dense", "low_rank", "full")
 IMAGES, SIZE, QUICK_SIZE = 2, 224, 64
-PACE, QUICK_PACE = {"seconds": 15.0, "rounds": (3, 15)}, {"seconds": 0.0, "rounds": (1, 1)}
+PACE, QUICK_PACE = {"seconds": 150.0, "rounds": (5, 15)}, {"seconds": 0.0, "rounds": (1, 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,22 +40,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     pace = QUICK_PACE if arguments.quick else PACE
     sizes = {"image_size": QUICK_SIZE if arguments.quick else SIZE, "small": arguments.quick}
     rows: list[Row] = []
+    allocator, threads = SETTINGS[JUDGED]
     for task in tasks:
-        memory: dict[str, Row] = {}
-        for setting in (DEFAULT,) if arguments.quick else (DEFAULT, JUDGED):
-            allocator, threads = SETTINGS[setting]
-            found = common.in_child(
-                "benchmarks.step:measure",
-                allocator=allocator,
-                threads=threads,
-                task=task,
-                memory=not memory,
-                pace=pace,
-                **sizes,
-            )
-            memory = memory or found["memory"]
-            place = {"task": task, "setting": setting}
-            rows += [place | row | memory[row["contender"]] for row in found["seconds"]]
+        bytes_of = common.in_child("benchmarks.step:memory", allocator="exact", threads=threads, task=task, **sizes)
+        timed = common.in_child(
+            "benchmarks.step:seconds", allocator=allocator, threads=threads, task=task, pace=pace, **sizes
+        )
+        rows += [{"task": task, "setting": JUDGED} | row | bytes_of[row["contender"]] for row in timed]
     for row in rows:
         dense = next(other for other in rows if (other["task"], other["contender"]) == (row["task"], "dense"))
         row |= {f"{kind}_ratio": row[f"{kind}_bytes"] / dense[f"{kind}_bytes"] for kind in ("step", "beyond_weights")}
@@ -63,14 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     common.publish(arguments, {"images": IMAGES, "pace": pace, **sizes}, rows, table(rows))
 
 
-def measure(task: str, image_size: int, small: bool, memory: bool, pace: dict[str, Any]) -> dict[str, Any]:
-    """All arms in turns, and if asked for the memory of each, in a child process."""
-    found: dict[str, Row] = {}
-    if memory:
-        training.preload(task)
-        for arm in MEASURED:  # forked before this process computes anything, so that each starts with an empty heap
-            with ProcessPoolExecutor(1, get_context("fork")) as pool:
-                found[arm] = pool.submit(measure_memory, task, arm, image_size, small).result()
+def seconds(task: str, image_size: int, small: bool, pace: dict[str, Any]) -> list[Row]:
+    """All arms in turns, in a child process."""
     images = training.batch(task, IMAGES, image_size)
     steps = {
         arm: training.training_step(
@@ -80,7 +65,17 @@ def measure(task: str, image_size: int, small: bool, memory: bool, pace: dict[st
         )
         for arm in MEASURED
     }
-    return {"seconds": common.timing_rows(common.alternate(steps, **pace), "dense"), "memory": found}
+    return common.timing_rows(common.alternate(steps, **pace), "dense")
+
+
+def memory(task: str, image_size: int, small: bool) -> dict[str, Row]:
+    """Bytes of every arm, each in a process forked from this child, which computes nothing itself."""
+    training.preload(task)
+    found: dict[str, Row] = {}
+    for arm in MEASURED:
+        with ProcessPoolExecutor(1, get_context("fork")) as pool:
+            found[arm] = pool.submit(measure_memory, task, arm, image_size, small).result()
+    return found
 
 
 def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
@@ -92,7 +87,6 @@ def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
     step()
     optimizer.zero_grad()
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
     resident = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts again
     step()
@@ -119,7 +113,6 @@ def table(rows: Sequence[Row]) -> list[Row]:
     return [
         {
             "task": row["task"],
-            "setting": row["setting"],
             "arm": row["contender"],
             "seconds": row["ms"] / 1e3,
             "× dense": row["ratio"],
@@ -136,10 +129,9 @@ def table(rows: Sequence[Row]) -> list[Row]:
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
     """Time and memory of the arms, dense = 1."""
     kinds = {"ratio": "time", "step_ratio": "memory of the step", "beyond_weights_ratio": "memory beyond weights"}
-    shown = [row for row in rows if row["setting"] == rows[-1]["setting"]]
     with common.picture(arguments, len(kinds), "Training step, dense = 1") as axes:
         for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
-            axis.bar([f"{row['task'][:3]}.\n{row['contender']}" for row in shown], [row[kind] for row in shown])
+            axis.bar([f"{row['task'][:3]}.\n{row['contender']}" for row in rows], [row[kind] for row in rows])
             axis.set(title=title)
             axis.axhline(1.0, color="black", linewidth=0.5)
 

@@ -208,11 +208,20 @@ def _sampled(labels_hw: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 
 
 def _layers(model: nn.Module) -> dict[str, ResidualMoE]:
-    """By name in the timm model: whatever head it is in, its last wrapper calls it `model`."""
-    layers = {name.rpartition("model.")[2]: layer for name, layer in moe_layers(model).items()}
+    """By name in the timm model.
+
+    Raises:
+        UserError: the model is dense.
+    """
+    layers = {_name(path): layer for path, layer in moe_layers(model).items()}
     if not layers:
         raise UserError("the model is dense: there are no experts; give a run whose config has a moe")
     return layers
+
+
+def _name(path: str) -> str:
+    """Of a module in the timm model: whatever head that is in, its last wrapper calls it `model`."""
+    return path.rpartition("model.")[2]
 
 
 @torch.no_grad()
@@ -256,16 +265,22 @@ def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]
 
 def _routed(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
     """The map and the gate's probabilities, float32 [T, E], of each layer."""
-    layers = _layers(model)
+    _layers(model)  # is it dense?
     with torch.no_grad(), collect() as records:
         run()
-    prefix = max(getattr(module, "num_prefix_tokens", 0) for module in model.modules())
     found = {}
-    for name, layer in layers.items():
-        routing = records.routing[layer]
+    for path, layer in moe_layers(model).items():
+        routing, prefix = records.routing[layer], _prefix_tokens(model, path)
         expert_T = routing.expert_TK[prefix:, 0].cpu().numpy()
-        found[name] = (expert_T.reshape(_grid(len(expert_T), size)), routing.probability_TE[prefix:].cpu())
+        found[_name(path)] = (expert_T.reshape(_grid(len(expert_T), size)), routing.probability_TE[prefix:].cpu())
     return found
+
+
+def _prefix_tokens(model: nn.Module, path: str) -> int:
+    """Class and other tokens before those of the map, as the innermost module around `path` says that knows."""
+    while path and not hasattr(model.get_submodule(path), "num_prefix_tokens"):
+        path = path.rpartition(".")[0]
+    return int(getattr(model.get_submodule(path), "num_prefix_tokens", 0))
 
 
 def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:

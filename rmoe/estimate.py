@@ -72,6 +72,7 @@ class Memory:
 
     Attributes:
         weights: parameters and buffers.
+        average: their moving average, where the config has an `rmoe.EMAHook`.
         gradients: of parameters, in this process's share from stage 2 on.
         optimizer: AdamW's states and, from ZeRO stage 1 on, DeepSpeed's second copy of the weights they belong to.
         buckets: DeepSpeed's buffer to reduce gradients from, as large as ds_configs/ say. It is reserved as a whole on
@@ -80,6 +81,7 @@ class Memory:
     """
 
     weights: int
+    average: int
     gradients: int
     optimizer: int
     buckets: int
@@ -156,6 +158,7 @@ class Work:
         flops: as `Estimate.flops`.
         activations: as `Memory.activations`.
         parameters: as `Estimate.parameters`.
+        averaged: whether a moving average of the weights is kept.
         shared: parameters and buffers beside the experts.
         shared_trained: of these, those that are not frozen.
         experts: of all layers.
@@ -168,6 +171,7 @@ class Work:
     flops: int
     activations: int
     parameters: Parameters
+    averaged: bool
     shared: int
     shared_trained: int
     experts: int
@@ -214,6 +218,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         flops=traced.flops,
         activations=traced.activations,
         parameters=count_parameters(model),
+        averaged=any(hook["type"] == "rmoe.EMAHook" for hook in cfg.get("custom_hooks") or ()),
         shared=_bytes(others) + _bytes(model.buffers()),
         shared_trained=_bytes(x for x in others if x.requires_grad),
         experts=_bytes(experts),
@@ -234,6 +239,7 @@ def share_out(work: Work) -> Estimate:
     arrived = work.sent_tokens + work.sent_experts if ep_size > 1 else 0
     memory = Memory(
         weights=work.shared + experts,
+        average=work.averaged * (work.shared + experts),
         gradients=part if setting.zero == 2 else trained,
         optimizer=(_ADAM_STATES + 1) * part if setting.zero else _ADAM_STATES * trained,
         buckets=_BUCKET_BYTES if setting.zero else 0,

@@ -14,6 +14,7 @@ from rmoe.config import ResidualMoEConfig, UserError
 from rmoe.layers.moe import ResidualMoE, moe_layers
 
 SWIN = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4}
+CVT = {"embed_dims": (8, 8, 12), "depths": (1, 2, 2), "num_heads": (1, 1, 2)}
 VIT = {"embed_dim": 12, "depth": 2, "num_heads": 2}
 
 
@@ -22,6 +23,7 @@ VIT = {"embed_dim": 12, "depth": 2, "num_heads": 2}
     [
         ("swin_tiny_patch4_window7_224", SWIN, (0, 1, 2, 3), [(4, 5), (2, 3)]),
         ("vit_tiny_patch16_224", VIT, (0, 1), [(4, 5)]),  # the class token is no part of the map
+        ("cvt_13", CVT, (0, 1, 2), [(8, 10), (4, 5)]),  # here the last stage alone has one
     ],
 )
 def test_maps_are_on_the_grids_of_their_layers(model, kwargs, out, grids):

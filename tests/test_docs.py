@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from benchmarks import tables
+from benchmarks import tables, verdicts
 from benchmarks.common import RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -21,3 +24,34 @@ def test_every_target_says_what_was_measured() -> None:
     for row in rows:
         assert {"target", "against", "limit", "measured", "met", "command"} <= row.keys()
         assert row["met"] is (row["measured"] <= row["limit"])
+
+
+def test_the_page_of_claims_ends_with_the_tables_of_the_results() -> None:
+    assert (DOCS / "claims.md").read_text().endswith(verdicts.render(RESULTS))
+
+
+def test_every_figure_in_the_words_about_claims_is_in_a_result() -> None:
+    """As it stands, in percent, or as a percentage more than 1; rounded as the page rounds it."""
+    words = (DOCS / "claims.md").read_text().partition("## Claim by claim")[0]
+    words = re.sub(r"`[^`]*`|\([^)]*://[^)]*\)|arXiv [\d.]+", "", words)
+    files = [
+        path for pattern in ("claims*.json", "ablation*.json", "experts/*/*.json") for path in RESULTS.glob(pattern)
+    ]
+    results = [*numbers([json.loads(path.read_text()) for path in files])]
+    for figure in set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", words)):
+        digits = len(figure.partition(".")[2])
+        known = {round(abs(y), digits) for x in results for y in (x, 100 * x, 100 * (x - 1))}
+        assert float(figure) in known, f"docs/claims.md says {figure}"
+
+
+def numbers(value: Any) -> Iterator[float]:
+    """All that are anywhere in it; a word like "2000" is one too."""
+    if isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)?", value):
+        value = float(value)
+    if isinstance(value, dict):
+        value = [*value.values()]
+    if isinstance(value, list):
+        for part in value:
+            yield from numbers(part)
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        yield float(value)

@@ -204,6 +204,14 @@ def test_zero_and_expert_parallelism_share_memory(work: Work) -> None:
     assert spread(work, ep_size=2, zero=0).memory.optimizer == 2 * (others + experts // 2)
 
 
+def test_a_moving_average_is_another_copy_of_the_weights() -> None:
+    cfg = vit(None)
+    assert estimate(cfg, Setting(processes=1)).memory.average == 0
+    cfg.custom_hooks = [dict(type="rmoe.EMAHook", momentum=1e-4)]
+    memory = estimate(cfg, Setting(processes=1)).memory
+    assert memory.average == memory.weights > 0
+
+
 def test_traffic_by_hand(work: Work) -> None:
     tokens_travel = work.sent_tokens > 0
     if tokens_travel:

@@ -187,6 +187,7 @@ class Stage(nn.Module):
         super().__init__()
         self.patch_embed = ConvEmbed(in_chans, dim, stride)
         self.cls_token = nn.Parameter(trunc_normal_(torch.empty(1, 1, dim), std=0.02)) if class_token else None
+        self.num_prefix_tokens = int(class_token)
         self.blocks = nn.ModuleList(Block(dim, num_heads, mlp_ratio, rate, act_layer) for rate in drop_paths)
         self.grad_checkpointing = False
 

@@ -66,7 +66,7 @@ def environment_of_a_child(names: list[str], fail: bool) -> dict[str, str | None
 def test_a_child_has_the_allocator_and_threads_asked_for(allocator: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     monkeypatch.setenv("MALLOC_TOP_PAD_", "1")  # of the surroundings: must not reach the child
-    names = ["OMP_NUM_THREADS", *common.ALLOCATORS["tuned"]]
+    names = ["OMP_NUM_THREADS", *(common.ALLOCATORS["tuned"] | common.ALLOCATORS["exact"])]
     found = common.in_child(
         "test_common:environment_of_a_child", allocator=allocator, threads=1, names=names, fail=False
     )

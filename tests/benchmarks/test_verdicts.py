@@ -1,0 +1,73 @@
+"""Verdicts follow from intervals and bounds by rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from benchmarks.verdicts import ablation, experts, verdicts
+
+
+def residual(diff: list[float] | None, to_moe: list[float], dense: float, moe: float) -> dict[str, Any]:
+    """A row of claims.json: intervals of the differences, and cost ratios."""
+    row = {"arm": "residual", "task": "segmentation", "metric": "mIoU", "interval95": diff, "interval95_to_moe": to_moe}
+    row |= {"diff_to_dense": 1.0, "diff_to_moe": 0.0, "cost_interval95": None, "cost_interval95_to_moe": [moe, moe]}
+    for key in ("cost", "finetune_cost", "flops"):
+        row |= {f"{key}_vs_dense": dense, f"{key}_vs_moe": moe}
+    return row
+
+
+def found(**row: Any) -> dict[str, str]:
+    """Verdicts by the beginnings of their claims."""
+    rows = verdicts([residual(**row)], {})
+    return {" ".join(row["claim"].split()[:4]): row["verdict"] for row in rows}
+
+
+def test_what_the_paper_says_would_be_confirmed() -> None:
+    rows = found(diff=[0.1, 2.0], to_moe=[-0.4, 0.5], dense=1.029, moe=0.69)
+    assert [*rows.values()] == 4 * ["confirmed"] + ["not testable at this size"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "changed"),
+    [
+        ("RMoE is better than", {"diff": [-0.1, 2.0]}),
+        ("RMoE is better than", {"diff": None}),
+        ("RMoE is as good", {"to_moe": [-0.6, 5.0]}),
+        ("RMoE costs < 3", {"dense": 1.031}),
+        ("RMoE saves > 30", {"moe": 0.71}),
+    ],
+)
+def test_one_miss_is_one_claim_less(claim: str, changed: dict[str, Any]) -> None:
+    rows = found(**{"diff": [0.1, 2.0], "to_moe": [-0.4, 0.5], "dense": 1.0, "moe": 0.5} | changed)
+    assert rows.pop(claim) == "not confirmed"
+    assert "not confirmed" not in rows.values()
+
+
+WEIGHTS = {
+    "core_norm": 2.0,
+    "residual_norm": [1.0, 1.0],
+    "cosine_experts": [[1.0, 0.6], [0.6, 1.0]],
+    "cosine_residuals": [[1.0, -1.0], [-1.0, 1.0]],
+    "effective_rank": {"w1": [3.0, 5.0], "w2": [1.0, 1.0]},
+}
+LOAD = {"load_entropy": 0.9, "gate_entropy": 0.8, "information": 0.1}
+
+
+def test_the_core_of_two_experts() -> None:
+    inside = {"moe_upstream": {"layers": {"blocks.1.mlp": {"weights": WEIGHTS, "load": LOAD}}}}
+    (shared, _) = verdicts([], inside)
+    assert (shared["measured"], shared["verdict"]) == ("0.800", "confirmed")  # 4 / (4 + 1)
+    (row,) = experts(inside)
+    assert (row["layer"], row["‖Δ‖ / ‖core‖"], row["cosine θ"], row["rank Δw1"]) == ("blocks.1", 0.5, 0.6, 4.0)
+    assert row["shared"] is None
+
+
+def test_an_ablation_is_against_residual_finetuning() -> None:
+    keys = ("mean", "diff_to_residual", "finetune_cost_vs_residual", "finetune_flops_vs_residual")
+    row = {"arm": "rank 2", "task": "segmentation", "metric": "mIoU", "seeds": [0, 1]}
+    (shown,) = ablation(
+        [row | dict(zip(keys, (20.0, -0.5, 0.99, 0.98), strict=True)) | {"interval95_to_residual": None}]
+    )
+    assert (shown["choice"], shown["seeds"], shown["− residual"], shown["95 %"]) == ("rank 2", 2, -0.5, "–")
