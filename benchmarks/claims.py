@@ -8,8 +8,10 @@ pipeline costs the sum of its stages. Each run has one core to itself; as many r
 
 A run that is complete is not run again unless its configuration has changed, and one that was interrupted goes on: this
 may be stopped at any time. Writes claims.json, one object for each task, metric and arm; claims_runs.json, every run
-with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures. With `--part ablation`
-it varies one choice at a time instead, for segmentation, and writes ablation.json and so on.
+with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures.
+
+`--part ablation` varies one choice at a time instead, for segmentation, and writes ablation.json and so on. `--part
+again` runs a dense and a residual pipeline a second time from the start, and writes claims_again.json.
 """
 
 from __future__ import annotations
@@ -18,7 +20,6 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -253,37 +254,42 @@ QUICK = Size(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    part = words.pop(words.index("--part") + 1) if "--part" in words else "claims"
-    words = [word for word in words if word != "--part"]
-    arguments = common.parse("claims", __doc__, words)
+    arguments = common.parse("claims", __doc__, argv, parts=("ablation", "again"))
     size = QUICK if arguments.quick else FULL
     folder = Path("work_dirs") / ("claims_quick" if arguments.quick else "claims")
+    arms = {name: ARMS[name] for name in size.arms}
+    file = "claims"
+    if arguments.part == "ablation":
+        file, size = "ablation", replace(size, tasks=("segmentation",), headline_seeds=size.seeds)
+        arms = {name: ARMS[name] for name in HEADLINE} | ABLATION
+    if arguments.part == "again":
+        size = replace(size, seeds=size.seeds[:1], headline_seeds=size.seeds[:1])
+        folder, arms = folder.with_name(f"{folder.name}_again"), {name: ARMS[name] for name in HEADLINE}
     os.chdir(ROOT)
     _render(folder / "data/pictures", size.pictures)
     _render(folder / "data/scenes", size.scenes)
-    arms = {name: ARMS[name] for name in size.arms}
-    if part == "ablation":
-        arms = {name: ARMS[name] for name in HEADLINE} | ABLATION
-        size = replace(size, tasks=("segmentation",))
-    runs = plan(folder, size, arms, part)
+    runs = plan(folder, size, arms)
     execute(list(runs.values()), arguments.threads)
-    if part == "claims":
+    details = [describe(key, training) for key, training in runs.items()]
+    config = asdict(size) | {"model": MODEL}
+    if arguments.part == "again":
+        first = json.loads((arguments.out / "claims_runs.json").read_text())["rows"]
+        common.publish(arguments, config, compared := again(details, first), compared, file="claims_again")
+        return
+    if arguments.part is None:
         look_inside(runs, size.seeds[0], arguments.out / "experts")
     rows = results(runs, size, arms)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{part}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw(arguments._replace(name=part), rows)
-    details = [describe(key, training) for key, training in runs.items()]
-    config = asdict(size) | {"model": MODEL}
-    common.publish(arguments._replace(name=f"{part}_runs"), config, details, table(rows))
+    (arguments.out / f"{file}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    draw(arguments._replace(name=file), rows)
+    common.publish(arguments, config, details, table(rows), file=f"{file}_runs")
 
 
 # A run's key: (stage or arm, "upstream" or task, seed).
 Key = tuple[str, str, int]
 
 
-def plan(folder: Path, size: Size, arms: Mapping[str, Arm], part: str) -> dict[Key, Training]:
+def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Training]:
     """All runs, each after those that it starts from."""
     runs: dict[Key, Training] = {}
 
@@ -305,7 +311,7 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm], part: str) -> dict[K
     for task_name in size.tasks:
         task, data = TASKS[task_name], folder / "data/scenes" / TASKS[task_name].data
         for name, arm in arms.items():
-            for seed in size.headline_seeds if name in HEADLINE and part == "claims" else size.seeds:
+            for seed in size.headline_seeds if name in HEADLINE else size.seeds:
                 before = upstream(arm.upstream, seed)
                 options = {"stage": name, "model.backbone.core": str(before.folder), **task.options, **arm.options}
                 options |= {f"model.backbone.{key}": value for key, value in MODEL.items()}
@@ -390,6 +396,19 @@ def execute(runs: Sequence[Training], jobs: int) -> None:
             for future in finished:
                 done.add(future.result().folder)
                 overall.advance(total)
+
+
+def again(runs: Sequence[Row], first: Sequence[Row]) -> list[Row]:
+    """Every figure of `runs` beside the one that it had the first time; both as `describe` says it."""
+    before = {(row["arm"], row["where"], row["seed"]): row for row in first}
+    return [
+        {"arm": row["arm"], "where": row["where"], "seed": row["seed"], "metric": metric}
+        | {"first": (was := before[row["arm"], row["where"], row["seed"]][metric]), "again": row[metric]}
+        | {"equal": was == row[metric]}
+        for row in runs
+        for metric in ("top1", "mIoU", "box AP", "mask AP")
+        if metric in row
+    ]
 
 
 def look_inside(runs: Mapping[Key, Training], seed: int, out: Path) -> None:

@@ -185,40 +185,60 @@ def join_group() -> None:
 
 
 class Arguments(NamedTuple):
-    """The command line of a benchmark."""
+    """The command line of a benchmark; `part` is of one that has parts."""
 
     name: str
     quick: bool
     threads: int
     out: Path
+    part: str | None = None
+
+    def command(self) -> str:
+        """The line itself."""
+        part = f" --part {self.part}" if self.part else ""
+        return f"python -m benchmarks.{self.name}{part}{' --quick' * self.quick}"
 
 
-def parse(name: str, description: str | None, argv: Sequence[str] | None = None) -> Arguments:
+def parse(
+    name: str, description: str | None, argv: Sequence[str] | None = None, parts: Sequence[str] = ()
+) -> Arguments:
     """Reads the command line that all benchmarks share.
 
     Args:
         name: of the benchmark; its files are called so.
         description: its module's docstring.
         argv: default: the process's.
+        parts: what it can do instead of what it does by default.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
     parser.add_argument("--threads", type=int, help="default: all cores, quick 1; layer and step have their own")
     parser.add_argument("--out", type=Path, help=f"default: {_relative(RESULTS)}, quick {_relative(QUICK_RESULTS)}")
+    if parts:
+        parser.add_argument("--part", choices=parts, help="something else than the whole")
     given = parser.parse_args(argv)
     threads = given.threads or (1 if given.quick else CORES)
-    return Arguments(name, given.quick, threads, given.out or (QUICK_RESULTS if given.quick else RESULTS))
+    out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
+    return Arguments(name, given.quick, threads, out, given.part if parts else None)
 
 
-def publish(arguments: Arguments, config: Mapping[str, Any], rows: Sequence[Row], table: Sequence[Row]) -> None:
-    """Prints `table` and writes NAME.json: the rows, the config, and all that a number depends on besides."""
+def publish(
+    arguments: Arguments,
+    config: Mapping[str, Any],
+    rows: Sequence[Row],
+    table: Sequence[Row],
+    *,
+    file: str | None = None,
+) -> None:
+    """Prints `table` and writes NAME.json, or FILE.json: the rows, the config, and all that a number depends on."""
+    file = file or arguments.name
     from rmoe.cost import software
 
     versions = software()
     commit = versions.pop("commit") or ""
     content = {
         "benchmark": arguments.name,
-        "command": f"python -m benchmarks.{arguments.name}{' --quick' * arguments.quick}",
+        "command": arguments.command(),
         "quick": arguments.quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": machine() | {"threads": arguments.threads, "allocators": ALLOCATORS, "settings": SETTINGS},
@@ -228,9 +248,9 @@ def publish(arguments: Arguments, config: Mapping[str, Any], rows: Sequence[Row]
         "config": dict(config),
         "rows": list(rows),
     }
-    show(table, title=f"{arguments.name}, {arguments.threads} threads")
+    show(table, title=f"{file}, {arguments.threads} threads")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    path = arguments.out / f"{arguments.name}.json"
+    path = arguments.out / f"{file}.json"
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     print(f"{_relative(path)} written")
 

@@ -55,7 +55,7 @@ def test_every_mixture_is_a_valid_one() -> None:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Training]:
     """The quick plan, with what finished runs leave: dense cost 100 s and 10 steps of 7 FLOPs, others more."""
-    planned = plan(tmp_path_factory.mktemp("claims"), QUICK, {name: ARMS[name] for name in QUICK.arms}, "claims")
+    planned = plan(tmp_path_factory.mktemp("claims"), QUICK, {name: ARMS[name] for name in QUICK.arms})
     for (name, _, _), training in planned.items():
         training.folder.mkdir(parents=True)
         more = 0 if name in ("dense", "core") else 50
@@ -90,6 +90,16 @@ def test_a_pipeline_costs_the_sum_of_its_stages(runs: dict[Any, Training]) -> No
     assert found["finetune_device_seconds"] == 150
     assert found["pipeline_device_seconds"] == 300
     assert found["pipeline_flops"] == 2 * 10 * 57
+
+
+def test_a_second_run_is_compared_figure_by_figure() -> None:
+    first = [
+        {"arm": "dense", "where": "detection", "seed": seed, "box AP": 9.0 + seed, "mask AP": 5.0} for seed in (0, 1)
+    ]
+    second = [first[1] | {"mask AP": 5.5}]
+    box, mask = claims.again(second, first)
+    assert (box["metric"], box["first"], box["again"], box["equal"]) == ("box AP", 10.0, 10.0, True)
+    assert (mask["metric"], mask["first"], mask["again"], mask["equal"]) == ("mask AP", 5.0, 5.5, False)
 
 
 def test_the_rows_of_claims(runs: dict[Any, Training], monkeypatch: pytest.MonkeyPatch) -> None:
