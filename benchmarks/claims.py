@@ -544,16 +544,10 @@ def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
             for row in (row for row in rows if (row["task"], row["metric"]) == (task, metric)):
                 mean, interval = row["diff_to_dense"], row["interval95"] or [row["diff_to_dense"]] * 2
                 error = [[mean - interval[0]], [interval[1] - mean]]
-                axis.errorbar(row["cost_vs_dense"], mean, yerr=error, fmt="o", capsize=3)
-                axis.annotate(
-                    row["arm"],
-                    (row["cost_vs_dense"], mean),
-                    fontsize="x-small",
-                    xytext=(4, 4),
-                    textcoords="offset points",
-                )
+                axis.errorbar(row["cost_vs_dense"], mean, yerr=error, fmt="o", capsize=3, label=row["arm"])
             axis.axhline(0.0, color="black", linewidth=0.5)
             axis.set(title=f"{task}: {metric} − dense", xlabel="device seconds of the pipeline, × dense")
+        axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _render(folder: Path, parameters: Mapping[str, str]) -> None:

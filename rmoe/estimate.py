@@ -78,6 +78,8 @@ class Memory:
         buckets: DeepSpeed's buffer to reduce gradients from, as large as ds_configs/ say. It is reserved as a whole on
             a GPU; on a CPU only what is used becomes resident.
         activations: most bytes of other tensors that are alive at once in forward and backward.
+        step: most bytes of gradients and activations together: the former come while the latter go. Where gradients
+            accumulate over several batches, it is the sum of both instead.
     """
 
     weights: int
@@ -86,11 +88,12 @@ class Memory:
     optimizer: int
     buckets: int
     activations: int
+    step: int
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(asdict(self).values())
+        """Most bytes at once."""
+        return self.weights + self.average + self.optimizer + self.buckets + self.step
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,7 @@ class Work:
         setting: with the config's values filled in.
         flops: as `Estimate.flops`.
         activations: as `Memory.activations`.
+        together: gradients and activations when most of both is alive.
         parameters: as `Estimate.parameters`.
         averaged: whether a moving average of the weights is kept.
         shared: parameters and buffers beside the experts.
@@ -170,6 +174,7 @@ class Work:
     setting: Setting
     flops: int
     activations: int
+    together: tuple[int, int]
     parameters: Parameters
     averaged: bool
     shared: int
@@ -217,6 +222,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         setting=setting,
         flops=traced.flops,
         activations=traced.activations,
+        together=traced.together,
         parameters=count_parameters(model),
         averaged=any(hook["type"] == "rmoe.EMAHook" for hook in cfg.get("custom_hooks") or ()),
         shared=_bytes(others) + _bytes(model.buffers()),
@@ -237,13 +243,16 @@ def share_out(work: Work) -> Estimate:
     part += experts_trained // replicas
     once = round(_others(setting.processes) * work.shared_trained + _others(replicas) * experts_trained)
     arrived = work.sent_tokens + work.sent_experts if ep_size > 1 else 0
+    gradients, (then, beside) = part if setting.zero == 2 else trained, work.together
+    kept = gradients / max(1, work.shared_trained + work.experts_trained)
     memory = Memory(
         weights=work.shared + experts,
         average=work.averaged * (work.shared + experts),
-        gradients=part if setting.zero == 2 else trained,
+        gradients=gradients,
         optimizer=(_ADAM_STATES + 1) * part if setting.zero else _ADAM_STATES * trained,
         buckets=_BUCKET_BYTES if setting.zero else 0,
         activations=work.activations + arrived,
+        step=max(work.activations, round(kept * then) + beside) + arrived,
     )
     traffic = Traffic(
         all_to_all=round(4 * _others(ep_size) * work.sent_tokens),
@@ -269,10 +278,12 @@ def training_loss(model: Any, images: Mapping[str, Any]) -> Tensor:
 
 
 class Trace(NamedTuple):
-    """What was counted while a step ran: FLOPs, and the peak of live bytes beside parameters and their gradients."""
+    """What was counted while a step ran: FLOPs; the peak of live bytes beside parameters and their gradients; and the
+    bytes of gradients and of the rest at the peak of both together."""
 
     flops: int
     activations: int
+    together: tuple[int, int]
 
 
 def trace(model: nn.Module, loss: Callable[[], Tensor], precision: Precision = "float32") -> Trace:
@@ -284,7 +295,7 @@ def trace(model: nn.Module, loss: Callable[[], Tensor], precision: Precision = "
             value = loss()
         value.backward()
     del value
-    return Trace(flops[0], live.peak(parameter.grad for parameter in model.parameters()))
+    return Trace(flops[0], *live.peaks(parameter.grad for parameter in model.parameters()))
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -311,15 +322,15 @@ class _LiveBytes(TorchDispatchMode):
             self._events.append((number, size))
             weakref.finalize(storage, self._events.append, (number, -size))
 
-    def peak(self, aside: Iterable[Tensor | None]) -> int:
-        """Most bytes alive at once, the tensors `aside` not counted."""
-        left_out = {self._numbers.get(x.untyped_storage()) for x in aside if x is not None}
-        now = highest = 0
+    def peaks(self, gradients: Iterable[Tensor | None]) -> tuple[int, tuple[int, int]]:
+        """Most bytes of others than `gradients` at once; bytes of gradients and of others at their common peak."""
+        theirs = {self._numbers.get(x.untyped_storage()) for x in gradients if x is not None}
+        now, highest, together = [0, 0], 0, (0, 0)  # gradients, others
         for number, size in self._events:
-            if number not in left_out:
-                now += size
-                highest = max(highest, now)
-        return highest
+            now[number not in theirs] += size
+            highest = max(highest, now[1])
+            together = max(together, (now[0], now[1]), key=sum)
+        return highest, together
 
 
 @contextmanager

@@ -26,6 +26,11 @@ def test_every_target_says_what_was_measured() -> None:
         assert row["met"] is (row["measured"] <= row["limit"])
 
 
+def test_the_estimate_is_near_the_memory_that_was_measured() -> None:
+    for row in json.loads((RESULTS / "step.json").read_text())["rows"]:
+        assert abs(row["estimated_bytes"] / row["beyond_weights_bytes"] - 1) < 0.1
+
+
 def test_the_page_of_claims_ends_with_the_tables_of_the_results() -> None:
     assert (DOCS / "claims.md").read_text().endswith(verdicts.render(RESULTS))
 

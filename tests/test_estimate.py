@@ -157,7 +157,9 @@ def test_live_bytes_by_hand() -> None:
 
     model = Twice()
     # In backward: `kept`, its expanded gradient (4 bytes) and their product, which becomes the weight's gradient.
-    assert trace(model, model.loss).activations == pytest.approx(400, abs=16)
+    found = trace(model, model.loss)
+    assert found.activations == pytest.approx(400, abs=16)
+    assert found.together == (400, pytest.approx(400, abs=16))
 
 
 @pytest.mark.parametrize("kind", ["dense", "full"])
@@ -210,6 +212,16 @@ def test_a_moving_average_is_another_copy_of_the_weights() -> None:
     cfg.custom_hooks = [dict(type="rmoe.EMAHook", momentum=1e-4)]
     memory = estimate(cfg, Setting(processes=1)).memory
     assert memory.average == memory.weights > 0
+
+
+def test_gradients_come_while_activations_go(work: Work) -> None:
+    work = replace(work, activations=1000, together=(300, 800), sent_tokens=0, sent_experts=0)
+    everything = work.shared_trained + work.experts_trained
+    assert spread(work, ep_size=1, zero=0).memory.step == 300 + 800
+    memory = spread(work, ep_size=1, zero=2).memory
+    assert memory.step == max(1000, round(300 * memory.gradients / everything) + 800)
+    assert spread(replace(work, together=(0, 1000)), zero=0).memory.step == 1000
+    assert memory.total == memory.weights + memory.optimizer + memory.buckets + memory.step
 
 
 def test_traffic_by_hand(work: Work) -> None:

@@ -12,7 +12,12 @@ from benchmarks.verdicts import ablation, experts, verdicts
 def residual(diff: list[float] | None, to_moe: list[float], dense: float, moe: float) -> dict[str, Any]:
     """A row of claims.json: intervals of the differences, and cost ratios."""
     row = {"arm": "residual", "task": "segmentation", "metric": "mIoU", "interval95": diff, "interval95_to_moe": to_moe}
-    row |= {"diff_to_dense": 1.0, "diff_to_moe": 0.0, "cost_interval95": None, "cost_interval95_to_moe": [moe, moe]}
+    row |= {
+        "diff_to_dense": 1.0,
+        "diff_to_moe": 0.0,
+        "cost_interval95": [0.9, dense],
+        "cost_interval95_to_moe": [0.4, moe],
+    }
     for key in ("cost", "finetune_cost", "flops"):
         row |= {f"{key}_vs_dense": dense, f"{key}_vs_moe": moe}
     return row
