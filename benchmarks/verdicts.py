@@ -13,6 +13,7 @@ from pathlib import Path
 
 from benchmarks import claims, common
 from benchmarks.common import Row
+from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, layer_means
 
 MARGIN = -0.5  # points
 CLAIMS, EXPERTS = "python -m benchmarks.claims", "rmoe analyze"
@@ -161,28 +162,13 @@ def ablation(rows: Sequence[Row]) -> list[Row]:
 def experts(inside: Mapping[str, Row]) -> list[Row]:
     """A line for each analysed run and layer; means over its experts."""
     return [
-        {"run": run, "layer": layer.removesuffix(".mlp")} | _expert_row(parts)
+        {"run": run, "layer": layer.removesuffix(".mlp")} | _means(parts)
         for run, found in inside.items()
         for layer, parts in found["layers"].items()
     ]
 
 
-def _expert_row(parts: Mapping[str, Row]) -> Row:
-    weights, load, moved = parts["weights"], parts["load"], parts.get("movement")
-    return {
-        "‖Δ‖ / ‖core‖": statistics.mean(weights["residual_norm"]) / weights["core_norm"],
-        "cosine θ": _beside(weights["cosine_experts"]),
-        "cosine Δ": _beside(weights["cosine_residuals"]),
-        "rank Δw1": statistics.mean(weights["effective_rank"]["w1"]),
-        "load entropy": load["load_entropy"],
-        "gate entropy": load["gate_entropy"],
-        "tells class": load["information"],
-        "core moved": moved and moved["core"],
-        "experts moved": moved and statistics.mean(moved["experts"]),
-        "shared": moved and moved["shared"],
-    }
-
-
-def _beside(square: Sequence[Sequence[float]]) -> float:
-    """Mean of the entries beside the diagonal."""
-    return statistics.mean(x for i, row in enumerate(square) for j, x in enumerate(row) if i != j)
+def _means(parts: Mapping[str, Row]) -> Row:
+    moved = LayerMovement(**parts["movement"]) if "movement" in parts else None
+    means = layer_means(LayerWeights(**parts["weights"]), LayerLoad(**parts["load"]), moved)
+    return {column: value for column, value in means.items() if column not in ("‖core‖", "rank Δw2")}

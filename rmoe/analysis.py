@@ -146,6 +146,30 @@ def movement(before: nn.Module, after: nn.Module) -> dict[str, LayerMovement]:
     return found
 
 
+def layer_means(weights: LayerWeights, load: LayerLoad, moved: LayerMovement | None) -> dict[str, float | None]:
+    """A layer in one line, by column: means over its experts; None for what nothing is known of."""
+    return {
+        "‖core‖": weights.core_norm,
+        "‖Δ‖ / ‖core‖": float(np.mean(weights.residual_norm)) / weights.core_norm,
+        "cosine θ": _beside(weights.cosine_experts),
+        "cosine Δ": _beside(weights.cosine_residuals),
+        "rank Δw1": float(np.mean(weights.effective_rank["w1"])),
+        "rank Δw2": float(np.mean(weights.effective_rank["w2"])),
+        "load entropy": load.load_entropy,
+        "gate entropy": load.gate_entropy,
+        "tells class": load.information,
+        "core moved": moved.core if moved else None,
+        "experts moved": float(np.mean(moved.experts)) if moved else None,
+        "shared": moved.shared if moved else None,
+    }
+
+
+def _beside(square: Sequence[Sequence[float]]) -> float:
+    """Mean of the entries beside the diagonal; of one expert, 1."""
+    values = np.array(square)
+    return float(values[~np.eye(len(values), dtype=bool)].mean()) if len(values) > 1 else 1.0
+
+
 def effective_rank(x: Tensor) -> float:
     """See `LayerWeights.effective_rank`. x: a matrix."""
     values = torch.linalg.svdvals(x)
@@ -213,7 +237,16 @@ def _layers(model: nn.Module) -> dict[str, ResidualMoE]:
     Raises:
         UserError: the model is dense.
     """
-    layers = {_name(path): layer for path, layer in moe_layers(model).items()}
+    return {_name(path): layer for path, layer in _mixtures(model).items()}
+
+
+def _mixtures(model: nn.Module) -> dict[str, ResidualMoE]:
+    """By path in the model.
+
+    Raises:
+        UserError: the model is dense.
+    """
+    layers = moe_layers(model)
     if not layers:
         raise UserError("the model is dense: there are no experts; give a run whose config has a moe")
     return layers
@@ -265,11 +298,11 @@ def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]
 
 def _routed(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
     """The map and the gate's probabilities, float32 [T, E], of each layer."""
-    _layers(model)  # is it dense?
+    mixtures = _mixtures(model)
     with torch.no_grad(), collect() as records:
         run()
     found = {}
-    for path, layer in moe_layers(model).items():
+    for path, layer in mixtures.items():
         routing, prefix = records.routing[layer], _prefix_tokens(model, path)
         expert_T = routing.expert_TK[prefix:, 0].cpu().numpy()
         found[_name(path)] = (expert_T.reshape(_grid(len(expert_T), size)), routing.probability_TE[prefix:].cpu())

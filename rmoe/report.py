@@ -20,7 +20,15 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import nn
 
-from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, load_statistics, movement, weight_statistics
+from rmoe.analysis import (
+    LayerLoad,
+    LayerMovement,
+    LayerWeights,
+    layer_means,
+    load_statistics,
+    movement,
+    weight_statistics,
+)
 from rmoe.config import UserError
 from rmoe.layers.moe import load_global_state_dict, moe_layers
 from rmoe.pictures import Scene, draw_detections, draw_experts, draw_load, draw_movement, draw_predictions, draw_weights
@@ -236,30 +244,14 @@ def _inside(
     weights: Mapping[str, LayerWeights], load: Mapping[str, LayerLoad], moved: Mapping[str, LayerMovement]
 ) -> Table:
     drawn = Table(title="means over a layer's experts")
-    heads = ["layer", "‖core‖", "‖Δ‖ / ‖core‖", "cosine θ", "cosine Δ", "rank Δw1", "rank Δw2"]
-    heads += [
-        "load entropy",
-        "gate entropy",
-        "tells class",
-        *(["core moved", "experts moved", "shared"] if moved else []),
-    ]
-    for head in heads:
-        drawn.add_column(head, justify="left" if head == "layer" else "right", no_wrap=head == "layer")
-    for name, one in weights.items():
-        norm = float(np.mean(one.residual_norm)) / one.core_norm
-        ranks = [float(np.mean(one.effective_rank[part])) for part in ("w1", "w2")]
-        cosines = [_beside(one.cosine_experts), _beside(one.cosine_residuals)]
-        gate = [load[name].load_entropy, load[name].gate_entropy, load[name].information]
-        change = [moved[name].core, float(np.mean(moved[name].experts)), moved[name].shared] if moved else []
-        numbers = [one.core_norm, norm, *cosines, *ranks, *gate, *change]
-        drawn.add_row(name.removesuffix(".mlp"), *(f"{x:.3f}" for x in numbers))
+    drawn.add_column("layer", no_wrap=True)
+    lines = {name: layer_means(weights[name], load[name], moved.get(name)) for name in weights}
+    for head, value in next(iter(lines.values())).items():
+        if value is not None:
+            drawn.add_column(head, justify="right")
+    for name, line in lines.items():
+        drawn.add_row(name.removesuffix(".mlp"), *(f"{x:.3f}" for x in line.values() if x is not None))
     return drawn
-
-
-def _beside(square: Sequence[Sequence[float]]) -> float:
-    """Mean of the entries beside the diagonal; of one expert, 1."""
-    values = np.array(square)
-    return float(values[~np.eye(len(values), dtype=bool)].mean()) if len(values) > 1 else 1.0
 
 
 def table(rows: Sequence[Row]) -> Table:

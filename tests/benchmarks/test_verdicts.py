@@ -57,7 +57,7 @@ WEIGHTS = {
     "cosine_residuals": [[1.0, -1.0], [-1.0, 1.0]],
     "effective_rank": {"w1": [3.0, 5.0], "w2": [1.0, 1.0]},
 }
-LOAD = {"load_entropy": 0.9, "gate_entropy": 0.8, "information": 0.1}
+LOAD = {"load": [0.3, 0.7], "load_entropy": 0.9, "gate_entropy": 0.8, "by_class": {}, "information": 0.1}
 
 
 def test_the_core_of_two_experts() -> None:
