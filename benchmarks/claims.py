@@ -11,7 +11,8 @@ may be stopped at any time. Writes claims.json, one object for each task, metric
 with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures.
 
 `--part ablation` varies one choice at a time instead, for segmentation, and writes ablation.json and so on. `--part
-again` runs a dense and a residual pipeline a second time from the start, and writes claims_again.json.
+again` runs a dense and a residual pipeline twice on this machine, each time from rendering the data on, and writes
+claims_again.json with both results beside those in claims_runs.json, which another machine may have made.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ UPSTREAM = {
     "core": Upstream(),
     "moe": Upstream(OWN),
     "intermediate": Upstream(EXPERTS, "core", 0.2),
+    "intermediate_short": Upstream(EXPERTS, "core", 0.05),
+    "intermediate_long": Upstream(EXPERTS, "core", 0.6),
 }
 ARMS = {
     "dense": Arm("core", None),
@@ -113,12 +116,15 @@ ABLATION = {
     "residual lr × 10": Arm("core", EXPERTS, {f"{_LR}residual_lr_mult": 10.0}),
     "gate lr × 10": Arm("core", EXPERTS, {f"{_LR}gate_lr_mult": 10.0}),
     "no decay of residuals": Arm("core", EXPERTS, {f"{_LR}residual_decay_mult": 0.0}),
-    "decay of residuals × 10": Arm("core", EXPERTS, {f"{_LR}residual_decay_mult": 10.0}),
+    "decay of residuals × 100": Arm("core", EXPERTS, {f"{_LR}residual_decay_mult": 100.0}),
+    "decay of gate × 100": Arm("core", EXPERTS, {f"{_LR}custom_keys": {".gate.": {"decay_mult": 100.0}}}),
     "no aux loss": Arm("core", EXPERTS | {"losses": {"importance": 0.0}}),
     "importance 0.05": Arm("core", EXPERTS | {"losses": {"importance": 0.05}}),
     "no noise": Arm("core", EXPERTS | {"noise": 0.0}),
     "straight-through": Arm("core", EXPERTS | {"combine": "straight_through"}),
     "intermediate": Arm("intermediate", EXPERTS),
+    "intermediate × ¼": Arm("intermediate_short", EXPERTS),
+    "intermediate × 3": Arm("intermediate_long", EXPERTS),
 }
 
 
@@ -264,29 +270,35 @@ def main(argv: Sequence[str] | None = None) -> None:
         arms = {name: ARMS[name] for name in HEADLINE} | ABLATION
     if arguments.part == "again":
         size = replace(size, seeds=size.seeds[:1], headline_seeds=size.seeds[:1])
-        folder, arms = folder.with_name(f"{folder.name}_again"), {name: ARMS[name] for name in HEADLINE}
+        arms = {name: ARMS[name] for name in HEADLINE}
     os.chdir(ROOT)
-    _render(folder / "data/pictures", size.pictures)
-    _render(folder / "data/scenes", size.scenes)
-    runs = plan(folder, size, arms)
-    execute(list(runs.values()), arguments.threads)
-    details = [describe(key, training) for key, training in runs.items()]
+    runs, details = carry_out(folder, size, arms, arguments.threads)
     config = asdict(size) | {"model": MODEL}
     if arguments.part == "again":
-        first = json.loads((arguments.out / "claims_runs.json").read_text())["rows"]
-        common.publish(arguments, config, compared := again(details, first), compared, file="claims_again")
+        _, second = carry_out(folder.with_name(f"{folder.name}_again"), size, arms, arguments.threads)
+        published = json.loads((arguments.out / "claims_runs.json").read_text())["rows"]
+        common.publish(arguments, config, compared := again(details, second, published), compared, file="claims_again")
         return
     if arguments.part is None:
         look_inside(runs, size.seeds[0], arguments.out / "experts")
     rows = results(runs, size, arms)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{file}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    draw(arguments._replace(name=file), rows)
+    (draw if arguments.part is None else draw_choices)(arguments, rows)
     common.publish(arguments, config, details, table(rows), file=f"{file}_runs")
 
 
 # A run's key: (stage or arm, "upstream" or task, seed).
 Key = tuple[str, str, int]
+
+
+def carry_out(folder: Path, size: Size, arms: Mapping[str, Arm], jobs: int) -> tuple[dict[Key, Training], list[Row]]:
+    """Renders the data and runs what is not complete; the runs, and `describe` of each."""
+    _render(folder / "data/pictures", size.pictures)
+    _render(folder / "data/scenes", size.scenes)
+    runs = plan(folder, size, arms)
+    execute(list(runs.values()), jobs)
+    return runs, [describe(key, training) for key, training in runs.items()]
 
 
 def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Training]:
@@ -398,17 +410,20 @@ def execute(runs: Sequence[Training], jobs: int) -> None:
                 overall.advance(total)
 
 
-def again(runs: Sequence[Row], first: Sequence[Row]) -> list[Row]:
-    """Every figure of `runs` beside the one that it had the first time; both as `describe` says it."""
-    before = {(row["arm"], row["where"], row["seed"]): row for row in first}
-    return [
-        {"arm": row["arm"], "where": row["where"], "seed": row["seed"], "metric": metric}
-        | {"first": (was := before[row["arm"], row["where"], row["seed"]][metric]), "again": row[metric]}
-        | {"equal": was == row[metric]}
-        for row in runs
-        for metric in ("top1", "mIoU", "box AP", "mask AP")
-        if metric in row
-    ]
+def again(first: Sequence[Row], second: Sequence[Row], published: Sequence[Row]) -> list[Row]:
+    """Every figure of `first` beside that of `second` and of `published`; all as `describe` says it."""
+    by_run = [{(row["arm"], row["where"], row["seed"]): row for row in rows} for rows in (second, published)]
+    rows = []
+    for row in first:
+        repeated, known = (found[row["arm"], row["where"], row["seed"]] for found in by_run)
+        rows += [
+            {"arm": row["arm"], "where": row["where"], "seed": row["seed"], "metric": metric}
+            | {"first": row[metric], "again": repeated[metric], "equal": row[metric] == repeated[metric]}
+            | {"claims_runs": known[metric]}
+            for metric in ("top1", "mIoU", "box AP", "mask AP")
+            if metric in row
+        ]
+    return rows
 
 
 def look_inside(runs: Mapping[Key, Training], seed: int, out: Path) -> None:
@@ -548,6 +563,26 @@ def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
             axis.axhline(0.0, color="black", linewidth=0.5)
             axis.set(title=f"{task}: {metric} − dense", xlabel="device seconds of the pipeline, × dense")
         axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+
+
+def draw_choices(arguments: common.Arguments, rows: Sequence[Row]) -> None:
+    """Each choice's difference to the defaults, and its cost, with their intervals; the defaults are the line."""
+    shown = rows[::-1]
+    panels = (
+        ("diff_to_residual", "interval95_to_residual", f"{rows[0]['metric']} − residual", 0.0),
+        ("finetune_cost_vs_residual", "finetune_cost_interval95_to_residual", "finetune, seconds × residual", 1.0),
+        ("cost_vs_residual", "cost_interval95_to_residual", "pipeline, seconds × residual", 1.0),
+    )
+    height = 1.0 + 0.25 * len(rows)
+    with common.picture(arguments, len(panels), "One choice at a time", height, file="ablation") as axes:
+        for axis, (mean, interval, label, same) in zip(axes, panels, strict=True):
+            for place, row in enumerate(shown):
+                axis.plot(row[interval] or [row[mean]] * 2, [place, place], color="tab:blue")
+                axis.plot(row[mean], place, "o", color="tab:blue")
+            axis.axvline(same, color="black", linewidth=0.5)
+            axis.set(xlabel=label, yticks=range(len(shown)), yticklabels=[])
+            axis.grid(axis="y", alpha=0.3)
+        axes[0].set_yticklabels([row["arm"] for row in shown])
 
 
 def _render(folder: Path, parameters: Mapping[str, str]) -> None:

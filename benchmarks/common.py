@@ -313,18 +313,20 @@ def pivot(rows: Sequence[Row], index: Sequence[str], column: str, value: str) ->
 
 
 @contextmanager
-def picture(arguments: Arguments, columns: int, title: str) -> Iterator[Sequence[Any]]:
-    """Axes side by side to draw into; saved as NAME.png afterwards."""
+def picture(
+    arguments: Arguments, columns: int, title: str, height: float = 4.0, file: str | None = None
+) -> Iterator[Sequence[Any]]:
+    """Axes side by side, `height` inches high, to draw into; saved as FILE.png, or NAME.png, afterwards."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, columns, figsize=(5 * columns, 4), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(1, columns, figsize=(5 * columns, height), squeeze=False, layout="constrained")
     yield axes[0]
     figure.suptitle(title)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    figure.savefig(arguments.out / f"{arguments.name}.png", dpi=110)
+    figure.savefig(arguments.out / f"{file or arguments.name}.png", dpi=110)
     pyplot.close(figure)
 
 

@@ -152,6 +152,7 @@ def ablation(rows: Sequence[Row]) -> list[Row]:
             "mean": row["mean"],
             "− residual": row["diff_to_residual"],
             "95 %": claims.span(row["interval95_to_residual"]),
+            "pipeline s × residual": row["cost_vs_residual"],
             "finetune s × residual": row["finetune_cost_vs_residual"],
             "finetune FLOPs × residual": row["finetune_flops_vs_residual"],
         }

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mmengine.config import Config
+from torch import nn
 
 from benchmarks import claims
 from benchmarks.claims import ARMS, QUICK, UPSTREAM, cost, paired, pipeline_cost, plan, quality, results
+from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
+from rmoe.engine.optim import param_groups
 from rmoe.stages import Training
 
 
@@ -49,7 +53,28 @@ def test_every_mixture_is_a_valid_one() -> None:
     for arm in [*ARMS.values(), *claims.ABLATION.values(), *UPSTREAM.values()]:
         if arm.moe:
             ResidualMoEConfig.from_dict(arm.moe)
-    assert {arm.upstream for arm in ARMS.values()} == set(UPSTREAM)
+    assert {arm.upstream for arm in [*ARMS.values(), *claims.ABLATION.values()]} == set(UPSTREAM)
+
+
+def test_choices_of_the_optimizer_are_of_parameters_that_there_are(tmp_path: Path) -> None:
+    residual = plan(tmp_path, QUICK, {"residual": ARMS["residual"]})["residual", "segmentation", 0]
+    backbone = Config.fromfile(residual.config, import_custom_modules=False).model.backbone
+    model = nn.Module()
+    model.backbone = TimmPyramid(
+        backbone.model, backbone.kwargs.to_dict(), backbone.out_indices, moe=ARMS["residual"].moe
+    )
+
+    def settings(**options: Any) -> dict[int, tuple[float, float]]:
+        groups = param_groups(model, 1.0, 1.0, **options)
+        return {id(x): (group["lr"], group["weight_decay"]) for group in groups for x in group["params"]}
+
+    arms = {name: arm for name, arm in claims.ABLATION.items() if arm.options}
+    assert len(arms) == 6
+    for (name, where, _), training in plan(tmp_path, replace(QUICK, seeds=(0,)), arms).items():
+        if where == "segmentation":
+            config = Config.fromfile(training.config, import_custom_modules=False)
+            changed, plain = settings(**config.optim_wrapper.paramwise_cfg), settings()
+            assert {key for key in plain if plain[key] != changed[key]}, name
 
 
 @pytest.fixture(scope="module")
@@ -93,13 +118,12 @@ def test_a_pipeline_costs_the_sum_of_its_stages(runs: dict[Any, Training]) -> No
 
 
 def test_a_second_run_is_compared_figure_by_figure() -> None:
-    first = [
-        {"arm": "dense", "where": "detection", "seed": seed, "box AP": 9.0 + seed, "mask AP": 5.0} for seed in (0, 1)
-    ]
-    second = [first[1] | {"mask AP": 5.5}]
-    box, mask = claims.again(second, first)
+    first = [{"arm": "dense", "where": "detection", "seed": 1, "box AP": 10.0, "mask AP": 5.0}]
+    published = [first[0] | {"seed": seed, "box AP": 9.0 + seed, "mask AP": 5.25} for seed in (0, 1)]
+    box, mask = claims.again(first, [first[0] | {"mask AP": 5.5}], published)
     assert (box["metric"], box["first"], box["again"], box["equal"]) == ("box AP", 10.0, 10.0, True)
     assert (mask["metric"], mask["first"], mask["again"], mask["equal"]) == ("mask AP", 5.0, 5.5, False)
+    assert (box["claims_runs"], mask["claims_runs"]) == (10.0, 5.25)
 
 
 def test_the_rows_of_claims(runs: dict[Any, Training], monkeypatch: pytest.MonkeyPatch) -> None:

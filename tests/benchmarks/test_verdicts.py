@@ -70,9 +70,9 @@ def test_the_core_of_two_experts() -> None:
 
 
 def test_an_ablation_is_against_residual_finetuning() -> None:
-    keys = ("mean", "diff_to_residual", "finetune_cost_vs_residual", "finetune_flops_vs_residual")
+    keys = ("mean", "diff_to_residual", "cost_vs_residual", "finetune_cost_vs_residual", "finetune_flops_vs_residual")
     row = {"arm": "rank 2", "task": "segmentation", "metric": "mIoU", "seeds": [0, 1]}
     (shown,) = ablation(
-        [row | dict(zip(keys, (20.0, -0.5, 0.99, 0.98), strict=True)) | {"interval95_to_residual": None}]
+        [row | dict(zip(keys, (20.0, -0.5, 1.0, 0.99, 0.98), strict=True)) | {"interval95_to_residual": None}]
     )
     assert (shown["choice"], shown["seeds"], shown["− residual"], shown["95 %"]) == ("rank 2", 2, -0.5, "–")
