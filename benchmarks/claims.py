@@ -365,7 +365,7 @@ def _config(
 
 
 def _training(folder: Path, config: Config, after: tuple[Training, ...]) -> Training:
-    path = folder.with_suffix(".py")
+    path = folder.with_name(f"{folder.name}.py")  # a name may have a dot
     path.parent.mkdir(parents=True, exist_ok=True)
     config.dump(path)
     return Training(folder, str(path), JSON, after=after)

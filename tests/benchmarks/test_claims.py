@@ -94,6 +94,11 @@ def test_stages_come_in_order_and_are_shared(runs: dict[Any, Training]) -> None:
     assert runs["dense", "segmentation", 0].after == runs["residual", "segmentation", 0].after
 
 
+def test_every_run_has_a_config_of_its_own(tmp_path: Path) -> None:
+    runs = plan(tmp_path, QUICK, {"importance 0.05": ARMS["dense"]})
+    assert len({training.config for training in runs.values()}) == len(runs) == 2 * (1 + 1)
+
+
 def test_arms_of_a_seed_differ_in_the_experts_alone(runs: dict[Any, Training]) -> None:
     dense, residual = (
         Config.fromfile(runs[name, "segmentation", 1].config, import_custom_modules=False).to_dict()
