@@ -10,8 +10,9 @@ A run that is complete is not run again unless its configuration has changed, an
 may be stopped at any time. Writes claims.json, one object for each task, metric and arm; claims_runs.json, every run
 with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures.
 
-`--part ablation` varies one choice at a time instead, for segmentation, and writes ablation.json and so on. `--part
-again` runs a dense and a residual pipeline twice on this machine, each time from rendering the data on, and writes
+`--part long` gives the paper's four pipelines `LONGER` times the steps downstream, for segmentation, and writes
+long.json and so on. `--part ablation` varies one choice at a time, for segmentation, and writes ablation.json and so on.
+`--part again` runs a dense and a residual pipeline twice on this machine, each time from rendering the data on, and writes
 claims_again.json with both results beside those in claims_runs.json, which another machine may have made.
 """
 
@@ -45,6 +46,8 @@ JSON = "ds_configs/zero0.json"
 SEEDS, HEADLINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
 HEADLINE = ("dense", "residual")
 REFERENCES = ("dense", "moe", "residual")  # what arms are compared with
+LONGER = 3  # times the steps downstream
+INSIDE = {"claims": "experts", "long": "experts_long"}  # folders for what is seen inside mixtures
 EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 1}
 # Of the backbones here, the one that learns from few images in few steps: docs/claims.md.
 MODEL: dict[str, Any] = {
@@ -87,6 +90,7 @@ class Upstream:
 UPSTREAM = {
     "core": Upstream(),
     "moe": Upstream(OWN),
+    "core_longer": Upstream(None, "core", 0.2),
     "intermediate": Upstream(EXPERTS, "core", 0.2),
     "intermediate_short": Upstream(EXPERTS, "core", 0.05),
     "intermediate_long": Upstream(EXPERTS, "core", 0.6),
@@ -100,6 +104,10 @@ ARMS = {
     "core_trained": Arm("core", EXPERTS | {"train_core": True}),
     "upcycled": Arm("core", EXPERTS | {"residual": "experts"}),
     "experts_fixed": Arm("moe", OWN | {"train_residual": False}),
+}
+# The paper's pipelines, and what intermediate training does to a dense network: as much more of upstream.
+LONG = {name: ARMS[name] for name in ("dense", "moe", "residual", "intermediate_residual")} | {
+    "dense_core_longer": Arm("core_longer", None)
 }
 _LR = "optim_wrapper.paramwise_cfg."
 # One choice at a time, against `residual` of ARMS.
@@ -260,32 +268,38 @@ QUICK = Size(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    arguments = common.parse("claims", __doc__, argv, parts=("ablation", "again"))
+    arguments = common.parse("claims", __doc__, argv, parts=("long", "ablation", "again"))
     size = QUICK if arguments.quick else FULL
     folder = Path("work_dirs") / ("claims_quick" if arguments.quick else "claims")
-    arms = {name: ARMS[name] for name in size.arms}
-    file = "claims"
-    if arguments.part == "ablation":
-        file, size = "ablation", replace(size, tasks=("segmentation",), headline_seeds=size.seeds)
-        arms = {name: ARMS[name] for name in HEADLINE} | ABLATION
-    if arguments.part == "again":
-        size = replace(size, seeds=size.seeds[:1], headline_seeds=size.seeds[:1])
-        arms = {name: ARMS[name] for name in HEADLINE}
+    file, size, arms = portion(arguments.part, size)
     os.chdir(ROOT)
     runs, details = carry_out(folder, size, arms, arguments.threads)
-    config = asdict(size) | {"model": MODEL}
+    config = asdict(size) | {"arms": [*arms], "model": MODEL}
     if arguments.part == "again":
         _, second = carry_out(folder.with_name(f"{folder.name}_again"), size, arms, arguments.threads)
         published = json.loads((arguments.out / "claims_runs.json").read_text())["rows"]
-        common.publish(arguments, config, compared := again(details, second, published), compared, file="claims_again")
+        common.publish(arguments, config, compared := again(details, second, published), compared, file=file)
         return
-    if arguments.part is None:
-        look_inside(runs, size.seeds[0], arguments.out / "experts")
+    if file in INSIDE:
+        look_inside(runs, size.seeds[0], arguments.out / INSIDE[file])
     rows = results(runs, size, arms)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{file}.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (draw if arguments.part is None else draw_choices)(arguments, rows)
+    (draw_choices if arguments.part == "ablation" else draw)(arguments, rows, file)
     common.publish(arguments, config, details, table(rows), file=f"{file}_runs")
+
+
+def portion(part: str | None, size: Size) -> tuple[str, Size, Mapping[str, Arm]]:
+    """What a part of this benchmark runs: the name of its files, how much of what, and the arms."""
+    if part == "long":
+        steps = {task: LONGER * steps for task, steps in size.steps.items()}
+        return "long", replace(size, tasks=("segmentation",), steps=steps, seeds=size.headline_seeds), LONG
+    headline = {name: ARMS[name] for name in HEADLINE}
+    if part == "ablation":
+        return "ablation", replace(size, tasks=("segmentation",), headline_seeds=size.seeds), headline | ABLATION
+    if part == "again":
+        return "claims_again", replace(size, seeds=size.seeds[:1], headline_seeds=size.seeds[:1]), headline
+    return "claims", size, {name: ARMS[name] for name in size.arms}
 
 
 # A run's key: (stage or arm, "upstream" or task, seed).
@@ -302,7 +316,7 @@ def carry_out(folder: Path, size: Size, arms: Mapping[str, Arm], jobs: int) -> t
 
 
 def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Training]:
-    """All runs, each after those that it starts from."""
+    """All runs, each after those that it starts from, seed by seed."""
     runs: dict[Key, Training] = {}
 
     def upstream(stage: str, seed: int) -> Training:
@@ -322,8 +336,10 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Trainin
 
     for task_name in size.tasks:
         task, data = TASKS[task_name], folder / "data/scenes" / TASKS[task_name].data
-        for name, arm in arms.items():
-            for seed in size.headline_seeds if name in HEADLINE else size.seeds:
+        for seed in sorted({*size.seeds, *size.headline_seeds}):
+            for name, arm in arms.items():
+                if seed not in (size.headline_seeds if name in HEADLINE else size.seeds):
+                    continue
                 before = upstream(arm.upstream, seed)
                 options = {"stage": name, "model.backbone.core": str(before.folder), **task.options, **arm.options}
                 options |= {f"model.backbone.{key}": value for key, value in MODEL.items()}
@@ -336,7 +352,7 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Trainin
                     options["val_evaluator.ann_file"] = str(data / task.classes)
                 steps, batch = size.steps[task_name], size.batch[task_name]
                 config = _config(task.base, steps, batch, seed, options, "model.backbone", arm.moe)
-                place = folder / task_name / f"{name.replace(' ', '_')}_{seed}"
+                place = folder / f"{task_name}_{steps}" / f"{name.replace(' ', '_')}_{seed}"
                 runs[(name, task_name, seed)] = _training(place, config, (before,))
     return runs
 
@@ -438,16 +454,19 @@ def results(runs: Mapping[Key, Training], size: Size, arms: Mapping[str, Arm]) -
     rows: list[Row] = []
     for task in size.tasks:
         values: dict[str, dict[str, dict[int, float]]] = {}
+        losses: dict[str, dict[int, float]] = {}
         costs: dict[str, dict[int, dict[str, float]]] = {}
         for (name, where, seed), training in runs.items():
             if where == task:
-                for metric, value in Run(training.folder).values().items():
+                run = Run(training.folder)
+                losses.setdefault(name, {})[seed] = run.train_loss()
+                for metric, value in run.values().items():
                     values.setdefault(metric, {}).setdefault(name, {})[seed] = value
                 costs.setdefault(name, {})[seed] = pipeline_cost(training)
         for metric, of_arm in values.items():
             for name in of_arm:
                 row: Row = {"arm": name, "task": task, "metric": metric, "upstream": arms[name].upstream}
-                rows.append(row | quality(of_arm, name) | cost(costs, name))
+                rows.append(row | quality(of_arm, name) | {"train_loss": quality(losses, name)} | cost(costs, name))
     return rows
 
 
@@ -522,7 +541,8 @@ def describe(key: Key, training: Training) -> Row:
     found = json.loads((training.folder / "cost.json").read_text())
     kept = ("device_seconds", "steps", "images", "flops_per_step", "params_total", "params_active", "params_trainable")
     run = {"arm": name, "where": where, "seed": seed, "fingerprint": training.fingerprint()[:12]}
-    return run | Run(training.folder).values() | {name: found[name] for name in kept}
+    finished = Run(training.folder)
+    return run | finished.values() | {"train_loss": finished.train_loss()} | {name: found[name] for name in kept}
 
 
 def table(rows: Iterable[Row]) -> list[Row]:
@@ -551,10 +571,10 @@ def span(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else "{:+.2f} … {:+.2f}".format(*interval)
 
 
-def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
+def draw(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:
     """Difference to dense, with its interval, over the pipeline's cost."""
     metrics = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
-    with common.picture(arguments, len(metrics), "Quality against cost, dense = 0 and 1") as axes:
+    with common.picture(arguments, len(metrics), "Quality against cost, dense = 0 and 1", file=file) as axes:
         for axis, (task, metric) in zip(axes, metrics, strict=True):
             for row in (row for row in rows if (row["task"], row["metric"]) == (task, metric)):
                 mean, interval = row["diff_to_dense"], row["interval95"] or [row["diff_to_dense"]] * 2
@@ -565,7 +585,7 @@ def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
         axes[-1].legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
-def draw_choices(arguments: common.Arguments, rows: Sequence[Row]) -> None:
+def draw_choices(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:
     """Each choice's difference to the defaults, and its cost, with their intervals; the defaults are the line."""
     shown = rows[::-1]
     panels = (
@@ -574,7 +594,7 @@ def draw_choices(arguments: common.Arguments, rows: Sequence[Row]) -> None:
         ("cost_vs_residual", "cost_interval95_to_residual", "pipeline, seconds × residual", 1.0),
     )
     height = 1.0 + 0.25 * len(rows)
-    with common.picture(arguments, len(panels), "One choice at a time", height, file="ablation") as axes:
+    with common.picture(arguments, len(panels), "One choice at a time", height, file=file) as axes:
         for axis, (mean, interval, label, same) in zip(axes, panels, strict=True):
             for place, row in enumerate(shown):
                 axis.plot(row[interval] or [row[mean]] * 2, [place, place], color="tab:blue")

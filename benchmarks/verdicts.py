@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks import claims, common
 from benchmarks.common import Row
@@ -22,43 +23,61 @@ GAINS = {"mIoU": "+1.1, +0.9, +1.0", "box AP": "+1.4, +1.6, +0.6", "mask AP": "�
 MOST_OVER_DENSE, MOST_OF_MOE = 1.03, 0.70  # "less than 3% additional training cost", "saving over 30%"
 FREE = ("moe_upstream", "moe_downstream", "upcycled")  # runs whose experts are networks of their own
 _YES, _NO = "confirmed", "not confirmed"
+_LONGER = f", {claims.LONGER} × the steps"
 
 
 def render(folder: Path) -> str:
-    """Markdown: the claims, all arms, one choice at a time, and the experts as `rmoe analyze` saw them.
+    """Markdown: the claims, all arms, the longer schedule, one choice at a time, and the experts as `rmoe analyze` saw them.
 
     Args:
-        folder: holds claims.json, claims_runs.json, ablation.json, ablation_runs.json and experts/*/analysis.json.
+        folder: holds claims.json, long.json and ablation.json, each with its runs in *_runs.json, and analysis.json of
+            runs in experts/ and experts_long/.
     """
-    inside = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("experts/*/analysis.json"))}
-    claimed = verdicts(json.loads((folder / "claims.json").read_text()), inside)
-    parts = [f"## Claim by claim\n\n{common.markdown(claimed)}", _part(folder, "claims", "All arms")]
-    if (folder / "ablation.json").exists():
-        parts.append(_part(folder, "ablation", "One choice at a time"))
-    parts.append(f"## Inside the experts\n\n{common.markdown(experts(inside))}")
+    inside = _inside(folder / claims.INSIDE["claims"])
+    longer = {f"{run}{_LONGER}": found for run, found in _inside(folder / claims.INSIDE["long"]).items()}
+    claimed = verdicts(_read(folder, "claims"), _read(folder, "long"), inside)
+    parts = [
+        f"## Claim by claim\n\n{common.markdown(claimed)}",
+        *_part(folder, "claims", "All arms", claims.table),
+        *_part(folder, "long", "A longer schedule", claims.table),
+        *_part(folder, "ablation", "One choice at a time", ablation),
+        f"## Inside the experts\n\n{common.markdown(experts(inside | longer))}",
+    ]
     return "\n".join(parts)
 
 
-def _part(folder: Path, part: str, title: str) -> str:
-    rows = json.loads((folder / f"{part}.json").read_text())
-    runs = json.loads((folder / f"{part}_runs.json").read_text())
-    table = claims.table(rows) if part == "claims" else ablation(rows)
-    return f"## {title}\n\n{common.circumstances(runs)}\n\n{common.markdown(table)}"
+def _read(folder: Path, part: str) -> Any:
+    """Of a part that was not run, nothing."""
+    path = folder / f"{part}.json"
+    return json.loads(path.read_text()) if path.exists() else []
 
 
-def verdicts(rows: Sequence[Row], inside: Mapping[str, Row]) -> list[Row]:
+def _inside(folder: Path) -> dict[str, Row]:
+    return {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/analysis.json"))}
+
+
+def _part(folder: Path, part: str, title: str, table: Callable[[Sequence[Row]], list[Row]]) -> Iterator[str]:
+    if rows := _read(folder, part):
+        circumstances = common.circumstances(_read(folder, f"{part}_runs"))
+        yield f"## {title}\n\n{circumstances}\n\n{common.markdown(table(rows))}"
+
+
+def verdicts(rows: Sequence[Row], longer: Sequence[Row], inside: Mapping[str, Row]) -> list[Row]:
     """Claim by claim.
 
     Args:
         rows: of claims.json.
+        longer: of long.json.
         inside: what `rmoe analyze` wrote, by run.
     """
-    by = {(row["metric"], row["arm"]): row for row in rows}
+    cases = [_Case(row, "", CLAIMS) for row in rows if row["arm"] == "residual"]
+    cases += [_Case(row, _LONGER, f"{CLAIMS} --part long") for row in longer if row["arm"] == "residual"]
+    of_tasks = [case for case in cases if case.row["metric"] != "mask AP"]  # costs are a task's
     return [
-        *(_better(by[metric, "residual"], paper) for metric, paper in GAINS.items() if (metric, "residual") in by),
-        *(_as_good(by[metric, "residual"]) for metric in GAINS if (metric, "residual") in by),
-        *(_cheap(by[metric, "residual"]) for metric in ("mIoU", "box AP") if (metric, "residual") in by),
-        *(_saving(by[metric, "residual"]) for metric in ("mIoU", "box AP") if (metric, "residual") in by),
+        *map(_better, cases),
+        *map(_as_good, cases),
+        *map(_cheap, of_tasks),
+        *map(_saving, of_tasks),
         *(_shared(run, found) for run, found in inside.items() if run in FREE),
         {
             "claim": "ImageNet-22k pretraining; Swin-T, CvT-13, Swin-L; ADE20K and COCO at full size",
@@ -72,7 +91,18 @@ def verdicts(rows: Sequence[Row], inside: Mapping[str, Row]) -> list[Row]:
     ]
 
 
-def _row(claim: str, paper: str, measured: str, interval: str, cost: str, holds: bool, command: str = CLAIMS) -> Row:
+class _Case(NamedTuple):
+    """RMoE's row of one table, what to add to the words of its claims, and the command that made it."""
+
+    row: Row
+    words: str
+    command: str
+
+    def verdict(self, claim: str, paper: str, measured: str, interval: str, cost: str, holds: bool) -> Row:
+        return _verdict(f"{claim}{self.words}", paper, measured, interval, cost, holds, self.command)
+
+
+def _verdict(claim: str, paper: str, measured: str, interval: str, cost: str, holds: bool, command: str) -> Row:
     return {
         "claim": claim,
         "paper": paper,
@@ -84,38 +114,56 @@ def _row(claim: str, paper: str, measured: str, interval: str, cost: str, holds:
     }
 
 
-def _better(row: Row, paper: str) -> Row:
+def _better(case: _Case) -> Row:
     """RMoE against dense, in points."""
-    low = row["interval95"][0] if row["interval95"] else None
-    cost = f"× {row['cost_vs_dense']:.3f} dense"
-    holds = low is not None and low > 0
-    claim = f"RMoE is better than dense, {row['metric']}"
-    return _row(claim, paper, f"{row['diff_to_dense']:+.2f}", claims.span(row["interval95"]), cost, holds)
+    metric, interval = case.row["metric"], case.row["interval95"]
+    return case.verdict(
+        f"RMoE is better than dense, {metric}",
+        GAINS[metric],
+        f"{case.row['diff_to_dense']:+.2f}",
+        claims.span(interval),
+        f"× {case.row['cost_vs_dense']:.3f} dense",
+        interval is not None and interval[0] > 0,
+    )
 
 
-def _as_good(row: Row) -> Row:
+def _as_good(case: _Case) -> Row:
     """RMoE against full MoE training, in points."""
-    interval = row["interval95_to_moe"]
-    holds = interval is not None and interval[0] > MARGIN
-    cost = f"× {row['cost_vs_moe']:.3f} MoE"
-    claim = f"RMoE is as good as full MoE training, {row['metric']}"
-    return _row(claim, "comparable", f"{row['diff_to_moe']:+.2f}", claims.span(interval), cost, holds)
+    interval = case.row["interval95_to_moe"]
+    return case.verdict(
+        f"RMoE is as good as full MoE training, {case.row['metric']}",
+        "comparable",
+        f"{case.row['diff_to_moe']:+.2f}",
+        claims.span(interval),
+        f"× {case.row['cost_vs_moe']:.3f} MoE",
+        interval is not None and interval[0] > MARGIN,
+    )
 
 
-def _cheap(row: Row) -> Row:
+def _cheap(case: _Case) -> Row:
     """Device seconds against dense."""
-    ratio, interval = row["cost_vs_dense"], row["cost_interval95"]
-    claim = f"RMoE costs < 3 % more training than dense, {row['task']}"
-    cost = f"finetuning alone × {row['finetune_cost_vs_dense']:.3f}; FLOPs × {row['flops_vs_dense']:.3f}"
-    return _row(claim, "< +3 %", f"{_percent(ratio)} %", _percents(interval), cost, _below(interval, MOST_OVER_DENSE))
+    row, interval = case.row, case.row["cost_interval95"]
+    return case.verdict(
+        f"RMoE costs < 3 % more training than dense, {row['task']}",
+        "< +3 %",
+        f"{_percent(row['cost_vs_dense'])} %",
+        _percents(interval),
+        f"finetuning alone × {row['finetune_cost_vs_dense']:.3f}; FLOPs × {row['flops_vs_dense']:.3f}",
+        _below(interval, MOST_OVER_DENSE),
+    )
 
 
-def _saving(row: Row) -> Row:
+def _saving(case: _Case) -> Row:
     """Device seconds against full MoE training."""
-    ratio, interval = row["cost_vs_moe"], row["cost_interval95_to_moe"]
-    claim = f"RMoE saves > 30 % of the training of full MoE, {row['task']}"
-    cost = f"finetuning alone × {row['finetune_cost_vs_moe']:.3f}; FLOPs × {row['flops_vs_moe']:.3f}"
-    return _row(claim, "< −30 %", f"{_percent(ratio)} %", _percents(interval), cost, _below(interval, MOST_OF_MOE))
+    row, interval = case.row, case.row["cost_interval95_to_moe"]
+    return case.verdict(
+        f"RMoE saves > 30 % of the training of full MoE, {row['task']}",
+        "< −30 %",
+        f"{_percent(row['cost_vs_moe'])} %",
+        _percents(interval),
+        f"finetuning alone × {row['finetune_cost_vs_moe']:.3f}; FLOPs × {row['flops_vs_moe']:.3f}",
+        _below(interval, MOST_OF_MOE),
+    )
 
 
 def _below(interval: Sequence[float] | None, bound: float) -> bool:
@@ -130,7 +178,7 @@ def _shared(run: str, found: Row) -> Row:
         shares.append(core / (core + statistics.mean(x**2 for x in rest)))
     claim = f"experts are a core and residuals: the core's share of their squared norm, {run}"
     span = f"{min(shares):.3f} … {max(shares):.3f} (layers)"
-    return _row(claim, "most", f"{statistics.mean(shares):.3f}", span, "–", statistics.mean(shares) > 0.5, EXPERTS)
+    return _verdict(claim, "most", f"{statistics.mean(shares):.3f}", span, "–", statistics.mean(shares) > 0.5, EXPERTS)
 
 
 def _percent(ratio: float) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,17 +129,21 @@ class Run:
 
     def values(self) -> dict[str, float]:
         """By metric, in percent, as it was logged last; only those that were."""
-        logs = sorted(self.folder.rglob("scalars.json"))
         logged: dict[str, Any] = {}
-        for log in logs:
-            for line in log.read_text().splitlines():
-                logged |= json.loads(line)
+        for line in self._log():
+            logged |= line
         found = {one.metric: one.scale * logged[one.logged] for one in self.task.measures if one.logged in logged}
         if not found:
             raise UserError(
                 f"{self.folder} has no {self.task.measures[0].logged} in its logs; finish the run (--resume)"
             )
         return found
+
+    def train_loss(self) -> float:
+        """The task's loss, without the gates', as logged over the last tenth of the steps."""
+        lines = {line["step"]: line for line in self._log() if "loss" in line}
+        late = [lines[step] for step in lines if step > 0.9 * max(lines)]
+        return float(np.mean([line["loss"] - line.get("loss_moe_aux", 0.0) for line in late]))
 
     def dataset(self, split: str) -> Any:
         """The data set of "train" or "val"."""
@@ -157,6 +161,11 @@ class Run:
         model = MODELS.build(_in_one_process(self.config.model))
         load_global_state_dict(model, load_file(self._file("model.safetensors")))
         return model.eval()
+
+    def _log(self) -> Iterator[dict[str, Any]]:
+        """Line by line; a step that a resumed run has done again is there twice."""
+        for log in sorted(self.folder.rglob("scalars.json")):
+            yield from map(json.loads, log.read_text().splitlines())
 
     def _dataset_config(self, split: str) -> Any:
         """Without the wrapper that seeds its augmentations: a report draws none."""

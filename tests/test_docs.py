@@ -40,7 +40,9 @@ def test_every_figure_in_the_words_about_claims_is_in_a_result() -> None:
     words = (DOCS / "claims.md").read_text().partition("## Claim by claim")[0]
     words = re.sub(r"`[^`]*`|\([^)]*://[^)]*\)|arXiv [\d.]+", "", words)
     files = [
-        path for pattern in ("claims*.json", "ablation*.json", "experts/*/*.json") for path in RESULTS.glob(pattern)
+        path
+        for pattern in ("claims*.json", "long*.json", "ablation*.json", "experts*/*/*.json")
+        for path in RESULTS.glob(pattern)
     ]
     results = {*numbers([json.loads(path.read_text()) for path in files])}
     figures = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", words))

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from rmoe.cli import main
 from rmoe.config import UserError
 from rmoe.layers.moe import global_state_dict
-from rmoe.report import Row, report, table
+from rmoe.report import Row, Run, report, table
 
 KEYS = {
     "arm",
@@ -168,6 +168,19 @@ def test_what_an_analysis_leaves(runs, tmp_path, capsys):
             assert len(set(image.convert("RGB").get_flattened_data())) > 20
     assert main(["analyze", str(runs[0]), "--out", str(out)]) == 2
     assert "the model is dense" in capsys.readouterr().err
+
+
+def test_the_loss_at_the_end_is_the_tasks_own(tmp_path):
+    Config({"stage": "residual", "val_evaluator": {"type": "IoUMetric"}}).dump(tmp_path / "config.py")
+    gates = {"loss_moe_aux": 0.25}
+    logs = {  # the second run resumed from step 10
+        "first": [{"loss": 9.0, "step": 10}, {"loss": 7.0, "step": 20, **gates}],
+        "second": [{"loss": 3.0, "step": 19, **gates}, {"loss": 2.0, "step": 20, **gates}, {"mIoU": 1.0, "step": 20}],
+    }
+    for name, lines in logs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "scalars.json").write_text("\n".join(map(json.dumps, lines)))
+    assert Run(tmp_path).train_loss() == (2.75 + 1.75) / 2
 
 
 def test_the_table_is_not_cut():

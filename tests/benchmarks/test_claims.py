@@ -49,10 +49,11 @@ def test_cost_ratios_are_of_one_seed() -> None:
 
 
 def test_every_mixture_is_a_valid_one() -> None:
-    for arm in [*ARMS.values(), *claims.ABLATION.values(), *UPSTREAM.values()]:
+    arms = [*ARMS.values(), *claims.LONG.values(), *claims.ABLATION.values()]
+    for arm in [*arms, *UPSTREAM.values()]:
         if arm.moe:
             ResidualMoEConfig.from_dict(arm.moe)
-    assert {arm.upstream for arm in [*ARMS.values(), *claims.ABLATION.values()]} == set(UPSTREAM)
+    assert {arm.upstream for arm in arms} == set(UPSTREAM)
 
 
 def test_choices_of_the_optimizer_are_of_parameters_that_there_are() -> None:
@@ -131,6 +132,7 @@ def test_the_rows_of_claims(runs: dict[Any, Training], monkeypatch: pytest.Monke
     class FinishedRun:
         def __init__(self, folder: Path) -> None:
             self.values = lambda: {"mIoU": float(folder.name[-1])}
+            self.train_loss = lambda: 2.0 if folder.name.startswith("dense") else 1.5
 
     monkeypatch.setattr(claims, "Run", FinishedRun)
     rows = {row["arm"]: row for row in results(runs, QUICK, {name: ARMS[name] for name in QUICK.arms})}
@@ -139,6 +141,7 @@ def test_the_rows_of_claims(runs: dict[Any, Training], monkeypatch: pytest.Monke
     wanted |= {"pipeline_device_seconds", "cost_vs_dense", "cost_vs_moe"}
     assert all(wanted <= row.keys() for row in rows.values())
     assert (rows["dense"]["values"], rows["dense"]["diff_to_dense"]) == ([0.0, 1.0], 0)
+    assert rows["residual"]["train_loss"]["diff_to_dense"] == -0.5
     assert rows["residual"]["cost_vs_dense"] == pytest.approx(250 / 200)
     assert rows["residual"]["cost_vs_moe"] == pytest.approx(250 / 300)
     assert claims.table(rows.values())[0]["95 %"] == "+0.00 … +0.00"

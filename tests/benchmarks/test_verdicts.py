@@ -25,7 +25,7 @@ def residual(diff: list[float] | None, to_moe: list[float], dense: float, moe: f
 
 def found(**row: Any) -> dict[str, str]:
     """Verdicts by the beginnings of their claims."""
-    rows = verdicts([residual(**row)], {})
+    rows = verdicts([residual(**row)], [], {})
     return {" ".join(row["claim"].split()[:4]): row["verdict"] for row in rows}
 
 
@@ -60,9 +60,18 @@ WEIGHTS = {
 LOAD = {"load": [0.3, 0.7], "load_entropy": 0.9, "gate_entropy": 0.8, "by_class": {}, "information": 0.1}
 
 
+def test_a_longer_schedule_has_verdicts_of_its_own() -> None:
+    short = residual(diff=[-0.1, 2.0], to_moe=[-0.4, 0.5], dense=1.0, moe=0.5)
+    rows = verdicts([short], [residual(diff=[0.1, 2.0], to_moe=[-0.4, 0.5], dense=1.0, moe=0.5)], {})
+    first, second = (row for row in rows if "better" in row["claim"])
+    assert (first["verdict"], second["verdict"]) == ("not confirmed", "confirmed")
+    assert second["claim"] == f"{first['claim']}, 3 × the steps"
+    assert second["command"] == "`python -m benchmarks.claims --part long`"
+
+
 def test_the_core_of_two_experts() -> None:
     inside = {"moe_upstream": {"layers": {"blocks.1.mlp": {"weights": WEIGHTS, "load": LOAD}}}}
-    (shared, _) = verdicts([], inside)
+    (shared, _) = verdicts([], [], inside)
     assert (shared["measured"], shared["verdict"]) == ("0.800", "confirmed")  # 4 / (4 + 1)
     (row,) = experts(inside)
     assert (row["layer"], row["‖Δ‖ / ‖core‖"], row["cosine θ"], row["rank Δw1"]) == ("blocks.1", 0.5, 0.6, 4.0)
