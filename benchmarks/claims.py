@@ -10,10 +10,11 @@ A run that is complete is not run again unless its configuration has changed, an
 may be stopped at any time. Writes claims.json, one object for each task, metric and arm; claims_runs.json, every run
 with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures.
 
-`--part long` gives the paper's four pipelines `LONGER` times the steps downstream, for segmentation, and writes
-long.json and so on. `--part ablation` varies one choice at a time, for segmentation, and writes ablation.json and so on.
-`--part again` runs a dense and a residual pipeline twice on this machine, each time from rendering the data on, and writes
-claims_again.json with both results beside those in claims_runs.json, which another machine may have made.
+There is more, called by `--part` and written likewise, into files of these names:
+long      The paper's four pipelines with `LONGER` times the steps downstream, segmentation.
+ablation  One choice at a time, segmentation.
+again     A dense and a residual pipeline twice on this machine, each time from rendering the data on: both results in
+          claims_again.json, beside those in claims_runs.json, which another machine may have made.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ _LONGER = f", {claims.LONGER} × the steps"
 
 
 def render(folder: Path) -> str:
-    """Markdown: the claims, all arms, the longer schedule, one choice at a time, and the experts as `rmoe analyze` saw them.
+    """Markdown: the claims, all arms, the longer schedule, one choice at a time, experts as `rmoe analyze` saw them.
 
     Args:
         folder: holds claims.json, long.json and ablation.json, each with its runs in *_runs.json, and analysis.json of
