@@ -78,7 +78,7 @@ def verdicts(rows: Sequence[Row], longer: Sequence[Row], inside: Mapping[str, Ro
         *map(_as_good, cases),
         *map(_cheap, of_tasks),
         *map(_saving, of_tasks),
-        *(_shared(run, found) for run, found in inside.items() if run in FREE),
+        *(row for run, found in inside.items() if run in FREE for row in _shared(run, found)),
         {
             "claim": "ImageNet-22k pretraining; Swin-T, CvT-13, Swin-L; ADE20K and COCO at full size",
             "paper": "as above",
@@ -170,15 +170,21 @@ def _below(interval: Sequence[float] | None, bound: float) -> bool:
     return interval is not None and interval[1] < bound
 
 
-def _shared(run: str, found: Row) -> Row:
-    """How much of its experts' weights is the same for all of them."""
-    shares = []
-    for layer in found["layers"].values():
-        core, rest = layer["weights"]["core_norm"] ** 2, layer["weights"]["residual_norm"]
-        shares.append(core / (core + statistics.mean(x**2 for x in rest)))
-    claim = f"experts are a core and residuals: the core's share of their squared norm, {run}"
-    span = f"{min(shares):.3f} … {max(shares):.3f} (layers)"
-    return _verdict(claim, "most", f"{statistics.mean(shares):.3f}", span, "–", statistics.mean(shares) > 0.5, EXPERTS)
+def _shared(run: str, found: Row) -> Iterator[Row]:
+    """How much of its experts' weights is the same for all: as they stand, and with hidden units in one order."""
+    layers = [LayerWeights(**layer["weights"]) for layer in found["layers"].values()]
+    claim = "experts are a core and residuals: the core's share of their squared norm"
+    shares = [x.core_norm**2 / (x.core_norm**2 + statistics.mean(y**2 for y in x.residual_norm)) for x in layers]
+    yield _share(f"{claim}, {run}", shares, "–")
+    matched = [(x.matched, x.by_chance) for x in layers if x.matched is not None and x.by_chance is not None]
+    if matched:
+        ordered, chance = zip(*matched, strict=True)
+        yield _share(f"{claim}, hidden units matched, {run}", ordered, f"by chance {statistics.mean(chance):.3f}")
+
+
+def _share(claim: str, shares: Sequence[float], cost: str) -> Row:
+    span, mean = f"{min(shares):.3f} … {max(shares):.3f} (layers)", statistics.mean(shares)
+    return _verdict(claim, "most", f"{mean:.3f}", span, cost, mean > 0.5, EXPERTS)
 
 
 def _percent(ratio: float) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from rmoe.config import UserError
@@ -48,6 +49,8 @@ class LayerWeights:
         cosine_residuals: between Δ_e and Δ_f, [E][E]; 0 where one is zero.
         effective_rank: of each Δ_e, by "w1" and "w2": the exponential of the entropy of its singular values, taken as
             shares of their sum (Roy and Vetterli, EUSIPCO 2007); 0 where it is zero.
+        matched: of experts of their own, see `matched_share`; else None.
+        by_chance: `matched` of experts whose units are normal random numbers of the same second moments; else None.
     """
 
     core_norm: float
@@ -55,6 +58,8 @@ class LayerWeights:
     cosine_experts: list[list[float]]
     cosine_residuals: list[list[float]]
     effective_rank: dict[str, list[float]]
+    matched: float | None = None
+    by_chance: float | None = None
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ def weight_statistics(model: nn.Module) -> dict[str, LayerWeights]:
         core, deltas = _factored(layer)
         whole = torch.stack([core + delta for delta in map(_flat, deltas)])
         rest = torch.stack([*map(_flat, deltas)])
+        units_EHU = _units(layer) if layer.config.residual == "experts" else None
         found[name] = LayerWeights(
             core_norm=core.norm().item(),
             residual_norm=rest.norm(dim=1).tolist(),
@@ -113,6 +119,8 @@ def weight_statistics(model: nn.Module) -> dict[str, LayerWeights]:
                 "w1": [effective_rank(delta.w1_HC) for delta in deltas],
                 "w2": [effective_rank(delta.w2_CH) for delta in deltas],
             },
+            matched=None if units_EHU is None else matched_share(units_EHU),
+            by_chance=None if units_EHU is None else matched_share(_like(units_EHU)),
         )
     return found
 
@@ -155,6 +163,8 @@ def layer_means(weights: LayerWeights, load: LayerLoad, moved: LayerMovement | N
         "cosine Δ": _beside(weights.cosine_residuals),
         "rank Δw1": float(np.mean(weights.effective_rank["w1"])),
         "rank Δw2": float(np.mean(weights.effective_rank["w2"])),
+        "matched": weights.matched,
+        "by chance": weights.by_chance,
         "load entropy": load.load_entropy,
         "gate entropy": load.gate_entropy,
         "tells class": load.information,
@@ -176,6 +186,34 @@ def effective_rank(x: Tensor) -> float:
     if not values.sum():
         return 0.0
     return torch.special.entr(values / values.sum()).sum().exp().item()
+
+
+def matched_share(units_EHU: Tensor) -> float:
+    """Share of all experts' squared norm that is in their mean, once their hidden units are in the same order.
+
+    A network computes the same in whatever order its hidden units stand: experts that are foreign to one another weight
+    by weight may still be alike. Each expert in turn is put in the order that agrees best, by the sum of scalar
+    products, with the sum of those before it (weight matching, Ainsworth et al., arXiv 2209.04836, for one layer).
+
+    Args:
+        units_EHU: a hidden unit's incoming and outgoing weights, U of them.
+
+    Returns:
+        1/E where experts have nothing in common, 1 where they are equal but for the order.
+    """
+    total_HU = units_EHU[0]
+    for units_HU in units_EHU[1:]:
+        _, order_H = linear_sum_assignment((total_HU @ units_HU.T).numpy(), maximize=True)
+        total_HU = total_HU + units_HU[torch.from_numpy(order_H)]
+    return (total_HU.square().sum() / (len(units_EHU) * units_EHU.square().sum())).item()
+
+
+def _like(units_EHU: Tensor) -> Tensor:
+    """As many that have nothing in common but their second moments."""
+    flat_NU = units_EHU.flatten(0, 1)
+    values_U, vectors_UU = torch.linalg.eigh(flat_NU.T @ flat_NU / len(flat_NU))
+    normal_NU = torch.randn(flat_NU.shape, dtype=flat_NU.dtype, generator=torch.Generator().manual_seed(0))
+    return (normal_NU * values_U.clamp_min(0).sqrt() @ vectors_UU.T).view_as(units_EHU)
 
 
 def load_statistics(model: nn.Module, images: Iterable[LabelledImage], classes: Sequence[str]) -> dict[str, LayerLoad]:
@@ -268,6 +306,13 @@ def _factored(layer: ResidualMoE) -> tuple[Tensor, list[Network]]:
     w1, w2 = (torch.stack(parts).mean(0) for parts in zip(*((d.w1_HC, d.w2_CH) for d in deltas), strict=True))
     rest = [Network(d.w1_HC - w1, None, d.w2_CH - w2, None) for d in deltas]
     return _flat(Network(w1, None, w2, None)), rest
+
+
+@torch.no_grad()
+def _units(layer: ResidualMoE) -> Tensor:
+    """Of each expert's hidden units the weights, [E, H, 2C]; float64."""
+    w1_EHC, _, w2_ECH, _ = layer.residuals()
+    return torch.cat([w1_EHC, w2_ECH.mT], -1).double()
 
 
 def _flat(network: Network) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from rmoe.analysis import effective_rank, load_statistics, movement, routing_maps, weight_statistics
+from rmoe.analysis import effective_rank, load_statistics, matched_share, movement, routing_maps, weight_statistics
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig, UserError
 from rmoe.layers.moe import ResidualMoE, moe_layers
@@ -126,6 +126,32 @@ def test_experts_of_their_own_are_mean_and_rest():
     (moved,) = weight_statistics(net.spread(own=0.1)).values()
     assert moved.core_norm == pytest.approx(copied.core_norm, rel=1e-5)  # noise of mean zero
     assert min(moved.residual_norm) > 0.1
+
+
+def test_the_order_of_hidden_units_does_not_hide_that_experts_are_alike():
+    torch.manual_seed(0)
+    net = Net(residual="experts", expert_init="core")
+    (copied,) = weight_statistics(net).values()
+    assert copied.matched == pytest.approx(1)
+    w1_EHC, b1_EH, w2_ECH, _ = net.model.mlp.residuals()
+    for e in range(4):
+        order = torch.randperm(12)
+        w1_EHC.data[e], b1_EH.data[e], w2_ECH.data[e] = w1_EHC[e, order], b1_EH[e, order], w2_ECH[e][:, order]
+    (shuffled,) = weight_statistics(net).values()
+    assert shuffled.core_norm < 0.8 * copied.core_norm
+    assert shuffled.matched == pytest.approx(1)
+    assert shuffled.by_chance < 0.9
+
+
+def test_unlike_experts_are_no_more_alike_than_by_chance():
+    (found,) = weight_statistics(Net(residual="experts", expert_init="random")).values()
+    assert 1 / 4 < found.matched == pytest.approx(found.by_chance, abs=0.15)
+    assert matched_share(torch.eye(2)[:, None]) == 1 / 2  # two experts of one unit each, at right angles
+
+
+def test_residuals_have_the_order_of_their_core():
+    (found,) = weight_statistics(Net().spread(own=1.0)).values()
+    assert found.matched is None
 
 
 @pytest.mark.parametrize(("common", "own", "shared"), [(0.1, 0.0, 1.0), (0.0, 0.1, 0.0), (0.0, 0.0, 0.0)])

@@ -73,6 +73,11 @@ def test_the_core_of_two_experts() -> None:
     inside = {"moe_upstream": {"layers": {"blocks.1.mlp": {"weights": WEIGHTS, "load": LOAD}}}}
     (shared, _) = verdicts([], [], inside)
     assert (shared["measured"], shared["verdict"]) == ("0.800", "confirmed")  # 4 / (4 + 1)
+    matched = WEIGHTS | {"matched": 0.4, "by_chance": 0.3}
+    layers = {"blocks.1.mlp": {"weights": matched, "load": LOAD}}
+    _, shared, _ = verdicts([], [], {"moe_upstream": {"layers": layers}})
+    assert "hidden units matched" in shared["claim"]
+    assert (shared["measured"], shared["cost"], shared["verdict"]) == ("0.400", "by chance 0.300", "not confirmed")
     (row,) = experts(inside)
     assert (row["layer"], row["‖Δ‖ / ‖core‖"], row["cosine θ"], row["rank Δw1"]) == ("blocks.1", 0.5, 0.6, 4.0)
     assert row["shared"] is None
