@@ -11,7 +11,7 @@ may be stopped at any time. Writes claims.json, one object for each task, metric
 with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures.
 
 There is more, called by `--part` and written likewise, into files of these names:
-long      The paper's four pipelines with `LONGER` times the steps downstream, segmentation.
+long      The paper's four pipelines and full residuals, with `LONGER` times the steps downstream, segmentation.
 ablation  One choice at a time, segmentation.
 again     A dense and a residual pipeline twice on this machine, each time from rendering the data on: both results in
           claims_again.json, beside those in claims_runs.json, which another machine may have made.
@@ -106,8 +106,9 @@ ARMS = {
     "upcycled": Arm("core", EXPERTS | {"residual": "experts"}),
     "experts_fixed": Arm("moe", OWN | {"train_residual": False}),
 }
-# The paper's pipelines, and what intermediate training does to a dense network: as much more of upstream.
-LONG = {name: ARMS[name] for name in ("dense", "moe", "residual", "intermediate_residual")} | {
+# The paper's pipelines, residuals of the core's shape, and what intermediate training would be to a dense network: as
+# much more of upstream.
+LONG = {name: ARMS[name] for name in ("dense", "moe", "residual", "full_residual", "intermediate_residual")} | {
     "dense_core_longer": Arm("core_longer", None)
 }
 _LR = "optim_wrapper.paramwise_cfg."
@@ -217,7 +218,7 @@ class Size:
         steps: of a downstream task.
         batch: images of a step, by task and "upstream"; one process.
         seeds: of all arms.
-        headline_seeds: of `HEADLINE`.
+        headline_seeds: of the `headline` arms.
         arms, tasks: which of them.
     """
 
@@ -228,6 +229,7 @@ class Size:
     batch: Mapping[str, int]
     seeds: tuple[int, ...] = SEEDS
     headline_seeds: tuple[int, ...] = HEADLINE_SEEDS
+    headline: tuple[str, ...] = HEADLINE
     arms: tuple[str, ...] = tuple(ARMS)
     tasks: tuple[str, ...] = tuple(TASKS)
 
@@ -294,7 +296,7 @@ def portion(part: str | None, size: Size) -> tuple[str, Size, Mapping[str, Arm]]
     """What a part of this benchmark runs: the name of its files, how much of what, and the arms."""
     if part == "long":
         steps = {task: LONGER * steps for task, steps in size.steps.items()}
-        return "long", replace(size, tasks=("segmentation",), steps=steps, seeds=size.headline_seeds), LONG
+        return "long", replace(size, tasks=("segmentation",), steps=steps, headline=(*HEADLINE, "full_residual")), LONG
     headline = {name: ARMS[name] for name in HEADLINE}
     if part == "ablation":
         return "ablation", replace(size, tasks=("segmentation",), headline_seeds=size.seeds), headline | ABLATION
@@ -339,7 +341,7 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Trainin
         task, data = TASKS[task_name], folder / "data/scenes" / TASKS[task_name].data
         for seed in sorted({*size.seeds, *size.headline_seeds}):
             for name, arm in arms.items():
-                if seed not in (size.headline_seeds if name in HEADLINE else size.seeds):
+                if seed not in (size.headline_seeds if name in size.headline else size.seeds):
                     continue
                 before = upstream(arm.upstream, seed)
                 options = {"stage": name, "model.backbone.core": str(before.folder), **task.options, **arm.options}
