@@ -21,6 +21,8 @@ CLAIMS, EXPERTS = "python -m benchmarks.claims", "rmoe analyze"
 # Metric, and the paper's gains of RMoE over dense with Swin-T, CvT-13 and Swin-L (arXiv 2204.09636, abstract).
 GAINS = {"mIoU": "+1.1, +0.9, +1.0", "box AP": "+1.4, +1.6, +0.6", "mask AP": "–"}
 MOST_OVER_DENSE, MOST_OF_MOE = 1.03, 0.70  # "less than 3% additional training cost", "saving over 30%"
+# Arms that the claims are about; with the short schedule only the first, the default.
+RMOE = {"residual": "RMoE", "full_residual": "RMoE (full residuals)", "intermediate_residual": "RMoE-I"}
 FREE = ("moe_upstream", "moe_downstream", "upcycled")  # runs whose experts are networks of their own
 _YES, _NO = "confirmed", "not confirmed"
 _LONGER = f", {claims.LONGER} × the steps"
@@ -71,7 +73,7 @@ def verdicts(rows: Sequence[Row], longer: Sequence[Row], inside: Mapping[str, Ro
         inside: what `rmoe analyze` wrote, by run.
     """
     cases = [_Case(row, "", CLAIMS) for row in rows if row["arm"] == "residual"]
-    cases += [_Case(row, _LONGER, f"{CLAIMS} --part long") for row in longer if row["arm"] == "residual"]
+    cases += [_Case(row, _LONGER, f"{CLAIMS} --part long") for row in longer if row["arm"] in RMOE]
     of_tasks = [case for case in cases if case.row["metric"] != "mask AP"]  # costs are a task's
     return [
         *map(_better, cases),
@@ -92,14 +94,16 @@ def verdicts(rows: Sequence[Row], longer: Sequence[Row], inside: Mapping[str, Ro
 
 
 class _Case(NamedTuple):
-    """RMoE's row of one table, what to add to the words of its claims, and the command that made it."""
+    """An arm's row of one table, what to add to the words of its claims, and the command that made it."""
 
     row: Row
     words: str
     command: str
 
     def verdict(self, claim: str, paper: str, measured: str, interval: str, cost: str, holds: bool) -> Row:
-        return _verdict(f"{claim}{self.words}", paper, measured, interval, cost, holds, self.command)
+        return _verdict(
+            f"{RMOE[self.row['arm']]} {claim}{self.words}", paper, measured, interval, cost, holds, self.command
+        )
 
 
 def _verdict(claim: str, paper: str, measured: str, interval: str, cost: str, holds: bool, command: str) -> Row:
@@ -115,10 +119,10 @@ def _verdict(claim: str, paper: str, measured: str, interval: str, cost: str, ho
 
 
 def _better(case: _Case) -> Row:
-    """RMoE against dense, in points."""
+    """Against dense, in points."""
     metric, interval = case.row["metric"], case.row["interval95"]
     return case.verdict(
-        f"RMoE is better than dense, {metric}",
+        f"is better than dense, {metric}",
         GAINS[metric],
         f"{case.row['diff_to_dense']:+.2f}",
         claims.span(interval),
@@ -128,10 +132,10 @@ def _better(case: _Case) -> Row:
 
 
 def _as_good(case: _Case) -> Row:
-    """RMoE against full MoE training, in points."""
+    """Against full MoE training, in points."""
     interval = case.row["interval95_to_moe"]
     return case.verdict(
-        f"RMoE is as good as full MoE training, {case.row['metric']}",
+        f"is as good as full MoE training, {case.row['metric']}",
         "comparable",
         f"{case.row['diff_to_moe']:+.2f}",
         claims.span(interval),
@@ -144,7 +148,7 @@ def _cheap(case: _Case) -> Row:
     """Device seconds against dense."""
     row, interval = case.row, case.row["cost_interval95"]
     return case.verdict(
-        f"RMoE costs < 3 % more training than dense, {row['task']}",
+        f"costs < 3 % more training than dense, {row['task']}",
         "< +3 %",
         f"{_percent(row['cost_vs_dense'])} %",
         _percents(interval),
@@ -157,7 +161,7 @@ def _saving(case: _Case) -> Row:
     """Device seconds against full MoE training."""
     row, interval = case.row, case.row["cost_interval95_to_moe"]
     return case.verdict(
-        f"RMoE saves > 30 % of the training of full MoE, {row['task']}",
+        f"saves > 30 % of the training of full MoE, {row['task']}",
         "< −30 %",
         f"{_percent(row['cost_vs_moe'])} %",
         _percents(interval),

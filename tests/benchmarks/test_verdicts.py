@@ -66,6 +66,7 @@ def test_a_longer_schedule_has_verdicts_of_its_own() -> None:
     first, second = (row for row in rows if "better" in row["claim"])
     assert (first["verdict"], second["verdict"]) == ("not confirmed", "confirmed")
     assert second["claim"] == f"{first['claim']}, 3 × the steps"
+    assert second["claim"].startswith("RMoE is better than dense")
     assert second["command"] == "`python -m benchmarks.claims --part long`"
 
 
