@@ -10,9 +10,10 @@ A run that is complete is not run again unless its configuration has changed, an
 may be stopped at any time. Writes claims.json, one object for each task, metric and arm; claims_runs.json, every run
 with its cost; claims.png; and into experts/, what `rmoe analyze` finds in some of the mixtures.
 
-There is more, called by `--part` and written likewise, into files of these names:
-long      The paper's four pipelines and full residuals, with `LONGER` times the steps downstream, segmentation.
-ablation  One choice at a time, segmentation.
+There is more, called by `--part`:
+long      The paper's four pipelines and some arms with `LONGER` times the steps downstream, segmentation; writes
+          long.json, long_runs.json, long.png and experts_long/.
+ablation  One choice at a time, segmentation; writes ablation.json, ablation_runs.json and ablation.png.
 again     A dense and a residual pipeline twice on this machine, each time from rendering the data on: both results in
           claims_again.json, beside those in claims_runs.json, which another machine may have made.
 """
@@ -46,9 +47,8 @@ BASES = Path("rmoe/configs/demo")
 JSON = "ds_configs/zero0.json"
 SEEDS, HEADLINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
 HEADLINE = ("dense", "residual")
-REFERENCES = ("dense", "moe", "residual")  # what arms are compared with
+REFERENCES = ("dense", "moe", "residual", "dense_core_longer")  # what arms are compared with
 LONGER = 3  # times the steps downstream
-INSIDE = {"claims": "experts", "long": "experts_long"}  # folders for what is seen inside mixtures
 EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 1}
 # Of the backbones here, the one that learns from few images in few steps: docs/claims.md.
 MODEL: dict[str, Any] = {
@@ -106,10 +106,12 @@ ARMS = {
     "upcycled": Arm("core", EXPERTS | {"residual": "experts"}),
     "experts_fixed": Arm("moe", OWN | {"train_residual": False}),
 }
-# The paper's pipelines, residuals of the core's shape, and what intermediate training would be to a dense network: as
-# much more of upstream.
-LONG = {name: ARMS[name] for name in ("dense", "moe", "residual", "full_residual", "intermediate_residual")} | {
-    "dense_core_longer": Arm("core_longer", None)
+_PIPELINES = ("dense", "moe", "residual", "intermediate_residual", "full_residual")
+LONG = {name: ARMS[name] for name in _PIPELINES} | {
+    "straight_through": Arm("core", EXPERTS | {"combine": "straight_through"}),
+    "rank_32_straight_through": Arm("core", EXPERTS | {"rank": 32, "combine": "straight_through"}),
+    "no_residuals": Arm("core", EXPERTS | {"train_residual": False}),  # what freezing the cores does by itself
+    "dense_core_longer": Arm("core_longer", None),  # RMoE-I's control: as many more steps upstream
 }
 _LR = "optim_wrapper.paramwise_cfg."
 # One choice at a time, against `residual` of ARMS.
@@ -146,7 +148,13 @@ ANALYSED: dict[str, tuple[tuple[str, str], tuple[str, str] | None]] = {
     "upcycled": (("upcycled", "segmentation"), None),
     "residual": (("residual", "segmentation"), None),
     "full_residual": (("full_residual", "segmentation"), None),
+    "rank_32_straight_through": (("rank_32_straight_through", "segmentation"), None),
     "intermediate_residual": (("intermediate_residual", "segmentation"), ("intermediate", "upstream")),
+}
+# By the name of a part's files: the folder for that, and which of them. Upstream stages are the same in both.
+INSIDE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "claims": ("experts", tuple(ANALYSED)),
+    "long": ("experts_long", tuple(name for name, ((_, where), _) in ANALYSED.items() if where != "upstream")),
 }
 
 
@@ -218,7 +226,7 @@ class Size:
         steps: of a downstream task.
         batch: images of a step, by task and "upstream"; one process.
         seeds: of all arms.
-        headline_seeds: of the `headline` arms.
+        headline_seeds: of `HEADLINE`.
         arms, tasks: which of them.
     """
 
@@ -229,7 +237,6 @@ class Size:
     batch: Mapping[str, int]
     seeds: tuple[int, ...] = SEEDS
     headline_seeds: tuple[int, ...] = HEADLINE_SEEDS
-    headline: tuple[str, ...] = HEADLINE
     arms: tuple[str, ...] = tuple(ARMS)
     tasks: tuple[str, ...] = tuple(TASKS)
 
@@ -277,14 +284,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     file, size, arms = portion(arguments.part, size)
     os.chdir(ROOT)
     runs, details = carry_out(folder, size, arms, arguments.threads)
-    config = asdict(size) | {"arms": [*arms], "model": MODEL}
+    config = asdict(size) | {"arms": {name: asdict(arm) for name, arm in arms.items()}, "model": MODEL}
     if arguments.part == "again":
         _, second = carry_out(folder.with_name(f"{folder.name}_again"), size, arms, arguments.threads)
         published = json.loads((arguments.out / "claims_runs.json").read_text())["rows"]
         common.publish(arguments, config, compared := again(details, second, published), compared, file=file)
         return
     if file in INSIDE:
-        look_inside(runs, size.seeds[0], arguments.out / INSIDE[file])
+        folder, names = INSIDE[file]
+        look_inside(runs, size.seeds[0], names, arguments.out / folder)
     rows = results(runs, size, arms)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{file}.json").write_text(json.dumps(rows, indent=1) + "\n")
@@ -295,8 +303,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 def portion(part: str | None, size: Size) -> tuple[str, Size, Mapping[str, Arm]]:
     """What a part of this benchmark runs: the name of its files, how much of what, and the arms."""
     if part == "long":
-        steps = {task: LONGER * steps for task, steps in size.steps.items()}
-        return "long", replace(size, tasks=("segmentation",), steps=steps, headline=(*HEADLINE, "full_residual")), LONG
+        steps = {"segmentation": LONGER * size.steps["segmentation"]}
+        return "long", replace(size, tasks=("segmentation",), steps=steps, headline_seeds=size.seeds), LONG
     headline = {name: ARMS[name] for name in HEADLINE}
     if part == "ablation":
         return "ablation", replace(size, tasks=("segmentation",), headline_seeds=size.seeds), headline | ABLATION
@@ -319,7 +327,7 @@ def carry_out(folder: Path, size: Size, arms: Mapping[str, Arm], jobs: int) -> t
 
 
 def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Training]:
-    """All runs, each after those that it starts from, seed by seed."""
+    """All runs, each after those that it starts from; by task, then by seed."""
     runs: dict[Key, Training] = {}
 
     def upstream(stage: str, seed: int) -> Training:
@@ -341,7 +349,7 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Trainin
         task, data = TASKS[task_name], folder / "data/scenes" / TASKS[task_name].data
         for seed in sorted({*size.seeds, *size.headline_seeds}):
             for name, arm in arms.items():
-                if seed not in (size.headline_seeds if name in size.headline else size.seeds):
+                if seed not in (size.headline_seeds if name in HEADLINE else size.seeds):
                     continue
                 before = upstream(arm.upstream, seed)
                 options = {"stage": name, "model.backbone.core": str(before.folder), **task.options, **arm.options}
@@ -445,9 +453,10 @@ def again(first: Sequence[Row], second: Sequence[Row], published: Sequence[Row])
     return rows
 
 
-def look_inside(runs: Mapping[Key, Training], seed: int, out: Path) -> None:
-    """What `rmoe analyze` does, for each of the `ANALYSED` runs that there is; into OUT/NAME."""
-    for name, (after, before) in ANALYSED.items():
+def look_inside(runs: Mapping[Key, Training], seed: int, names: Iterable[str], out: Path) -> None:
+    """What `rmoe analyze` does, for those of the `ANALYSED` runs that there are; into OUT/NAME."""
+    for name in names:
+        after, before = ANALYSED[name]
         if (*after, seed) in runs:
             analyze(runs[*after, seed].folder, out / name, before and runs[*before, seed].folder)
 
@@ -462,14 +471,16 @@ def results(runs: Mapping[Key, Training], size: Size, arms: Mapping[str, Arm]) -
         for (name, where, seed), training in runs.items():
             if where == task:
                 run = Run(training.folder)
-                losses.setdefault(name, {})[seed] = run.train_loss()
+                if (loss := run.train_loss()) is not None:
+                    losses.setdefault(name, {})[seed] = loss
                 for metric, value in run.values().items():
                     values.setdefault(metric, {}).setdefault(name, {})[seed] = value
                 costs.setdefault(name, {})[seed] = pipeline_cost(training)
         for metric, of_arm in values.items():
             for name in of_arm:
                 row: Row = {"arm": name, "task": task, "metric": metric, "upstream": arms[name].upstream}
-                rows.append(row | quality(of_arm, name) | {"train_loss": quality(losses, name)} | cost(costs, name))
+                fit = quality(losses, name) if name in losses else None
+                rows.append(row | quality(of_arm, name) | {"train_loss": fit} | cost(costs, name))
     return rows
 
 
@@ -545,7 +556,8 @@ def describe(key: Key, training: Training) -> Row:
     kept = ("device_seconds", "steps", "images", "flops_per_step", "params_total", "params_active", "params_trainable")
     run = {"arm": name, "where": where, "seed": seed, "fingerprint": training.fingerprint()[:12]}
     finished = Run(training.folder)
-    return run | finished.values() | {"train_loss": finished.train_loss()} | {name: found[name] for name in kept}
+    done = {"device": found["device"], "commit": found["software"]["commit"], "train_loss": finished.train_loss()}
+    return run | finished.values() | done | {name: found[name] for name in kept}
 
 
 def table(rows: Iterable[Row]) -> list[Row]:

@@ -196,10 +196,11 @@ def matched_share(units_EHU: Tensor) -> float:
     products, with the sum of those before it (weight matching, Ainsworth et al., arXiv 2209.04836, for one layer).
 
     Args:
-        units_EHU: a hidden unit's incoming and outgoing weights, U of them.
+        units_EHU: a hidden unit's incoming and outgoing weights, U of them; on the CPU, without gradient.
 
     Returns:
-        1/E where experts have nothing in common, 1 where they are equal but for the order.
+        1 where experts are equal but for the order. Matching finds some agreement between any: that of experts which
+        have nothing in common lies above 1/E, the more the more units there are to choose from.
     """
     total_HU = units_EHU[0]
     for units_HU in units_EHU[1:]:
@@ -209,7 +210,7 @@ def matched_share(units_EHU: Tensor) -> float:
 
 
 def _like(units_EHU: Tensor) -> Tensor:
-    """As many that have nothing in common but their second moments."""
+    """As many independent normal units, of the second moments that these have over all experts."""
     flat_NU = units_EHU.flatten(0, 1)
     values_U, vectors_UU = torch.linalg.eigh(flat_NU.T @ flat_NU / len(flat_NU))
     normal_NU = torch.randn(flat_NU.shape, dtype=flat_NU.dtype, generator=torch.Generator().manual_seed(0))

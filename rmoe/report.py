@@ -139,9 +139,11 @@ class Run:
             )
         return found
 
-    def train_loss(self) -> float:
-        """The task's loss, without the gates', as logged over the last tenth of the steps."""
+    def train_loss(self) -> float | None:
+        """The task's loss, without the gates', as logged over the last tenth of the steps; None if it never was."""
         lines = {line["step"]: line for line in self._log() if "loss" in line}
+        if not lines:
+            return None
         late = [lines[step] for step in lines if step > 0.9 * max(lines)]
         return float(np.mean([line["loss"] - line.get("loss_moe_aux", 0.0) for line in late]))
 

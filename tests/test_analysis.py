@@ -146,6 +146,14 @@ def test_the_order_of_hidden_units_does_not_hide_that_experts_are_alike():
 def test_unlike_experts_are_no_more_alike_than_by_chance():
     (found,) = weight_statistics(Net(residual="experts", expert_init="random")).values()
     assert 1 / 4 < found.matched == pytest.approx(found.by_chance, abs=0.15)
+    # All units of all experts in a plane: any order agrees well, and chance knows.
+    layer = Net(residual="experts").model.mlp
+    for x in (layer.residuals()[0].data, layer.residuals()[2].data.mT):
+        x.copy_(torch.randn(4, 12, 2) @ torch.eye(2, 6))
+    flat = nn.Module()
+    flat.model = layer
+    (found,) = weight_statistics(flat).values()
+    assert 0.55 < found.by_chance == pytest.approx(found.matched, abs=0.1)
     assert matched_share(torch.eye(2)[:, None]) == 1 / 2  # two experts of one unit each, at right angles
 
 

@@ -181,6 +181,9 @@ def test_the_loss_at_the_end_is_the_tasks_own(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "scalars.json").write_text("\n".join(map(json.dumps, lines)))
     assert Run(tmp_path).train_loss() == (2.75 + 1.75) / 2
+    for name in logs:
+        (tmp_path / name / "scalars.json").write_text(json.dumps({"mIoU": 1.0, "step": 2}))
+    assert Run(tmp_path).train_loss() is None
 
 
 def test_the_table_is_not_cut():

@@ -74,6 +74,18 @@ def test_choices_of_the_optimizer_are_of_parameters_that_there_are() -> None:
         assert {key for key in plain if plain[key] != changed[key]}, name
 
 
+def test_a_part_keeps_away_from_the_runs_of_another(tmp_path: Path) -> None:
+    _, whole, arms = claims.portion(None, claims.FULL)
+    file, longer, some = claims.portion("long", claims.FULL)
+    assert (file, longer.tasks, longer.steps) == ("long", ("segmentation",), {"segmentation": 1200})
+    first, second = plan(tmp_path, whole, arms), plan(tmp_path, longer, some)
+    shared = [key for key in second if key in first]
+    assert {first[key].folder == second[key].folder for key in shared if key[1] == "upstream"} == {True}
+    assert {first[key].folder == second[key].folder for key in shared if key[1] != "upstream"} == {False}
+    seeds = [seed for _, where, seed in second if where != "upstream"]
+    assert seeds == sorted(len(some) * [0, 1, 2])  # one after the other: what is done is done for all arms
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Training]:
     """The quick plan, with what finished runs leave: dense cost 100 s and 10 steps of 7 FLOPs, others more."""

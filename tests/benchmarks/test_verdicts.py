@@ -65,7 +65,7 @@ def test_a_longer_schedule_has_verdicts_of_its_own() -> None:
     rows = verdicts([short], [residual(diff=[0.1, 2.0], to_moe=[-0.4, 0.5], dense=1.0, moe=0.5)], {})
     first, second = (row for row in rows if "better" in row["claim"])
     assert (first["verdict"], second["verdict"]) == ("not confirmed", "confirmed")
-    assert second["claim"] == f"{first['claim']}, 3 × the steps"
+    assert second["claim"] == f"{first['claim']}, 3 × the steps downstream"
     assert second["claim"].startswith("RMoE is better than dense")
     assert second["command"] == "`python -m benchmarks.claims --part long`"
 
@@ -79,6 +79,9 @@ def test_the_core_of_two_experts() -> None:
     _, shared, _ = verdicts([], [], {"moe_upstream": {"layers": layers}})
     assert "hidden units matched" in shared["claim"]
     assert (shared["measured"], shared["cost"], shared["verdict"]) == ("0.400", "by chance 0.300", "not confirmed")
+    for chance, verdict in ((0.5, "confirmed"), (0.7, "not confirmed")):
+        layers["blocks.1.mlp"]["weights"] = WEIGHTS | {"matched": 0.6, "by_chance": chance}
+        assert verdicts([], [], {"moe_upstream": {"layers": layers}})[1]["verdict"] == verdict
     (row,) = experts(inside)
     assert (row["layer"], row["‖Δ‖ / ‖core‖"], row["cosine θ"], row["rank Δw1"]) == ("blocks.1", 0.5, 0.6, 4.0)
     assert row["shared"] is None
