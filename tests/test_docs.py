@@ -35,6 +35,20 @@ def test_the_page_of_claims_ends_with_the_tables_of_the_results() -> None:
     assert (DOCS / "claims.md").read_text().endswith(verdicts.render(RESULTS))
 
 
+def test_what_was_run_twice_came_out_alike() -> None:
+    """On one machine, and on two of a kind: the longer schedule's upstream stages were run anew, unless shared runs lay
+    there already."""
+    claims, longer, again = (
+        json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+        for name in ("claims_runs", "long_runs", "claims_again")
+    )
+    assert all(row["equal"] for row in again)
+    first = {row["fingerprint"]: row["top1"] for row in claims if row["where"] == "upstream"}
+    repeated = {row["fingerprint"]: row["top1"] for row in longer if row["fingerprint"] in first}
+    assert len(repeated) == 3 * 3  # cores, upper bounds and intermediate stages of three seeds
+    assert repeated.items() <= first.items()
+
+
 def test_every_figure_in_the_words_about_claims_is_in_a_result() -> None:
     """As it stands, in percent, or as a percentage more than 1; rounded as the page rounds it."""
     words = (DOCS / "claims.md").read_text().partition("## Claim by claim")[0]
