@@ -291,8 +291,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         common.publish(arguments, config, compared := again(details, second, published), compared, file=file)
         return
     if file in INSIDE:
-        folder, names = INSIDE[file]
-        look_inside(runs, size.seeds[0], names, arguments.out / folder)
+        inside, names = INSIDE[file]
+        look_inside(runs, size.seeds[0], names, arguments.out / inside)
     rows = results(runs, size, arms)
     arguments.out.mkdir(parents=True, exist_ok=True)
     (arguments.out / f"{file}.json").write_text(json.dumps(rows, indent=1) + "\n")
