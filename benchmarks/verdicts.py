@@ -148,32 +148,26 @@ def _as_good(case: _Case) -> Row:
 
 def _cheap(case: _Case) -> Row:
     """Device seconds against dense."""
-    row, interval = case.row, case.row["cost_interval95"]
-    return case.verdict(
-        f"costs < 3 % more training than dense, {row['task']}",
-        "< +3 %",
-        f"{_percent(row['cost_vs_dense'])} %",
-        _percents(interval),
-        f"finetuning alone × {row['finetune_cost_vs_dense']:.3f}; FLOPs × {row['flops_vs_dense']:.3f}",
-        _below(interval, MOST_OVER_DENSE),
-    )
+    claim = f"costs < 3 % more training than dense, {case.row['task']}"
+    return _cost(case, claim, "< +3 %", "dense", case.row["cost_interval95"], MOST_OVER_DENSE)
 
 
 def _saving(case: _Case) -> Row:
     """Device seconds against full MoE training."""
-    row, interval = case.row, case.row["cost_interval95_to_moe"]
+    claim = f"saves > 30 % of the training of full MoE, {case.row['task']}"
+    return _cost(case, claim, "< −30 %", "moe", case.row["cost_interval95_to_moe"], MOST_OF_MOE)
+
+
+def _cost(case: _Case, claim: str, paper: str, other: str, interval: Sequence[float] | None, bound: float) -> Row:
+    ratio, finetune, flops = (case.row[f"{key}_vs_{other}"] for key in ("cost", "finetune_cost", "flops"))
     return case.verdict(
-        f"saves > 30 % of the training of full MoE, {row['task']}",
-        "< −30 %",
-        f"{_percent(row['cost_vs_moe'])} %",
+        claim,
+        paper,
+        f"{_percent(ratio)} %",
         _percents(interval),
-        f"finetuning alone × {row['finetune_cost_vs_moe']:.3f}; FLOPs × {row['flops_vs_moe']:.3f}",
-        _below(interval, MOST_OF_MOE),
+        f"finetuning alone × {finetune:.3f}; FLOPs × {flops:.3f}",
+        interval is not None and interval[1] < bound,
     )
-
-
-def _below(interval: Sequence[float] | None, bound: float) -> bool:
-    return interval is not None and interval[1] < bound
 
 
 def _shared(run: str, found: Row) -> Iterator[Row]:

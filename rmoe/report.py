@@ -144,7 +144,8 @@ class Run:
         lines = {line["step"]: line for line in self._log() if "loss" in line}
         if not lines:
             return None
-        late = [lines[step] for step in lines if step > 0.9 * max(lines)]
+        last = max(lines)
+        late = [line for step, line in lines.items() if step > 0.9 * last]
         return float(np.mean([line["loss"] - line.get("loss_moe_aux", 0.0) for line in late]))
 
     def dataset(self, split: str) -> Any:
