@@ -581,9 +581,9 @@ def table(rows: Iterable[Row]) -> list[Row]:
     ]
 
 
-def span(interval: Sequence[float] | None) -> str:
+def span(interval: Sequence[float] | None, digits: int = 2) -> str:
     """An interval of differences for print."""
-    return "–" if interval is None else "{:+.2f} … {:+.2f}".format(*interval)
+    return "–" if interval is None else " … ".join(f"{end:+.{digits}f}" for end in interval)
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:

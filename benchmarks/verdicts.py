@@ -43,7 +43,7 @@ def render(folder: Path) -> str:
     parts = [
         f"## Claim by claim\n\n{common.markdown(claimed)}",
         *_part(folder, "claims", "All arms", claims.table),
-        *_part(folder, "long", "A longer schedule", claims.table),
+        *_part(folder, "long", "A longer schedule", longer_table),
         *_part(folder, "ablation", "One choice at a time", ablation),
         f"## Inside the experts\n\n{common.markdown(experts(inside | longer))}",
     ]
@@ -195,6 +195,19 @@ def _percent(ratio: float) -> str:
 
 def _percents(interval: Sequence[float] | None) -> str:
     return "–" if interval is None else " … ".join(map(_percent, interval))
+
+
+def longer_table(rows: Sequence[Row]) -> list[Row]:
+    """What `claims.table` shows, and the loss at the end of training."""
+    return [
+        shown
+        | {
+            "finetune FLOPs × dense": row["finetune_flops_vs_dense"],
+            "loss − dense": row["train_loss"]["diff_to_dense"],
+            "its 95 %": claims.span(row["train_loss"]["interval95"], digits=3),
+        }
+        for shown, row in zip(claims.table(rows), rows, strict=True)
+    ]
 
 
 def ablation(rows: Sequence[Row]) -> list[Row]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.verdicts import ablation, experts, verdicts
+from benchmarks.verdicts import ablation, experts, longer_table, verdicts
 
 
 def residual(diff: list[float] | None, to_moe: list[float], dense: float, moe: float) -> dict[str, Any]:
@@ -85,6 +85,15 @@ def test_the_core_of_two_experts() -> None:
     (row,) = experts(inside)
     assert (row["layer"], row["‖Δ‖ / ‖core‖"], row["cosine θ"], row["rank Δw1"]) == ("blocks.1", 0.5, 0.6, 4.0)
     assert row["shared"] is None
+
+
+def test_a_longer_schedule_shows_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.claims.table", lambda rows: [{"arm": row["arm"]} for row in rows])
+    row = {"arm": "moe", "finetune_flops_vs_dense": 0.9}
+    row |= {"train_loss": {"diff_to_dense": -0.02, "interval95": [-0.0304, 0.01]}}
+    assert longer_table([row]) == [
+        {"arm": "moe", "finetune FLOPs × dense": 0.9, "loss − dense": -0.02, "its 95 %": "-0.030 … +0.010"}
+    ]
 
 
 def test_an_ablation_is_against_residual_finetuning() -> None:
