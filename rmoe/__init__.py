@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rmoe.config import GateLosses, ResidualMoEConfig, UserError
+from rmoe.config import GateLosses, ResidualMoEConfig
+from rmoe.errors import UserError
 
 if TYPE_CHECKING:
     from rmoe.backbones.upcycle import upcycle

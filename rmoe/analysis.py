@@ -17,7 +17,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.layers.moe import ResidualMoE, collect, moe_layers
 from rmoe.layers.residual import Network
 

@@ -17,7 +17,7 @@ from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 
 FOLDER = Path(__file__).parent / "configs"
 _TASKS = {"mmengine": "classification", "mmseg": "segmentation", "mmdet": "detection"}  # by the config's default_scope

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
 

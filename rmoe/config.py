@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Mapping
+from functools import cache
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from rmoe.errors import UserError, nearest
 
 Residual = Literal["low_rank", "full", "experts"]
 ExpertInit = Literal["core", "random"]
@@ -17,58 +20,75 @@ Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
 _Config = TypeVar("_Config")
 
 
-class UserError(ValueError):
-    """What a user can cause and mend: the message gives the value, the rule that it breaks and the next action.
-
-    The command line prints it as one line and leaves with exit code 2.
-    """
-
-
-def nearest(key: str, known: Iterable[str]) -> str:
-    """The end of an error message about the unknown name `key`: the closest of the `known` ones, and all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(key, names, n=1)
-    hint = f"; did you mean '{close[0]}'?" if close else ";"
-    return f"{hint} known: {', '.join(names)}"
+_MOST = 65536  # of anything that is counted; what is larger is a mistake, and would take all memory
 
 
 def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
     """Builds the frozen dataclass `cls` from plain data, nested dataclasses included.
 
     Raises:
-        UserError: a key that `cls` does not have (the nearest known key is named), a value of another type, or a value
-            that the class's own checks refuse.
+        UserError: `values` is no mapping, has a key that `cls` does not have (the nearest known key is named), or a
+            value that the class refuses at construction.
     """
-    hints = get_type_hints(cls)
+    if not isinstance(values, Mapping):
+        raise UserError(f"{cls.__name__} is {values!r}; it takes a mapping of its keys, such as dict(num_experts=8)")
     known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for key in values:
         if key not in known:
-            raise UserError(f"{cls.__name__} has no key '{key}'{nearest(key, known)}")
-    return cls(**{key: _converted(f"{cls.__name__}.{key}", hints[key], value) for key, value in values.items()})
+            raise UserError(f"{cls.__name__} has no key '{key}'{nearest(str(key), known)}")
+    return cls(**values)
 
 
-def _converted(where: str, hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(hint, value)  # type: ignore[arg-type]
-    value = tuple(value) if isinstance(value, list) else value
-    if not _accepts(hint, value):
-        choices = [name for part in (hint, *get_args(hint)) if get_origin(part) is Literal for name in get_args(part)]
-        if choices and isinstance(value, str):
-            raise UserError(f"{where} is '{value}'{nearest(value, choices)}")
-        raise UserError(f"{where} is {value!r}; it takes a value of type {getattr(hint, '__name__', hint)}")
-    return value
+def _check_fields(config: Any) -> None:
+    """Checks every field of a frozen dataclass against its type, at construction: the one check of both ways to build.
+
+    A list becomes the tuple, and a mapping the nested dataclass, that the field's type asks for.
+
+    Raises:
+        UserError: a value of another type, a name that is none of the choices, or a number that is not finite.
+    """
+    for name, hint in _hints(type(config)).items():
+        where, value = f"{type(config).__name__}.{name}", getattr(config, name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            value = from_dict(hint, value)  # type: ignore[arg-type]
+        value = tuple(value) if isinstance(value, list) else value
+        if not _accepts(hint, value):
+            choices = [one for part in (hint, *get_args(hint)) if get_origin(part) is Literal for one in get_args(part)]
+            if choices and isinstance(value, str):
+                raise UserError(f"{where} is '{value}'{nearest(value, choices)}")
+            raise UserError(f"{where} is {value!r}; it takes {_described(hint)}")
+        object.__setattr__(config, name, value)
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _accepts(hint: Any, value: Any) -> bool:
     if get_origin(hint) is Literal:
-        return value in get_args(hint)
+        return isinstance(value, str) and value in get_args(hint)
     if get_origin(hint) is tuple:
         return isinstance(value, tuple) and all(_accepts(get_args(hint)[0], item) for item in value)
     if get_origin(hint) in (Union, UnionType):
         return any(_accepts(part, value) for part in get_args(hint))
     if hint in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if hint is float else hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and math.isfinite(value)
+    return isinstance(value, hint)
+
+
+def _described(hint: Any) -> str:
+    """Says in words what `_accepts` takes."""
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(repr, get_args(hint)))}"
+    if get_origin(hint) is tuple:
+        return f"a tuple, each item being {_described(get_args(hint)[0])}"
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_described(part) for part in get_args(hint))
+    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
+    return words.get(hint, "None" if hint is type(None) else f"a {getattr(hint, '__name__', hint)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +108,7 @@ class GateLosses:
     z: float = 0.0
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         for name, weight in dataclasses.asdict(self).items():
             if weight < 0:
                 raise UserError(f"GateLosses.{name} is {weight}; a loss weight is 0 (off) or positive")
@@ -151,9 +172,12 @@ class ResidualMoEConfig:
         return from_dict(cls, values)
 
     def __post_init__(self) -> None:
+        _check_fields(self)
         for name in ("num_experts", "top_k", "rank", "ep_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"ResidualMoEConfig.{name} is {getattr(self, name)}; it is at least 1")
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UserError(f"ResidualMoEConfig.{name} is {getattr(self, name)}; it is 1 to {_MOST}")
+        if self.blocks == ():
+            raise UserError("ResidualMoEConfig.blocks is empty; name a block, or use blocks='all'")
         if self.top_k > self.num_experts:
             raise UserError(f"top_k is {self.top_k}, more than the {self.num_experts} experts; lower top_k")
         if self.num_experts % self.ep_size:

@@ -33,7 +33,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.cost import Parameters, count_parameters, counted_flops
 from rmoe.engine.launch import moe_dicts
 from rmoe.layers.moe import ResidualMoE, collect, moe_layers

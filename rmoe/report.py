@@ -29,7 +29,7 @@ from rmoe.analysis import (
     movement,
     weight_statistics,
 )
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.layers.moe import load_global_state_dict, moe_layers
 from rmoe.pictures import Scene, draw_detections, draw_experts, draw_load, draw_movement, draw_predictions, draw_weights
 

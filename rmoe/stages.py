@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 
 _STEP = re.compile(r"Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?loss: ([\d.]+)")
 _TAIL = 25  # lines of a failed run's log that are shown

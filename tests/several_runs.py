@@ -10,7 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.engine import launch
 
 

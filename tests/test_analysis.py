@@ -10,7 +10,8 @@ from torch import nn
 
 from rmoe.analysis import effective_rank, load_statistics, matched_share, movement, routing_maps, weight_statistics
 from rmoe.backbones.pyramid import TimmPyramid
-from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError
 from rmoe.layers.moe import ResidualMoE, moe_layers
 
 SWIN = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4}

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 
-from rmoe.config import GateLosses, ResidualMoEConfig, UserError
+from rmoe.config import GateLosses, ResidualMoEConfig
+from rmoe.errors import UserError
 
 
 def test_from_plain_data() -> None:
@@ -26,14 +28,7 @@ def test_frozen() -> None:
         ({"num_expert": 4}, "no key 'num_expert'; did you mean 'num_experts'"),
         ({"losses": {"zz": 1.0}}, "GateLosses has no key 'zz'; did you mean 'z'"),
         ({"losses": {"z": -1.0}}, "0 .off. or positive"),
-        ({"residual": "lowrank"}, "did you mean 'low_rank'"),
-        ({"blocks": "alternating"}, "did you mean 'alternate'"),
-        ({"num_experts": "8"}, "a value of type int"),
-        ({"num_experts": True}, "a value of type int"),
-        ({"num_experts": 8.0}, "a value of type int"),
-        ({"train_core": 1}, "a value of type bool"),
-        ({"capacity_factor": "much"}, "a value of type float . None"),
-        ({"num_experts": 0}, "at least 1"),
+        ({"num_experts": 0}, "it is 1 to 65536"),
         ({"top_k": 9}, "more than the 8 experts"),
         ({"ep_size": 3}, r"ep_size 3 does not divide the 8 experts; use one of \[1, 2, 4, 8\]"),
         ({"capacity_factor": 0.0}, "positive"),
@@ -60,3 +55,49 @@ def test_the_cheap_choices() -> None:
 
 def test_fixed_experts_are_on_every_process() -> None:
     assert ResidualMoEConfig(train_residual=False, ep_size=2).ep_size == 1
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_experts": "8"}, "num_experts is '8'; it takes a whole number"),
+        ({"num_experts": 8.0}, "num_experts is 8.0; it takes a whole number"),
+        ({"num_experts": True}, "num_experts is True; it takes a whole number"),
+        ({"num_experts": 10**12, "ep_size": 7}, "it is 1 to 65536"),
+        ({"top_k": None}, "top_k is None"),
+        ({"residual": "low-rank"}, "residual is 'low-rank'; did you mean 'low_rank'"),
+        ({"residual": ["full"]}, "residual is .*it takes one of 'low_rank', 'full', 'experts'"),
+        ({"combine": "straight-through"}, "did you mean 'straight_through'"),
+        ({"expert_init": "copy"}, "expert_init is 'copy'.*known: core, random"),
+        ({"exchange": "token"}, "did you mean 'tokens'"),
+        ({"blocks": "everything"}, "blocks is 'everything'.*known: all, alternate"),
+        ({"blocks": ()}, "blocks is empty"),
+        ({"blocks": ("layers.0", 3)}, "a tuple, each item being a string"),
+        ({"noise": float("inf")}, "noise is inf; it takes a finite number"),
+        ({"noise": float("nan")}, "noise is nan; it takes a finite number"),
+        ({"gate_std": "0.1"}, "gate_std is '0.1'; it takes a finite number"),
+        ({"capacity_factor": float("nan")}, "a finite number or None"),
+        ({"capacity_factor": "much"}, "a finite number or None"),
+        ({"blocks": "alternating"}, "did you mean 'alternate'"),
+        ({"train_core": 1}, "train_core is 1; it takes True or False"),
+        ({"losses": {"importanc": 1.0}}, "did you mean 'importance'"),
+        ({"losses": {"importance": float("nan")}}, "importance is nan"),
+        ({"losses": 0.1}, "losses is 0.1; it takes a GateLosses"),
+    ],
+)
+def test_python_and_data_are_checked_alike(values: dict[str, Any], message: str) -> None:
+    for build in (lambda: ResidualMoEConfig(**values), lambda: ResidualMoEConfig.from_dict(values)):
+        with pytest.raises(UserError, match=message):
+            build()
+
+
+def test_plain_data_becomes_what_the_fields_hold() -> None:
+    config = ResidualMoEConfig(losses={"z": 1}, blocks=["a", "b"])  # type: ignore[arg-type]
+    assert config == ResidualMoEConfig(losses=GateLosses(z=1), blocks=("a", "b"))
+    assert config == ResidualMoEConfig.from_dict({"losses": {"z": 1}, "blocks": ["a", "b"]})
+
+
+@pytest.mark.parametrize("values", [None, 8, "num_experts=8", [("num_experts", 8)]])
+def test_a_config_from_no_mapping(values: Any) -> None:
+    with pytest.raises(UserError, match="takes a mapping"):
+        ResidualMoEConfig.from_dict(values)

@@ -15,7 +15,7 @@ from torch.optim import SGD
 
 from benchmarks import training
 from rmoe.cli import main
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.cost import counted_flops
 from rmoe.engine.optim import param_groups
 from rmoe.estimate import (

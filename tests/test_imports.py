@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "rmoe"
-ORDER = ["config", "layers", "backbones", "tasks", "engine", "cli"]
-BESIDE = {"data": ["config"], "cost": ["config", "layers"]}
+ORDER = ["errors", "config", "layers", "backbones", "tasks", "engine", "cli"]
+BESIDE = {"data": ["errors", "config"], "cost": ["errors", "config", "layers"]}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "configs" not in path.parts)
 
 

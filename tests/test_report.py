@@ -15,7 +15,7 @@ from rich.console import Console
 from safetensors.torch import save_file
 
 from rmoe.cli import main
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.layers.moe import global_state_dict
 from rmoe.report import Row, Run, report, table
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rmoe.backbones.core import CoreReport, level_keys, load_core, read_checkpoint
 from rmoe.backbones.dense_import import translate
 from rmoe.backbones.upcycle import upcycle
-from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError
 from rmoe.layers.moe import holds_experts
 
 

@@ -23,7 +23,7 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from rmoe.backbones.dense_import import NOT_BACKBONE, translate
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.layers.moe import global_state_dict, holds_experts, load_global_state_dict
 
 # (pattern, reason): keys without prefix that the file may hold and the model need not, and the other way round.

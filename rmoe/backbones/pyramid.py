@@ -13,7 +13,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
 
 from rmoe.backbones.build import add_weights, timm_model
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.registry import MODELS
 
 # What a family needs to take images of any size, by the name of timm's module.

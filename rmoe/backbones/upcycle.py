@@ -9,7 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from rmoe.config import ResidualMoEConfig, UserError, nearest
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError, nearest
 from rmoe.layers.moe import ResidualMoE, roles
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar")

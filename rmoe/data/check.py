@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.archives import (
     IMAGE_SUFFIXES,
     LAYOUTS,

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.check import Problem, Report, each, missing_folder, read_image, reason, some
 
 _LISTS = ("images", "annotations", "categories")

@@ -12,7 +12,7 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 
 
 def stamp(char: str, *, size: int, degrees: int = 0, flip: bool = False, sketch: bool = False) -> np.ndarray:

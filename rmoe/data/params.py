@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rmoe.config import UserError, nearest
+from rmoe.errors import UserError, nearest
 from rmoe.data.glyphs import THINGS, UPSTREAM
 
 STYLES = ("plain", "tinted", "night", "outline")

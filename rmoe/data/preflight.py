@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.check import Problem, check_class_list, check_segmentation, check_split, missing_folder, require
 from rmoe.data.coco import check_annotations, check_images, read_annotations
 

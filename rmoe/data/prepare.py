@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.archives import require_end, whole
 from rmoe.data.check import FETCH_ADE20K, reason
 

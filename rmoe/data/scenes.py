@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.dice import Dice
 from rmoe.data.emoji import stamp
 from rmoe.data.glyphs import CREDIT, DISTRACTORS, LICENCE, LICENCE_URL, THINGS, UPSTREAM, class_name

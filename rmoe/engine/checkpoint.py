@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmoe.backbones.core import read_checkpoint
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.engine.elastic import AVERAGE, WEIGHT
 from rmoe.layers.moe import global_state_dict, load_global_state_dict
 

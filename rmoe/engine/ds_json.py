@@ -10,7 +10,7 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
-from rmoe.config import UserError, nearest
+from rmoe.errors import UserError, nearest
 
 AUTO = "auto"
 _MICRO, _ACCUMULATION, _GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"

@@ -21,7 +21,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.layers.moe import moe_layers
 
 WEIGHT, AVERAGE = "weight/", "average/"

@@ -27,7 +27,8 @@ from mmengine.dist import all_gather_object
 from mmengine.runner import FlexibleRunner
 from mmengine.utils import import_modules_from_strings
 
-from rmoe.config import ResidualMoEConfig, UserError, nearest
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError, nearest
 from rmoe.data.preflight import preflight
 from rmoe.engine import checkpoint, ds_json, faults, optim  # noqa: F401 (registers 'rmoe.ParamGroups')
 from rmoe.engine.checkpoint import Layout

@@ -14,7 +14,7 @@ from mmengine.registry import OPTIMIZERS, Registry
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from rmoe.config import UserError, nearest
+from rmoe.errors import UserError, nearest
 from rmoe.layers.moe import roles
 
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(

@@ -19,7 +19,7 @@ from mmengine.optim import BaseOptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 from torch import Tensor, nn
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.cost import Parameters, count_parameters
 from rmoe.engine import checkpoint, elastic, run_state
 from rmoe.engine.checkpoint import Layout

@@ -23,7 +23,8 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError
 from rmoe.layers.exchange import SumOverProcesses, exchange_tokens, gather_experts
 from rmoe.layers.gate import Gate, GateSums, Routing, gate_loss
 from rmoe.layers.residual import Full, LowRank, Network, Residuals, mix

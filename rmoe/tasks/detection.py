@@ -30,7 +30,7 @@ from mmengine.structures import InstanceData
 from pycocotools.mask import encode
 from torch import Tensor
 
-from rmoe.config import UserError, nearest
+from rmoe.errors import UserError, nearest
 from rmoe.data.check import read_classes, require
 from rmoe.data.coco import check_annotations, read_annotations
 from rmoe.registry import DATASETS, METRICS, TRANSFORMS

@@ -6,7 +6,7 @@ from typing import Any
 
 from mmcv.transforms import LoadImageFromFile
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.registry import TRANSFORMS
 
 

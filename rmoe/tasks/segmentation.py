@@ -17,7 +17,7 @@ from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.registry import DATASETS, TRANSFORMS
 
 IGNORED = 255

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmoe.backbones.core import load_core
-from rmoe.config import UserError
+from rmoe.errors import UserError
 
 SMALL = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4, "img_size": 128}
 SMALL_VIT = {"embed_dim": 12, "depth": 2, "num_heads": 2, "img_size": 32}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rmoe.backbones.cvt import Block, ConvAttention
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.backbones.upcycle import upcycle
-from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError
 from rmoe.layers.moe import collect, moe_layers
 
 SMALL = {"embed_dims": (8, 16, 24), "depths": (1, 2, 3), "num_heads": (1, 2, 3)}

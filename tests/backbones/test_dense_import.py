@@ -19,7 +19,7 @@ from rmoe.backbones.core import load_core, read_checkpoint
 from rmoe.backbones.dense_import import translate
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.cli import main
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.tasks.classification import TimmClassifier
 
 SWIN, VIT, CVT = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224", "cvt_13"

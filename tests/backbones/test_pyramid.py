@@ -14,7 +14,7 @@ from mmengine.structures import PixelData
 from torch import Tensor, nn
 
 from rmoe.backbones.pyramid import TimmPyramid
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.layers.moe import ResidualMoE, collect, moe_layers
 
 SWIN = "swin_tiny_patch4_window7_224"

@@ -8,7 +8,8 @@ from torch import nn
 
 import rmoe
 from rmoe.backbones.upcycle import find_networks
-from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError
 from rmoe.layers.moe import ResidualMoE, moe_layers
 
 CONFIG = ResidualMoEConfig(num_experts=4, rank=2)

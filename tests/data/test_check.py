@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.check import (
     check_ade20k,
     check_class_list,

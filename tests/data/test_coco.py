@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.coco import check_annotations, check_coco, read_annotations
 
 

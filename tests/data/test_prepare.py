@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from rmoe.cli import main
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.data.prepare import prepare
 
 SYNSETS = ("n01440764", "n01443537")

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from toy import ToyModel
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.engine import checkpoint
 from rmoe.engine.checkpoint import (
     HISTORY,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.engine.ds_json import precision, read_json, resolve, zero_stage
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))

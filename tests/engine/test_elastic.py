@@ -16,7 +16,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.optim import PolyLR
 from torch import nn
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.engine import elastic, run_state
 from rmoe.engine.optim import DeepSpeedOptimWrapper
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from toy import ToyModel, ToyTokens
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.engine import hooks
 from rmoe.engine.hooks import EMAHook, LocalExpertsHook, ProgressHook
 from rmoe.engine.strategy import Engine

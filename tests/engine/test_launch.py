@@ -11,7 +11,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from toy import write_config, write_json
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.engine import launch
 from rmoe.engine.checkpoint import RUN, Layout, write_marker
 from rmoe.engine.ds_json import read_json
@@ -153,7 +153,7 @@ def test_what_was_left_out_is_told(tmp_path: Path) -> None:
 
 def test_an_error_in_a_loader_worker_is_one_line() -> None:
     worker = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
-    assert launch.innermost(worker + "rmoe.config.UserError: image a.jpg has no label map") == (
+    assert launch.innermost(worker + "rmoe.errors.UserError: image a.jpg has no label map") == (
         "image a.jpg has no label map"
     )
     assert launch.innermost("plain") == "plain"

@@ -10,7 +10,8 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from rmoe.config import ResidualMoEConfig, UserError
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError
 from rmoe.engine.optim import ParamGroups, param_groups
 from rmoe.layers.moe import ResidualMoE
 

@@ -12,7 +12,8 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from rmoe.config import GateLosses, ResidualMoEConfig, UserError
+from rmoe.config import GateLosses, ResidualMoEConfig
+from rmoe.errors import UserError
 from rmoe.layers.moe import ResidualMoE, collect, global_state_dict, load_global_state_dict, local_experts, roles
 
 WIDTH = 6

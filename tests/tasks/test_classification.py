@@ -15,7 +15,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.layers.moe import collect, moe_layers
 from rmoe.tasks import classification
 from rmoe.tasks.classification import Accuracy, ImageFolder, TimmClassifier, majority_top1

@@ -20,7 +20,7 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 import rmoe.tasks.detection  # registers its classes
 from rmoe.backbones.pyramid import TimmPyramid
-from rmoe.config import UserError
+from rmoe.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[2] / "rmoe" / "configs"
 COCO = CocoDataset.METAINFO["classes"]

@@ -12,7 +12,7 @@ from mmengine.registry import DATASETS, init_default_scope
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from PIL import Image
 
-from rmoe.config import UserError
+from rmoe.errors import UserError
 from rmoe.tasks.segmentation import label_maps, majority_miou
 
 CLASSES = ("sky", "grass", "dog")
