@@ -10,7 +10,8 @@ from rmoe.errors import UserError
 
 if TYPE_CHECKING:
     from rmoe.backbones.upcycle import upcycle
-    from rmoe.layers.moe import ResidualMoE, collect
+    from rmoe.layers.moe import ResidualMoE
+    from rmoe.layers.records import collect
 
 __version__ = "0.1.0"
 __all__ = ["GateLosses", "ResidualMoE", "ResidualMoEConfig", "UserError", "collect", "upcycle"]
@@ -18,7 +19,7 @@ __all__ = ["GateLosses", "ResidualMoE", "ResidualMoEConfig", "UserError", "colle
 # Loaded when first used: torch and deepspeed take seconds, which `rmoe --help` should not.
 _LAZY = {
     "ResidualMoE": "rmoe.layers.moe",
-    "collect": "rmoe.layers.moe",
+    "collect": "rmoe.layers.records",
     "upcycle": "rmoe.backbones.upcycle",
 }
 

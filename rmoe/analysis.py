@@ -18,7 +18,8 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE, collect, moe_layers
+from rmoe.layers.moe import ResidualMoE, moe_layers
+from rmoe.layers.records import collect
 from rmoe.layers.residual import Network
 
 _STRIDES = (4, 8, 16, 32, 64)

@@ -47,7 +47,7 @@ def _check_fields(config: Any) -> None:
     Raises:
         UserError: a value of another type, a name that is none of the choices, or a number that is not finite.
     """
-    for name, hint in _hints(type(config)).items():
+    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
         where, value = f"{type(config).__name__}.{name}", getattr(config, name)
         if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
             value = from_dict(hint, value)  # type: ignore[arg-type]

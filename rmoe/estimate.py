@@ -33,10 +33,11 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rmoe.errors import UserError
 from rmoe.cost import Parameters, count_parameters, counted_flops
 from rmoe.engine.launch import moe_dicts
-from rmoe.layers.moe import ResidualMoE, collect, moe_layers
+from rmoe.errors import UserError
+from rmoe.layers.moe import ResidualMoE, moe_layers
+from rmoe.layers.records import collect
 from rmoe.registry import MODELS
 from rmoe.tasks.classification import TimmClassifier
 
@@ -272,9 +273,7 @@ def training_loss(model: Any, images: Mapping[str, Any]) -> Tensor:
     """
     with collect() as records:
         losses = model(**images, mode="loss")
-    if (auxiliary := records.loss()) is not None:
-        losses["loss_moe_aux"] = auxiliary
-    return model.parse_losses(losses)[0]
+    return model.parse_losses(records.join(losses))[0]
 
 
 class Trace(NamedTuple):

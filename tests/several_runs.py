@@ -10,8 +10,8 @@ import os
 import sys
 from pathlib import Path
 
-from rmoe.errors import UserError
 from rmoe.engine import launch
+from rmoe.errors import UserError
 
 
 def main(path: str) -> None:

@@ -15,9 +15,9 @@ from torch.optim import SGD
 
 from benchmarks import training
 from rmoe.cli import main
-from rmoe.errors import UserError
 from rmoe.cost import counted_flops
 from rmoe.engine.optim import param_groups
+from rmoe.errors import UserError
 from rmoe.estimate import (
     Estimate,
     Setting,

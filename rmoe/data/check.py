@@ -18,7 +18,6 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from rmoe.errors import UserError
 from rmoe.data.archives import (
     IMAGE_SUFFIXES,
     LAYOUTS,
@@ -29,6 +28,7 @@ from rmoe.data.archives import (
     index_all,
     looks_whole,
 )
+from rmoe.errors import UserError
 
 IGNORED = 255
 _NAMED = 3  # files of one kind that a message names

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rmoe.errors import UserError
 from rmoe.data.check import Problem, Report, each, missing_folder, read_image, reason, some
+from rmoe.errors import UserError
 
 _LISTS = ("images", "annotations", "categories")
 _NUMBER, _ID = (int, float), (int, str)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from rmoe.errors import UserError, nearest
 from rmoe.data.glyphs import THINGS, UPSTREAM
+from rmoe.errors import UserError, nearest
 
 STYLES = ("plain", "tinted", "night", "outline")
 _MOST = 99_999  # images of one kind

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rmoe.errors import UserError
 from rmoe.data.check import Problem, check_class_list, check_segmentation, check_split, missing_folder, require
 from rmoe.data.coco import check_annotations, check_images, read_annotations
+from rmoe.errors import UserError
 
 _PAIRS = {
     "SegDataset",

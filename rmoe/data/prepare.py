@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rmoe.errors import UserError
 from rmoe.data.archives import require_end, whole
 from rmoe.data.check import FETCH_ADE20K, reason
+from rmoe.errors import UserError
 
 _ADE20K = "ADEChallengeData2016"
 _COCO = ("train2017", "val2017", "annotations")

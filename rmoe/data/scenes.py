@@ -29,12 +29,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from rmoe.errors import UserError
 from rmoe.data.dice import Dice
 from rmoe.data.emoji import stamp
 from rmoe.data.glyphs import CREDIT, DISTRACTORS, LICENCE, LICENCE_URL, THINGS, UPSTREAM, class_name
 from rmoe.data.params import SceneParams, tail
 from rmoe.data.textures import STUFF, colour_matrix, noise, recolour, texture
+from rmoe.errors import UserError
 
 FORMAT = 1  # raise it when the bytes of any image change
 MIN_VISIBLE = 16  # pixels; what shows less of itself is nobody's

@@ -28,12 +28,12 @@ from mmengine.runner import FlexibleRunner
 from mmengine.utils import import_modules_from_strings
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.errors import UserError, nearest
 from rmoe.data.preflight import preflight
 from rmoe.engine import checkpoint, ds_json, faults, optim  # noqa: F401 (registers 'rmoe.ParamGroups')
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.faults import Fault, Preempted
 from rmoe.engine.strategy import Diverged, Runner, user_errors
+from rmoe.errors import UserError, nearest
 from rmoe.stages import free_port
 
 _CONSTRUCTORS = (None, "DefaultOptimWrapperConstructor", "rmoe.ParamGroups")

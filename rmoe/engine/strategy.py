@@ -19,12 +19,13 @@ from mmengine.optim import BaseOptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 from torch import Tensor, nn
 
-from rmoe.errors import UserError
 from rmoe.cost import Parameters, count_parameters
 from rmoe.engine import checkpoint, elastic, run_state
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import mend_clipping
-from rmoe.layers.moe import collect, global_state_dict
+from rmoe.errors import UserError
+from rmoe.layers.moe import global_state_dict
+from rmoe.layers.records import collect
 
 
 class Diverged(RuntimeError):
@@ -58,9 +59,7 @@ class Engine(MMDeepSpeedEngineWrapper):
         data = module.data_preprocessor(data, training=True)
         with collect() as records:
             losses = self._run_forward(data, mode="loss")
-        if (auxiliary := records.loss()) is not None:
-            losses["loss_moe_aux"] = auxiliary
-        loss, log_vars = module.parse_losses(losses)
+        loss, log_vars = module.parse_losses(records.join(losses))
         log_vars = _averaged(log_vars)
         if not log_vars["loss"].isfinite():
             raise Diverged("the loss is not finite")

@@ -22,6 +22,8 @@ class GateSums(NamedTuple):
     probability_E: Tensor
     load_E: Tensor  # smoothed number of tokens; zeros where the gate has no noise
     first_E: Tensor  # tokens whose first choice is e; no gradient
+    chosen_E: Tensor  # tokens that have e among their choices, before any is dropped; no gradient
+    confidence: Tensor  # the largest probability of each token; no gradient
     z: Tensor
     tokens: Tensor
 
@@ -83,13 +85,21 @@ class Gate(nn.Module):
             # The chance that fresh noise would bring an expert over the last chosen one (V-MoE, appendix A).
             threshold_1T = noisy_ET.gather(0, expert_KT[-1:]).detach()
             load_E = torch.special.ndtr((clean_ET - threshold_1T) / std).sum(1)
+        first_E = _count(expert_KT[:1], zeros_E)
         return GateSums(
             probability_E=probability_ET.sum(1),
             load_E=load_E,
-            first_E=torch.bincount(expert_KT[0], minlength=len(zeros_E)).to(zeros_E.dtype),
+            first_E=first_E,
+            chosen_E=first_E if len(expert_KT) == 1 else _count(expert_KT, zeros_E),
+            confidence=probability_ET.detach().amax(0).sum(),
             z=clean_ET.logsumexp(0).square().sum() if losses.z else zeros_E.sum(),
             tokens=zeros_E.new_tensor(float(clean_ET.shape[1])),
         )
+
+
+def _count(expert_KT: Tensor, zeros_E: Tensor) -> Tensor:
+    """Returns how often each expert is chosen, in the dtype of `zeros_E`."""
+    return zeros_E.scatter_add(0, expert_KT.flatten(), zeros_E.new_ones(()).expand(expert_KT.numel()))
 
 
 def _best(x_ET: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -98,6 +108,29 @@ def _best(x_ET: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return x_ET.topk(k, 0)
     values_T, which_T = x_ET.max(0)
     return values_T[None], which_T[None]
+
+
+class Balance(NamedTuple):
+    """Says how evenly a gate spreads its tokens: scalars, float32, without gradient.
+
+    Attributes:
+        largest_share: share of the tokens that use the busiest expert, 1/E … 1.
+        entropy: of the choices over the experts, relative to an even spread: 1 is even, 0 is one expert alone.
+        confidence: mean over the tokens of the largest probability, 1/E … 1.
+    """
+
+    largest_share: Tensor
+    entropy: Tensor
+    confidence: Tensor
+
+
+def gate_balance(sums: GateSums) -> Balance:
+    """Returns the balance of a batch. Where every token uses all experts, they are counted by their probabilities."""
+    num_experts = len(sums.chosen_E)
+    count_E = sums.chosen_E.where(sums.chosen_E.min() < sums.tokens, sums.probability_E)
+    share_E = count_E / count_E.sum()
+    entropy = torch.special.entr(share_E).sum() / math.log(num_experts) if num_experts > 1 else torch.ones_like(sums.z)
+    return Balance(count_E.max() / sums.tokens, entropy, sums.confidence / sums.tokens)
 
 
 def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:

@@ -2,7 +2,7 @@
 
 One forward pass, in the order in which it runs: `Gate` chooses the experts of each token; `mix` (residual.py) applies
 the core plus their residuals; where experts are spread over processes, weights or tokens travel first (exchange.py).
-What the gate decided is collected by `collect`, and by nothing else.
+What the gate decided is collected by `collect` (records.py), and by nothing else.
 
 To DeepSpeed a layer whose residuals are trained is a `deepspeed.moe.layer.MoE`: they carry the marks of expert
 parameters, and are named as its experts are. The gate, the arithmetic and the exchange are not DeepSpeed's.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from contextvars import ContextVar
 from itertools import product
 from typing import Any, Literal
 
@@ -25,8 +24,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.layers.exchange import SumOverProcesses, exchange_tokens, gather_experts
-from rmoe.layers.gate import Gate, GateSums, Routing, gate_loss
+from rmoe.layers.exchange import exchange_tokens, gather_experts
+from rmoe.layers.gate import Gate, Routing
+from rmoe.layers.records import record
 from rmoe.layers.residual import Full, LowRank, Network, Residuals, mix
 
 Role = Literal["core", "residual", "gate", "other"]
@@ -44,13 +44,13 @@ class ResidualMoE(nn.Module):
         config: with ep_size > 1, torch.distributed must be initialised.
 
     Raises:
-        UserError: ep_size does not divide the number of processes.
+        UserError: a core that the layer cannot compute, or ep_size does not divide the number of processes.
     """
 
     def __init__(self, core: nn.Module, config: ResidualMoEConfig) -> None:
-        nn.Module.__init__(
-            self
-        )  # of MoE too: its own constructor would build its gate and a copy of the core per expert
+        # Not MoE's constructor, which would build a gate of its own and a copy of the core for each expert.
+        nn.Module.__init__(self)
+        _check_core(core, config)
         self.config = config
         self.num_experts, self.ep_size = config.num_experts, config.ep_size
         self.num_local_experts = config.num_experts // config.ep_size
@@ -70,6 +70,7 @@ class ResidualMoE(nn.Module):
             self.__class__ = _TrainedResidualMoE
         else:
             self.deepspeed_moe.requires_grad_(False)
+        self.train(core.training)
 
     def forward(self, x: Tensor) -> Tensor:
         """x of any shape [..., C] → y [..., C]. In training, every process of the expert group must call it.
@@ -80,9 +81,7 @@ class ResidualMoE(nn.Module):
         x_TC = x.reshape(-1, x.shape[-1])
         self._check_tokens(len(x_TC))
         routing = self.gate(x_TC)
-        records = _RECORDS.get()
-        if records is not None:
-            records.routing[self] = routing
+        record(self, routing)
         if self.config.recompute and torch.is_grad_enabled():
             return checkpoint(self._experts, x_TC, routing, use_reentrant=False).reshape(x.shape)
         return self._experts(x_TC, routing).reshape(x.shape)
@@ -207,6 +206,11 @@ class _Residual(nn.Module):
         super().__setstate__(state)
         self._mark()  # copies of a parameter lose its attributes
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        moved = super()._apply(*args, **kwargs)
+        self._mark()  # so do those that leave the meta device
+        return moved
+
     def residuals(self) -> Residuals:
         return self.kind(*(getattr(self, name) for name in self.kind._fields))
 
@@ -226,17 +230,26 @@ class _Residual(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known = set()
-        for name, parameter in self._parameters.items():
-            for e, x in enumerate(parameter.detach()):  # type: ignore[union-attr]
-                key = f"{prefix}{_EXPERT_KEY}{e}.{name}"
-                known.add(key)
-                if key not in state_dict:
-                    missing_keys.append(key)
-                elif state_dict[key].shape != x.shape:
-                    error_msgs.append(f"{key}: {tuple(state_dict[key].shape)} in the file, {tuple(x.shape)} here")
-                else:
-                    x.copy_(state_dict[key])
+        known, assign = set(), local_metadata.get("assign_to_params_buffers", False)
+        for name, parameter in list(self.named_parameters()):
+            keys = [f"{prefix}{_EXPERT_KEY}{e}.{name}" for e in range(len(parameter))]
+            known.update(keys)
+            found = {key: state_dict[key] for key in keys if key in state_dict}
+            missing_keys += [key for key in keys if key not in found]
+            wrong = [key for key, x in found.items() if x.shape != parameter.shape[1:]]
+            error_msgs += [
+                f"{key}: {tuple(found[key].shape)} in the file, {tuple(parameter.shape[1:])} here" for key in wrong
+            ]
+            if parameter.is_meta and not assign:
+                error_msgs.append(f"{prefix}{name} is on the meta device: use assign=True, or to_empty() first")
+            elif not wrong and assign and len(found) == len(keys):
+                stacked = torch.stack([found[key].detach() for key in keys])
+                self.register_parameter(name, nn.Parameter(stacked, requires_grad=parameter.requires_grad))
+            elif not wrong:
+                for e, key in enumerate(keys):
+                    if key in found:
+                        parameter.detach()[e].copy_(found[key])
+        self._mark()
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
 
 
@@ -262,65 +275,44 @@ def _initial(config: ResidualMoEConfig, core: Network) -> Residuals:
     return full
 
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_core(core: nn.Module, config: ResidualMoEConfig) -> None:
+    """Refuses what the layer would compute wrongly, and prepares the activation.
+
+    Raises:
+        UserError: see `ResidualMoE`.
+    """
+    if not isinstance(config, ResidualMoEConfig):
+        raise UserError(f"the config is {config!r}; build it by ResidualMoEConfig(...) or ResidualMoEConfig.from_dict")
+    kinds = {"fc1": nn.Linear, "act": nn.Module, "fc2": nn.Linear}
+    if lacking := [name for name, kind in kinds.items() if not isinstance(getattr(core, name, None), kind)]:
+        raise UserError(
+            f"the core is a {type(core).__name__} without {lacking[0]}; it has linear layers fc1 and fc2 and an "
+            "activation act, as timm's Mlp"
+        )
+    fc1, fc2, act = core.fc1, core.fc2, core.act
+    if (fc1.in_features, fc1.out_features) != (fc2.out_features, fc2.in_features):  # type: ignore[union-attr]
+        raise UserError(f"the core maps {fc1} and {fc2}; fc2 must lead back from fc1's outputs to its inputs")
+    for name, parameter in core.named_parameters():
+        if parameter.dtype not in _DTYPES or parameter.layout != torch.strided:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise UserError(f"the core's {name} is {parameter.dtype}, {parameter.layout}; it is dense, of {allowed}")
+    if any(True for _ in act.parameters()) or isinstance(act, nn.RReLU):  # type: ignore[union-attr]
+        raise UserError(
+            f"the core's activation is {act}; use one without parameters and chance: its backward pass is the layer's"
+        )
+    for module in act.modules():  # type: ignore[union-attr]
+        if getattr(module, "inplace", False):
+            module.inplace = False  # backward needs what it was given
+
+
 def _check_processes(ep_size: int) -> None:
     if not dist.is_initialized():
         raise UserError(f"ep_size {ep_size} needs torch.distributed: start with a launcher, or use ep_size=1")
     if dist.get_world_size() % ep_size:
         raise UserError(f"ep_size {ep_size} does not divide the {dist.get_world_size()} processes; change either")
-
-
-class Records:
-    """What the gates decided while `collect` was on: `routing` holds the last call of each layer."""
-
-    def __init__(self) -> None:
-        self.routing: dict[ResidualMoE, Routing] = {}
-
-    def loss(self) -> Tensor | None:
-        """The gates' auxiliary losses over the global batch, weighted and summed over layers; None without any.
-
-        One all-reduce for all layers: every process must call it.
-
-        Raises:
-            RuntimeError: the gates ran without gradient, as under reentrant activation checkpointing.
-        """
-        layers = [layer for layer, routing in self.routing.items() if routing.sums is not None]
-        if not layers:
-            return None
-        parts = [part for layer in layers for part in self.routing[layer].sums]  # type: ignore[union-attr]
-        trained = torch.is_grad_enabled() and any(layer.gate.weight.requires_grad for layer in layers)
-        if trained and not any(part.requires_grad for part in parts):
-            raise RuntimeError("the gates ran without gradient: checkpoint activations with use_reentrant=False")
-        flat = torch.cat([part.reshape(-1) for part in parts])
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            flat = SumOverProcesses.apply(flat)
-        totals = iter(flat.split([part.numel() for part in parts]))
-        losses = [gate_loss(_next_sums(totals), layer.config.losses) for layer in layers]
-        return torch.stack(losses).sum()
-
-
-def _next_sums(totals: Iterator[Tensor]) -> GateSums:
-    vectors = [next(totals) for _ in GateSums._fields]
-    return GateSums(*vectors[:3], *(vector.squeeze() for vector in vectors[3:]))
-
-
-_RECORDS: ContextVar[Records | None] = ContextVar("rmoe_records", default=None)
-
-
-@contextmanager
-def collect() -> Iterator[Records]:
-    """Collects what the gates decide inside the block; the one way to their losses and to their routing.
-
-        with collect() as records:
-            loss = criterion(model(images), labels)
-        loss = loss + records.loss()
-
-    A layer that activation checkpointing runs again counts once.
-    """
-    token = _RECORDS.set(Records())
-    try:
-        yield _RECORDS.get()  # type: ignore[misc]
-    finally:
-        _RECORDS.reset(token)
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch import Tensor
 
 from rmoe.backbones.build import add_weights, timm_model
-from rmoe.errors import UserError
 from rmoe.data.archives import LAYOUTS, Packed, archives_of, class_names, find_split, index_all
+from rmoe.errors import UserError
 from rmoe.registry import DATASETS, METRICS, MODELS
 
 

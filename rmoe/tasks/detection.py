@@ -30,9 +30,9 @@ from mmengine.structures import InstanceData
 from pycocotools.mask import encode
 from torch import Tensor
 
-from rmoe.errors import UserError, nearest
 from rmoe.data.check import read_classes, require
 from rmoe.data.coco import check_annotations, read_annotations
+from rmoe.errors import UserError, nearest
 from rmoe.registry import DATASETS, METRICS, TRANSFORMS
 
 _ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")

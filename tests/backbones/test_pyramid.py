@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE, collect, moe_layers
+from rmoe.layers.moe import ResidualMoE, moe_layers
+from rmoe.layers.records import collect
 
 SWIN = "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4, "drop_path_rate": 0.0}

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rmoe.errors import UserError
 from rmoe.data.check import (
     check_ade20k,
     check_class_list,
@@ -17,6 +16,7 @@ from rmoe.data.check import (
     read_classes,
     require,
 )
+from rmoe.errors import UserError
 
 NAMES = [f"ADE_{number}" for number in range(5)]
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rmoe.errors import UserError
 from rmoe.data.preflight import preflight
+from rmoe.errors import UserError
 
 
 @pytest.fixture

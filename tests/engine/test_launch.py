@@ -11,10 +11,10 @@ from conftest import ROOT
 from mmengine.config import Config
 from toy import write_config, write_json
 
-from rmoe.errors import UserError
 from rmoe.engine import launch
 from rmoe.engine.checkpoint import RUN, Layout, write_marker
 from rmoe.engine.ds_json import read_json
+from rmoe.errors import UserError
 
 MOE = {"num_experts": 4, "ep_size": 2}
 

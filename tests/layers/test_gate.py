@@ -76,7 +76,8 @@ def test_gradients_of_all_that_the_gate_gives(k: int, noise: float) -> None:
 def sums_of(probability_TE: Tensor, load_TE: Tensor, logits_TE: Tensor) -> GateSums:
     first = torch.bincount(probability_TE.argmax(-1), minlength=probability_TE.shape[1]).float()
     z = logits_TE.logsumexp(-1).square().sum()
-    return GateSums(probability_TE.sum(0), load_TE.sum(0), first, z, torch.tensor(float(len(probability_TE))))
+    tokens = torch.tensor(float(len(probability_TE)))
+    return GateSums(probability_TE.sum(0), load_TE.sum(0), first, first, probability_TE.amax(1).sum(), z, tokens)
 
 
 def test_losses_by_hand() -> None:
@@ -116,9 +117,10 @@ def test_load_is_the_chance_of_being_chosen_again() -> None:
 
 
 def test_balanced_gate_costs_nothing_and_a_collapsed_one_does() -> None:
-    even = GateSums(torch.ones(4), torch.ones(4), torch.ones(4), torch.zeros(()), torch.tensor(4.0))
+    zero = torch.zeros(())
+    even = GateSums(*[torch.ones(4)] * 4, zero, zero, torch.tensor(4.0))
     one = torch.tensor([4.0, 0, 0, 0])
-    collapsed = GateSums(one, one, one, torch.zeros(()), torch.tensor(4.0))
+    collapsed = GateSums(*[one] * 4, zero, zero, torch.tensor(4.0))
     weights = GateLosses(importance=1.0, load=1.0)
     assert gate_loss(even, weights) == 0
     assert gate_loss(collapsed, weights).item() == pytest.approx(6.0)  # twice (std/mean)² = 3

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
 import pytest
@@ -14,7 +17,8 @@ from torch.utils.checkpoint import checkpoint
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE, collect, global_state_dict, load_global_state_dict, local_experts, roles
+from rmoe.layers.moe import ResidualMoE, global_state_dict, load_global_state_dict, local_experts, roles
+from rmoe.layers.records import collect
 
 WIDTH = 6
 KINDS = ("low_rank", "full")
@@ -239,12 +243,12 @@ def test_losses_sum_over_layers_and_only_in_training() -> None:
     parts = []
     for moe in model.layers:
         with collect() as alone:
-            alone.routing[moe] = records.routing[moe]
+            alone.add(moe, records.routing[moe])
         parts.append(alone.loss())
     torch.testing.assert_close(records.loss(), sum(parts))
     with collect() as records:
         model.eval()(tokens())
-    assert records.loss() is None
+    assert records.loss() == 0
     assert len(records.routing) == 2
 
 
@@ -253,7 +257,178 @@ def test_nothing_is_collected_outside_the_block() -> None:
     with collect() as records:
         pass
     moe(tokens())
-    assert records.loss() is None
+    assert records.loss() == 0
+
+
+# ---- modes, devices and cores ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_is_in_the_mode_of_its_core(training: bool) -> None:
+    moe = ResidualMoE(Mlp(WIDTH, 2 * WIDTH).train(training), ResidualMoEConfig(num_experts=4))
+    assert {module.training for module in moe.modules()} == {training}
+    if not training:
+        assert torch.equal(moe(tokens()), moe(tokens()))
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_made_on_meta_takes_a_state_by_assignment(kind: str) -> None:
+    made = layer(spread=0.5, residual=kind)
+    with torch.device("meta"):
+        moe = layer(residual=kind)
+    with pytest.raises(RuntimeError, match="is on the meta device: use assign=True"):
+        moe.load_state_dict(made.state_dict())
+    moe.load_state_dict(made.state_dict(), assign=True)
+    assert not any(parameter.is_meta for parameter in moe.parameters())
+    assert all(p.group_name == "ep_size_1" and not p.allreduce for p in moe.deepspeed_moe.parameters())
+    assert {n for n, p in moe.named_parameters() if p.requires_grad} == {
+        n for n, p in made.named_parameters() if p.requires_grad
+    }
+    assert torch.equal(moe.eval()(tokens()), made.eval()(tokens()))
+
+
+def test_a_layer_made_on_meta_takes_a_state_in_place() -> None:
+    made = layer(spread=0.5)
+    with torch.device("meta"):
+        moe = layer()
+    moe.to_empty(device="cpu").load_state_dict(made.state_dict())
+    assert all(not p.allreduce for p in moe.deepspeed_moe.parameters())
+    assert torch.equal(moe.eval()(tokens()), made.eval()(tokens()))
+
+
+def mlp(act: Callable[[], nn.Module] = nn.GELU, **changed: nn.Module) -> Mlp:
+    network = Mlp(WIDTH, 2 * WIDTH, act_layer=act)
+    for name, module in changed.items():
+        setattr(network, name, module)
+    return network
+
+
+class OtherWeights(nn.Linear):
+    """A linear layer with weights of a dtype that no core has."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(WIDTH, 2 * WIDTH)
+        self.weight = nn.Parameter(torch.zeros(2 * WIDTH, WIDTH).to(dtype), requires_grad=False)
+
+
+@pytest.mark.parametrize(
+    ("core", "message"),
+    [
+        (lambda: mlp(nn.PReLU), "activation is PReLU.*without parameters"),
+        (lambda: mlp(nn.RReLU), "activation is RReLU.*chance"),
+        (lambda: mlp(fc1=OtherWeights(torch.int8)), "fc1.weight is torch.int8"),
+        (lambda: mlp(fc1=OtherWeights(torch.bool)), "fc1.weight is torch.bool"),
+        (lambda: mlp(fc1=OtherWeights(torch.complex64)), "fc1.weight is torch.complex64"),
+        (lambda: mlp(fc1=OtherWeights(torch.float8_e4m3fn)), "fc1.weight is torch.float8"),
+        (lambda: mlp(fc2=nn.Linear(2 * WIDTH, WIDTH + 1)), "lead back"),
+        (lambda: mlp(fc2=nn.Identity()), "a Mlp without fc2"),
+        (lambda: nn.Linear(WIDTH, WIDTH), "a Linear without fc1"),
+    ],
+)
+def test_cores_that_the_layer_would_not_compute(core: Callable[[], nn.Module], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ResidualMoE(core(), ResidualMoEConfig(num_experts=4))
+
+
+@pytest.mark.parametrize("config", [{"num_experts": 4}, None, "low_rank"])
+def test_a_config_that_is_none(config: object) -> None:
+    with pytest.raises(UserError, match="build it by ResidualMoEConfig"):
+        ResidualMoE(mlp(), config)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_activation_in_place_has_the_gradient_of_one_that_is_not(kind: str) -> None:
+    grads = []
+    for inplace in (True, False):
+        torch.manual_seed(0)
+        core = mlp(lambda inplace=inplace: nn.SiLU(inplace))
+        moe = ResidualMoE(core, ResidualMoEConfig(num_experts=4, residual=kind, noise=0.0))  # type: ignore[arg-type]
+        x = tokens().requires_grad_()
+        moe(x).square().sum().backward()
+        grads.append(x.grad)
+    torch.testing.assert_close(*grads)
+
+
+# ---- records -------------------------------------------------------------------------------------------------------
+
+
+def test_two_passes_in_one_block_are_one_batch() -> None:
+    model = Two(None)
+    with collect() as whole:
+        model.layers[0](tokens(24))
+    with collect() as parts:
+        for part in tokens(24).split([7, 17]):
+            model.layers[0](part)
+    torch.testing.assert_close(parts.loss(), whole.loss())
+    torch.testing.assert_close([*parts.balance().values()], [*whole.balance().values()])
+
+
+def test_a_dense_model_and_evaluation_have_no_loss() -> None:
+    for model in (mlp(), Two(None).eval()):
+        with collect() as records:
+            loss = model(tokens()).sum()
+        assert torch.equal(loss + records.loss(), loss)
+        assert records.join({"loss": loss}) == {"loss": loss}
+        assert records.balance() == {}
+
+
+def test_a_thread_without_collect_is_refused_while_another_has_it() -> None:
+    moe = layer()
+    with ThreadPoolExecutor(1) as pool, collect() as records:
+        with pytest.raises(RuntimeError, match="open it in each of them"):
+            pool.submit(moe, tokens()).result()
+        pool.submit(moe.eval(), tokens()).result()
+    assert not records.routing
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(moe.train(), tokens()).result().shape == (12, WIDTH)
+
+
+def test_threads_collect_on_their_own() -> None:
+    def loss(moe: ResidualMoE) -> Tensor:
+        with collect() as records:
+            moe(tokens())
+        return records.loss()
+
+    layers = [layer(seed, noise=0.0) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(loss, layers))
+    torch.testing.assert_close(found, [loss(moe) for moe in layers])
+
+
+def test_the_balance_by_hand() -> None:
+    moe = layer(noise=0.0, gate_std=0.0)
+    with torch.no_grad():
+        moe.gate.weight[:, 0] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    x = torch.zeros(8, WIDTH)
+    x[:6, 0], x[6:, 0] = 1.0, -1.0  # six tokens for expert 3, two for expert 0
+    with collect() as records:
+        moe(x)
+    (balance,) = records.balance().values()
+    assert balance.largest_share.item() == 0.75
+    assert balance.entropy.item() == pytest.approx((0.75 * math.log(4 / 3) + 0.25 * math.log(4)) / math.log(4))
+    assert balance.confidence.item() == pytest.approx(math.exp(3) / sum(math.exp(i) for i in range(4)))
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_an_even_and_a_collapsed_gate(k: int) -> None:
+    moe = layer(noise=0.0, gate_std=0.0, top_k=k)
+    with torch.no_grad():
+        moe.gate.weight[:, 0] = torch.tensor([50.0, 40.0, 0.0, 0.0])
+    with collect() as records:
+        moe(torch.ones(8, WIDTH))
+    (balance,) = records.balance().values()
+    assert balance.largest_share.item() == pytest.approx(1.0, abs=1e-3)
+    assert balance.entropy.item() == pytest.approx(0.5 if k == 2 else 0.0, abs=1e-3)
+    assert balance.confidence.item() == pytest.approx(1.0, abs=1e-3)
+
+
+def test_one_expert_is_balanced() -> None:
+    moe = layer(num_experts=1)
+    with collect() as records:
+        moe(tokens())
+    (balance,) = records.balance().values()
+    assert (balance.largest_share.item(), balance.entropy.item()) == (1.0, 1.0)
 
 
 # ---- state ---------------------------------------------------------------------------------------------------------

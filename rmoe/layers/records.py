@@ -1,0 +1,126 @@
+"""What the gates of a model decided in a forward pass: their losses, their balance and their routing.
+
+    with collect() as records:
+        loss = criterion(model(images), labels)
+    loss = loss + records.loss()
+
+`collect` is the one way to it. Outside of it nothing is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rmoe.layers.exchange import SumOverProcesses
+from rmoe.layers.gate import Balance, GateSums, Routing, gate_balance, gate_loss
+
+if TYPE_CHECKING:
+    from rmoe.layers.moe import ResidualMoE
+
+
+class Records:
+    """Holds what the gates decided while `collect` was on.
+
+    Attributes:
+        routing: the last routing of each layer that ran.
+        sums: of each layer that ran in training, what its losses need. Several forward passes in one block add up, as
+            the parts of one batch would.
+    """
+
+    def __init__(self) -> None:
+        self.routing: dict[ResidualMoE, Routing] = {}
+        self.sums: dict[ResidualMoE, GateSums] = {}
+        self._over_processes: dict[ResidualMoE, GateSums] | None = None
+
+    def add(self, layer: ResidualMoE, routing: Routing) -> None:
+        """Takes in the decisions of one forward pass of `layer`."""
+        self.routing[layer] = routing
+        if routing.sums is not None:
+            before = self.sums.get(layer)
+            both = routing.sums if before is None else GateSums(*map(torch.add, before, routing.sums))
+            self.sums[layer], self._over_processes = both, None
+
+    def loss(self) -> Tensor:
+        """Returns the gates' losses over the global batch, weighted and summed over layers: a float32 scalar.
+
+        It is 0 where no gate ran in training: for a dense model, and in evaluation. One all-reduce for all layers:
+        every process must call it.
+
+        Raises:
+            RuntimeError: the gates ran without gradient, as under reentrant activation checkpointing.
+        """
+        trained = torch.is_grad_enabled() and any(layer.gate.weight.requires_grad for layer in self.sums)
+        if trained and not any(part.requires_grad for sums in self.sums.values() for part in sums):
+            raise RuntimeError("the gates ran without gradient: checkpoint activations with use_reentrant=False")
+        losses = [gate_loss(sums, layer.config.losses) for layer, sums in self._totals().items()]
+        return torch.stack(losses).sum() if losses else torch.zeros(())
+
+    def join(self, losses: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the task's `losses` and, where a gate ran in training, the gates' as `loss_moe_aux`; see `loss`."""
+        return {**losses, "loss_moe_aux": self.loss()} if self.sums else dict(losses)
+
+    @torch.no_grad()
+    def balance(self) -> dict[ResidualMoE, Balance]:
+        """Returns how evenly the gate of each layer spread the tokens of the global batch.
+
+        It reuses the sums of `loss`; called alone it is collective as that is.
+        """
+        return {layer: gate_balance(sums) for layer, sums in self._totals().items()}
+
+    def _totals(self) -> dict[ResidualMoE, GateSums]:
+        """Returns the sums over all processes, communicated once."""
+        if self._over_processes is None:
+            parts = [part for sums in self.sums.values() for part in sums]
+            if parts and dist.is_initialized() and dist.get_world_size() > 1:
+                flat = SumOverProcesses.apply(torch.cat([part.reshape(-1) for part in parts]))
+                summed = flat.split([part.numel() for part in parts])
+                parts = [total.view_as(part) for total, part in zip(summed, parts, strict=True)]
+            every = iter(parts)
+            self._over_processes = {layer: GateSums(*(next(every) for _ in GateSums._fields)) for layer in self.sums}
+        return self._over_processes
+
+
+_RECORDS: ContextVar[Records | None] = ContextVar("rmoe_records", default=None)
+_open, _counting = 0, Lock()  # blocks of `collect` in all threads of the process
+
+
+@contextmanager
+def collect() -> Iterator[Records]:
+    """Collects what the gates decide inside the block, in this thread.
+
+    A layer that activation checkpointing runs again counts once; a model that runs twice counts twice.
+    """
+    global _open
+    records = Records()
+    token = _RECORDS.set(records)
+    with _counting:
+        _open += 1
+    try:
+        yield records
+    finally:
+        with _counting:
+            _open -= 1
+        _RECORDS.reset(token)
+
+
+def record(layer: ResidualMoE, routing: Routing) -> None:
+    """Adds the decisions of `layer` to the `collect` block that it runs in, if it runs in one.
+
+    Raises:
+        RuntimeError: the layer trains in another thread than the one that opened the block, where its losses would
+            be lost.
+    """
+    if torch._C._current_graph_task_id() != -1:
+        return  # a backward pass: activation checkpointing runs the layer again
+    if (records := _RECORDS.get()) is not None:
+        records.add(layer, routing)
+    elif _open and routing.sums is not None and torch.is_grad_enabled():
+        raise RuntimeError("a gate trains in a thread without collect(), another has it open; open it in each of them")
