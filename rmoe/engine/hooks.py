@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rmoe import cost
 from rmoe.engine.ds_json import precision, zero_stage
 from rmoe.errors import UserError
-from rmoe.layers.moe import local_experts
+from rmoe.layers.moe import local_experts, moe_layers
 from rmoe.registry import HOOKS
 
 
@@ -190,6 +190,68 @@ class ExportHook(Hook):
             about = {"stage": self._stage, "iterations": runner.iter, "model": _plain(runner.cfg.model.to_dict())}
             write_json(folder / "model.json", about)
         barrier()
+
+
+@HOOKS.register_module()
+class GateBalanceHook(Hook):
+    """Logs how evenly each gate spreads the tokens, as text and to the visualizer, and warns of a gate that collapses.
+
+        custom_hooks = [dict(type="rmoe.GateBalanceHook", interval=50, share=0.8, steps=100)]
+
+    A run has one of its own accord, at the interval of its log. A line has for every mixture the largest share of the
+    tokens that one expert holds, the entropy of the load (1 is even), and the mean of the largest gate probability.
+
+    Args:
+        interval: iterations from one look to the next; only then is anything computed.
+        share: of the tokens, above which an expert holds too many. Gates that use all experts are not judged.
+        steps: for how many iterations it holds them before the layer is named in a warning.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, interval: int = 10, share: float = 0.8, steps: int = 100) -> None:
+        if not (interval >= 1 and 0 < share <= 1 and steps >= 0):
+            raise UserError(
+                f"rmoe.GateBalanceHook: interval is {interval}, share {share} and steps {steps}; interval is at least "
+                "1, share between 0 and 1, and steps not negative"
+            )
+        self._interval, self._share, self._steps = interval, share, steps
+        self._since: dict[str, int] = {}  # layer → the iteration at which it was first seen collapsed
+
+    def before_train(self, runner: Any) -> None:
+        """Looks up the layers' names."""
+        self._names = {layer: name for name, layer in moe_layers(runner.model.module).items()}
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Looks at the gates. Nothing is communicated: the losses' sums over all processes are at hand."""
+        if not self.every_n_train_iters(runner, self._interval) or not self._names:
+            return
+        found: list[str] = []
+        scalars: dict[str, float] = {}
+        for layer, balance in runner.model.records.balance().items():
+            name, values = self._names[layer], [float(value) for value in balance]
+            found.append(f"{name} " + " / ".join(f"{value:.3f}" for value in values))
+            scalars |= {f"gate/{name}/{key}": value for key, value in zip(balance._fields, values, strict=True)}
+            if 1 <= layer.config.top_k < layer.num_experts:
+                self._judge(runner, name, values[0])
+        runner.logger.info(f"gates, largest share / entropy of the load / confidence: {', '.join(found)}")
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+    def _judge(self, runner: Any, name: str, share: float) -> None:
+        if not share > self._share:
+            self._since.pop(name, None)
+            return
+        since = self._since.setdefault(name, runner.iter)
+        if since >= 0 and runner.iter - since >= self._steps:
+            self._since[name] = -1  # told; until it recovers
+            runner.logger.warning(
+                f"the gate of {name} has collapsed: one expert has had more than {self._share:.0%} of the tokens for "
+                f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance or moe.noise, or lower the "
+                "gate's learning rate (paramwise_cfg.gate_lr_mult)"
+            )
 
 
 class ProgressHook(Hook):

@@ -47,6 +47,7 @@ _SAMPLERS = {
     "EpochSampler": "rmoe.EpochSampler",
 }
 _HOOKS = "rmoe.engine.hooks"
+_BALANCE = "rmoe.GateBalanceHook"
 _PATIENCE = 20.0  # seconds
 _TIMEOUT = 300.0  # seconds
 _PLACE = ("MASTER_ADDR", "MASTER_PORT")
@@ -407,6 +408,9 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
     ]
     there = {hook["type"] for hook in ours}  # already, in the config that a run has dumped
     custom = [hook for hook in cfg.get("custom_hooks") or [] if hook["type"] not in there]
+    if not any(hook["type"] == _BALANCE for hook in custom):
+        every = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
+        custom.append({"type": _BALANCE, "interval": every})
     for hook in custom:
         if _short(hook["type"]) == "EMAHook" and hook["type"] != "rmoe.EMAHook":
             ours_is = f"dict(type='rmoe.EMAHook', momentum={hook.get('momentum', 0.0002)})"

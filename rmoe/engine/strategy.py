@@ -25,7 +25,7 @@ from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import mend_clipping
 from rmoe.errors import UserError
 from rmoe.layers.moe import global_state_dict
-from rmoe.layers.records import collect
+from rmoe.layers.records import Records, collect
 
 
 class Diverged(RuntimeError):
@@ -37,9 +37,11 @@ class Engine(MMDeepSpeedEngineWrapper):
 
     Attributes:
         averaged: a copy of the model with an average of its weights, if a hook keeps one.
+        records: what the gates decided in the last training step.
     """
 
     averaged: nn.Module | None = None
+    records: Records | None = None
 
     @property
     def evaluated(self) -> nn.Module:
@@ -59,6 +61,7 @@ class Engine(MMDeepSpeedEngineWrapper):
         data = module.data_preprocessor(data, training=True)
         with collect() as records:
             losses = self._run_forward(data, mode="loss")
+        self.records = records
         loss, log_vars = module.parse_losses(records.join(losses))
         log_vars = _averaged(log_vars)
         if not log_vars["loss"].isfinite():

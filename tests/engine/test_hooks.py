@@ -7,19 +7,24 @@ import os
 import pty
 import sys
 import termios
+from collections.abc import Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from timm.layers import Mlp
 from torch import nn
 from toy import ToyModel, ToyTokens
 
+from rmoe.config import ResidualMoEConfig
 from rmoe.engine import hooks
-from rmoe.engine.hooks import EMAHook, LocalExpertsHook, ProgressHook
+from rmoe.engine.hooks import EMAHook, GateBalanceHook, LocalExpertsHook, ProgressHook
 from rmoe.engine.strategy import Engine
 from rmoe.errors import UserError
+from rmoe.layers.moe import ResidualMoE
+from rmoe.layers.records import collect
 
 
 class Runner:
@@ -130,3 +135,61 @@ def test_the_average_is_evaluated() -> None:
     assert engine.val_step(batch)[0].guess == 0
     engine.averaged = averaged
     assert engine.val_step(batch)[0].guess == 1
+
+
+class Balanced(Runner):
+    """A runner whose model has one mixture of four experts, with a visualizer that remembers."""
+
+    def __init__(self, top_k: int = 1) -> None:
+        super().__init__()
+        config = ResidualMoEConfig(num_experts=4, top_k=top_k, noise=0.0, gate_std=0.0)
+        self.module = nn.Sequential(nn.Identity(), ResidualMoE(Mlp(2, 4), config))
+        self.visualizer = SimpleNamespace(add_scalars=lambda scalars, step: self.scalars.append((step, scalars)))
+        self.scalars: list[tuple[int, dict[str, float]]] = []
+
+    def run(self, hook: GateBalanceHook, collapsed: Sequence[bool]) -> None:
+        hook.before_train(self)
+        for self.iter, alone in enumerate(collapsed):
+            with torch.no_grad():
+                self.module[1].gate.weight.copy_(
+                    torch.eye(4)[:, :2] if not alone else torch.ones(4, 2) * torch.eye(4)[0, :, None]
+                )
+            with collect() as self.records:
+                self.module(torch.tensor([[4.0, 1.0], [1.0, 4.0]]).repeat(3, 1))
+            hook.after_train_iter(self, self.iter)
+
+
+def test_the_balance_of_every_gate_is_logged(capsys: pytest.CaptureFixture[str]) -> None:
+    runner = Balanced()
+    runner.run(GateBalanceHook(interval=2), [False] * 4)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "1 0.500 / 0.500 / 0.9" in lines[0]
+    assert [step for step, _ in runner.scalars] == [2, 4]
+    assert set(runner.scalars[0][1]) == {"gate/1/largest_share", "gate/1/entropy", "gate/1/confidence"}
+
+
+@pytest.mark.parametrize(
+    ("collapsed", "top_k", "warnings"),
+    [
+        ([True] * 3, 1, 0),  # not for long enough
+        ([True] * 9, 1, 1),  # once
+        ([True, True, False] * 3, 1, 0),  # it recovers each time
+        ([True] * 4 + [False] + [True] * 4, 1, 2),  # again after it has recovered
+        ([True] * 9, 4, 0),  # every token has all experts
+    ],
+)
+def test_a_collapsed_gate_is_named(
+    collapsed: list[bool], top_k: int, warnings: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Balanced(top_k).run(GateBalanceHook(interval=1, share=0.8, steps=3), collapsed)
+    out = capsys.readouterr().out
+    assert (
+        out.count("the gate of 1 has collapsed: one expert has had more than 80% of the tokens for 3 steps") == warnings
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"interval": 0}, {"share": 0.0}, {"share": float("nan")}, {"steps": -1}])
+def test_numbers_of_the_balance(wrong: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="rmoe.GateBalanceHook"):
+        GateBalanceHook(**wrong)  # type: ignore[arg-type]
