@@ -2,13 +2,17 @@
 
     python -m benchmarks.layer
 
-Four parts, each a ratio between contenders that take turns in one process:
+    python -m benchmarks.layer --part balance
+
+Five parts, each a ratio between contenders that take turns in one process:
 
 - `grid`: tokens × width × number format, hidden width 4C, 8 experts, top-1; against the trained dense network.
 - `gate`: gate with its loss, dispatch and combine alone, without any network, against the whole layer.
 - `overhead`: what is left of the layer when there is next to no arithmetic, at a hidden width of 16 and rank 1, less
   the frozen dense network of that width; against the whole layer. That is `gate` and all calls for single experts.
 - `growth`: 64 experts against 8 at the same number of tokens.
+- `balance`: what a step counts of a gate's load and confidence, alone, against the whole layer that counts them. (The
+  balance itself is made at the interval of a run's log.)
 
 Timed are forward and backward, the gradient of the input and the gates' loss included, the optimizer's step not.
 """
@@ -28,7 +32,7 @@ from torch.autograd import Function
 from benchmarks import common
 from benchmarks.common import JUDGED, SETTINGS, Row
 from rmoe.config import ResidualMoEConfig
-from rmoe.layers.gate import gate_loss
+from rmoe.layers.gate import count, gate_loss
 from rmoe.layers.moe import ResidualMoE
 from rmoe.layers.records import collect
 
@@ -39,6 +43,7 @@ NARROW = 16
 # float32. The largest sizes take half the time of all.
 SMALL, ASIDE = 25088 * 192, 6272 * 384
 PACE, QUICK_PACE = {"seconds": 3.0, "rounds": (3, 40)}, {"seconds": 0.0, "rounds": (2, 2)}
+PARTS = ("balance",)
 STOCK = ("stock_dropless", "stock_capacity")
 # What answers a target.
 TARGETED = ("dense", "dense_frozen", "low_rank_8", "low_rank_16", "full", "upper_bound", "stock_dropless")
@@ -63,7 +68,7 @@ class Cell:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command."""
-    arguments = common.parse("layer", __doc__, argv)
+    arguments = common.parse("layer", __doc__, argv, PARTS)
     tokens, widths = ((128,), (16, 32)) if arguments.quick else (TOKENS, WIDTHS)
     pace = QUICK_PACE if arguments.quick else PACE
     rows: list[Row] = []
@@ -77,19 +82,30 @@ def main(argv: Sequence[str] | None = None) -> None:
             growth_tokens=min(GROWTH_TOKENS, max(tokens)),
             judged=setting == JUDGED,
             pace=pace,
+            part=arguments.part,
         )
         rows += [{"setting": setting} | row for row in found]
-    draw(arguments, rows)
     config = {"experts": EXPERTS, "many_experts": MANY_EXPERTS, "top_k": 1, "hidden": "4C", "pace": pace}
+    if arguments.part:
+        common.publish(arguments, config, rows, table(rows), file=f"layer_{arguments.part}")
+        return
+    draw(arguments, rows)
     common.publish(arguments, config, rows, table(rows))
 
 
 def measure(
-    tokens: Sequence[int], widths: Sequence[int], growth_tokens: int, judged: bool, pace: dict[str, Any]
+    tokens: Sequence[int],
+    widths: Sequence[int],
+    growth_tokens: int,
+    judged: bool,
+    pace: dict[str, Any],
+    part: str | None = None,
 ) -> list[Row]:
-    """All parts, or of the grid what is small and answers a target, in a child process."""
+    """Measures all parts, or of the grid what is small and answers a target, or one part alone; in a child process."""
     common.join_group()  # stock deepspeed.moe asks for one
     cells = list(product(tokens, widths))
+    if part == "balance":
+        return [row for cell in cells for row in _balance_rows(Cell(*cell), pace)] if judged else []
     small = [(count, width) for count, width in cells if count * width <= (SMALL if judged else ASIDE)]
     rows: list[Row] = []
     for dtype in ("float32", "bfloat16") if judged else ("float32",):
@@ -170,6 +186,13 @@ def _gate_rows(cell: Cell, pace: dict[str, Any]) -> list[Row]:
     return rows
 
 
+def _balance_rows(cell: Cell, pace: dict[str, Any]) -> list[Row]:
+    """Measures what the counts of a gate's balance take of the layer's time."""
+    names = ("low_rank_8", "full")
+    times = {name: _timed(cell, {"layer": CONTENDERS[name](cell), name: _counting(cell)}, pace) for name in names}
+    return [row for name in names for row in _rows("balance", cell, times[name], "layer")]
+
+
 def _growth_rows(cell: Cell, pace: dict[str, Any]) -> list[Row]:
     """Many experts against few."""
     many = Cell(cell.tokens, cell.width, experts=MANY_EXPERTS)
@@ -219,6 +242,18 @@ def _routing(cell: Cell, **config: Any) -> Step:
             y_TC = torch.einsum("tkc,tk->tc", y_TC[:, None], gates)
         loss = gate_loss(routing.sums, layer.config.losses)
         torch.autograd.backward([y_TC, gates, loss], [grad_TC, torch.ones_like(gates), None])
+
+    return step
+
+
+def _counting(cell: Cell) -> Step:
+    """Counts choices and confidence as `Gate` does."""
+    logits_ET = torch.randn(cell.experts, cell.tokens)
+    probability_ET, expert_KT, zero_E = logits_ET.softmax(0), logits_ET.argmax(0)[None], torch.zeros(cell.experts)
+
+    def step(x_TC: Tensor, grad_TC: Tensor) -> None:
+        count(expert_KT, zero_E)
+        probability_ET.amax(0).sum()
 
     return step
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from benchmarks import common, layer, scaling, step, targets, training_cost, verdicts
 
 DOCS = common.ROOT / "docs"
-_BENCHMARKS = {"layer": layer, "step": step, "training_cost": training_cost, "scaling": scaling}
+_BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "training_cost": training_cost, "scaling": scaling}
 
 
 def main() -> None:

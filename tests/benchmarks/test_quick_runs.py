@@ -40,6 +40,14 @@ def test_layer(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"dense", "low_rank_8", "full", "upper_bound", "stock_dropless", "loop", "lora_8"} <= measured
 
 
+def test_what_the_balance_of_the_gates_costs(out: Path) -> None:
+    importlib.import_module("benchmarks.layer").main(["--quick", "--part", "balance", "--out", str(out)])
+    rows = json.loads((out / "layer_balance.json").read_text())["rows"]
+    assert {(row["part"], row["contender"]) for row in rows} == {
+        ("balance", name) for name in ("layer", "low_rank_8", "full")
+    }
+
+
 def test_step(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = quick("step", out, monkeypatch)
     assert {row["contender"] for row in rows} == {"dense", "low_rank", "full"}
