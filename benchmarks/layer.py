@@ -32,7 +32,7 @@ from torch.autograd import Function
 from benchmarks import common
 from benchmarks.common import JUDGED, SETTINGS, Row
 from rmoe.config import ResidualMoEConfig
-from rmoe.layers.gate import count, gate_loss
+from rmoe.layers.gate import count_choices, gate_loss
 from rmoe.layers.moe import ResidualMoE
 from rmoe.layers.records import collect
 
@@ -252,7 +252,7 @@ def _counting(cell: Cell) -> Step:
     probability_ET, expert_KT, zero_E = logits_ET.softmax(0), logits_ET.argmax(0)[None], torch.zeros(cell.experts)
 
     def step(x_TC: Tensor, grad_TC: Tensor) -> None:
-        count(expert_KT, zero_E)
+        count_choices(expert_KT, zero_E)
         probability_ET.amax(0).sum()
 
     return step

@@ -85,19 +85,19 @@ class Gate(nn.Module):
             # The chance that fresh noise would bring an expert over the last chosen one (V-MoE, appendix A).
             threshold_1T = noisy_ET.gather(0, expert_KT[-1:]).detach()
             load_E = torch.special.ndtr((clean_ET - threshold_1T) / std).sum(1)
-        first_E = count(expert_KT[:1], zeros_E)
+        first_E = count_choices(expert_KT[:1], zeros_E)
         return GateSums(
             probability_E=probability_ET.sum(1),
             load_E=load_E,
             first_E=first_E,
-            chosen_E=first_E if len(expert_KT) == 1 else count(expert_KT, zeros_E),
+            chosen_E=first_E if len(expert_KT) == 1 else count_choices(expert_KT, zeros_E),
             confidence=probability_ET.detach().amax(0).sum(),
             z=clean_ET.logsumexp(0).square().sum() if losses.z else zeros_E.sum(),
             tokens=zeros_E.new_tensor(float(clean_ET.shape[1])),
         )
 
 
-def count(expert_KT: Tensor, zeros_E: Tensor) -> Tensor:
+def count_choices(expert_KT: Tensor, zeros_E: Tensor) -> Tensor:
     """Returns how often each expert is chosen, in the dtype of `zeros_E`."""
     return zeros_E.scatter_add(0, expert_KT.flatten(), zeros_E.new_ones(()).expand(expert_KT.numel()))
 
