@@ -18,9 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from rmoe.errors import UserError
+from rmoe.layers.experts import Network
 from rmoe.layers.moe import ResidualMoE, moe_layers
 from rmoe.layers.records import collect
-from rmoe.layers.residual import Network
 
 _STRIDES = (4, 8, 16, 32, 64)
 
@@ -110,7 +110,7 @@ def weight_statistics(model: nn.Module) -> dict[str, LayerWeights]:
         core, deltas = _factored(layer)
         whole = torch.stack([core + delta for delta in map(_flat, deltas)])
         rest = torch.stack([*map(_flat, deltas)])
-        units_EHU = _units(layer) if layer.config.residual == "experts" else None
+        units_EHU = None if layer.config.kind.has_core else _units(layer)
         found[name] = LayerWeights(
             core_norm=core.norm().item(),
             residual_norm=rest.norm(dim=1).tolist(),
@@ -302,7 +302,7 @@ def _factored(layer: ResidualMoE) -> tuple[Tensor, list[Network]]:
     """The core's weight matrices in one vector, and Δ of each expert; float64."""
     residuals = type(layer.residuals())(*(x.double() for x in layer.residuals()))
     deltas = [residuals.delta(e) for e in range(layer.num_experts)]
-    if layer.config.residual != "experts":
+    if layer.config.kind.has_core:
         core: Any = layer.core
         return _flat(Network(core.fc1.weight.double(), None, core.fc2.weight.double(), None)), deltas
     w1, w2 = (torch.stack(parts).mean(0) for parts in zip(*((d.w1_HC, d.w2_CH) for d in deltas), strict=True))

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from functools import cache
 from types import UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from rmoe.errors import UserError, nearest
 
@@ -20,6 +20,26 @@ Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
 _Config = TypeVar("_Config")
 
 
+class Kind(NamedTuple):
+    """What the configuration has to know of a kind of residual; the class of the same key in `rmoe.layers.experts` has
+    its parameters and its arithmetic.
+
+    Attributes:
+        has_core: whether the kind is added to a core; without one the experts are networks of their own.
+        combine: what "auto" means, for experts that start as the core does.
+        exchange: likewise.
+    """
+
+    has_core: bool
+    combine: Combine
+    exchange: Exchange
+
+
+KINDS: dict[Residual, Kind] = {
+    "low_rank": Kind(True, "residual", "weights"),
+    "full": Kind(True, "straight_through", "tokens"),
+    "experts": Kind(False, "straight_through", "tokens"),
+}
 _MOST = 65536  # of anything that is counted; what is larger is a mistake, and would take all memory
 
 
@@ -191,10 +211,10 @@ class ResidualMoEConfig:
             raise UserError(f"noise is {self.noise} and gate_std {self.gate_std}; neither may be negative")
         if self.losses.load and not self.noise:
             raise UserError("losses.load needs noise: set noise > 0 or losses.load = 0")
-        if self.residual == "experts" and self.combine == "residual":
-            raise UserError("residual='experts' has no core to add residuals to: use combine='softmax'")
-        if self.residual == "experts" and self.train_core:
-            raise UserError("residual='experts' has no core to train: leave train_core=False")
+        if not self.kind.has_core and self.combine == "residual":
+            raise UserError(f"residual='{self.residual}' has no core to add residuals to: use combine='softmax'")
+        if not self.kind.has_core and self.train_core:
+            raise UserError(f"residual='{self.residual}' has no core to train: leave train_core=False")
         if not self.train_residual:
             object.__setattr__(self, "ep_size", 1)
         if self.exchange == "tokens" and self.mixes_weights and self.top_k > 1:
@@ -204,19 +224,31 @@ class ResidualMoEConfig:
             )
 
     @property
+    def kind(self) -> Kind:
+        """What is to be known of the kind of `residual`."""
+        return KINDS[self.residual]
+
+    @property
+    def combined(self) -> Combine:
+        """How gate values enter: `combine`, with "auto" resolved."""
+        if self.combine != "auto":
+            return self.combine
+        drawn_anew = not self.kind.has_core and self.expert_init == "random"
+        return "softmax" if drawn_anew else self.kind.combine
+
+    @property
     def mixes_weights(self) -> bool:
-        """Whether gate values multiply residuals inside one network (`combine`); else they weigh several outputs."""
-        return self.combine == "residual" or (self.combine == "auto" and self.residual == "low_rank")
+        """Whether gate values multiply residuals inside one network; else they weigh several outputs."""
+        return self.combined == "residual"
 
     @property
     def normalises(self) -> bool:
-        """Whether a token's gate values sum to 1, with the gradient of the probabilities (`straight_through`)."""
-        copied = self.residual == "experts" and self.expert_init == "core"
-        return self.combine == "straight_through" or (self.combine == "auto" and (self.residual == "full" or copied))
+        """Whether a token's gate values sum to 1, with the gradient of the probabilities."""
+        return self.combined == "straight_through"
 
     @property
     def sends_tokens(self) -> bool:
         """Whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
         if self.exchange != "auto":
             return self.exchange == "tokens"
-        return self.residual != "low_rank" and not (self.mixes_weights and self.top_k > 1)
+        return self.kind.exchange == "tokens" and not (self.mixes_weights and self.top_k > 1)

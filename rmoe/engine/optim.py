@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rmoe.errors import UserError, nearest
+from rmoe.layers.experts import BIASES
 from rmoe.layers.moe import roles
 
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
@@ -139,9 +140,7 @@ def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]
 
 
 def _is_bias(name: str) -> bool:
-    """Also of a residual, whose biases are stacked: b1_EH, b2_EC."""
-    last = name.rpartition(".")[2]
-    return last == "bias" or last in ("b1_EH", "b2_EC")
+    return name.rpartition(".")[2] in ("bias", *BIASES)
 
 
 def _is_head(model: nn.Module, name: str) -> bool:

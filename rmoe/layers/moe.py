@@ -1,8 +1,8 @@
 """A dense feed-forward network turned into a residual mixture of experts, on `deepspeed.moe`.
 
-One forward pass, in the order in which it runs: `Gate` chooses the experts of each token; `mix` (residual.py) applies
-the core plus their residuals; where experts are spread over processes, weights or tokens travel first (exchange.py).
-What the gate decided is collected by `collect` (records.py), and by nothing else.
+One forward pass, in the order in which it runs: `Gate` chooses the experts of each token; `mix` (mix.py) applies the
+core plus their residuals (experts.py); where experts are spread over processes, weights or tokens travel first
+(exchange.py). What the gate decided is collected by `collect` (records.py), and by nothing else.
 
 To DeepSpeed a layer whose residuals are trained is a `deepspeed.moe.layer.MoE`: they carry the marks of expert
 parameters, and are named as its experts are. The gate, the arithmetic and the exchange are not DeepSpeed's.
@@ -25,9 +25,10 @@ from torch.utils.checkpoint import checkpoint
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.layers.exchange import exchange_tokens, gather_experts
+from rmoe.layers.experts import KINDS, Network, Residuals
 from rmoe.layers.gate import Gate, Routing
+from rmoe.layers.mix import mix
 from rmoe.layers.records import record
-from rmoe.layers.residual import Full, LowRank, Network, Residuals, mix
 
 Role = Literal["core", "residual", "gate", "other"]
 _EXPERT_KEY = "deepspeed_experts."
@@ -59,7 +60,7 @@ class ResidualMoE(nn.Module):
             _check_processes(config.ep_size)
             self._create_process_groups()
 
-        self.core = core if config.residual != "experts" else nn.ModuleDict({"act": core.act})  # type: ignore[dict-item]
+        self.core = core if config.kind.has_core else nn.ModuleDict({"act": core.act})  # type: ignore[dict-item]
         network = _network(core)
         self.gate = Gate(network.w1_HC.shape[1], config).to(network.w1_HC.device)
         self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
@@ -128,7 +129,7 @@ class ResidualMoE(nn.Module):
         residuals: Residuals,
         ready: Callable[[], object] | None = None,
     ) -> Tensor:
-        theta = None if self.config.residual == "experts" else _network(self.core)
+        theta = _network(self.core) if self.config.kind.has_core else None
         act: Any = self.core.act
         return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready)
 
@@ -189,8 +190,9 @@ class _Residual(nn.Module):
         super().__init__()
         local = config.num_experts // config.ep_size
         # Drawn for all experts, so that an expert's weights do not depend on where it lives.
-        every = _initial(config, core)
-        self.kind = type(every)
+        self.kind = KINDS[config.residual]
+        with torch.no_grad():
+            every = self.kind.initial(config, core)
         for name, x in every._asdict().items():
             self.register_parameter(name, nn.Parameter(x[start : start + local].clone()))
         self.group_name, self.trained = f"ep_size_{config.ep_size}", config.train_residual
@@ -251,28 +253,6 @@ class _Residual(nn.Module):
                         parameter.detach()[e].copy_(found[key])
         self._mark()
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]
-
-
-@torch.no_grad()
-def _initial(config: ResidualMoEConfig, core: Network) -> Residuals:
-    """Zero in effect: B = 0 beside a random A (as LoRA, arXiv 2106.09685), or Δ = 0; or whole networks."""
-    experts, rank, like = config.num_experts, config.rank, core.w1_HC
-    hidden, width = like.shape
-
-    def zeros(*shape: int) -> Tensor:
-        return like.new_zeros(experts, *shape)
-
-    def random(outputs: int, inputs: int) -> Tensor:
-        return torch.randn(experts, outputs, inputs).to(like) / inputs**0.5
-
-    if config.residual == "low_rank":
-        return LowRank(random(rank, width), zeros(rank, hidden), random(rank, hidden), zeros(rank, width))
-    full = Full(zeros(hidden, width), zeros(hidden), zeros(width, hidden), zeros(width))
-    if config.residual == "experts" and config.expert_init == "core":
-        full = Full(*(zero if x is None else zero + x for zero, x in zip(full, core, strict=True)))
-    elif config.residual == "experts":
-        full = full._replace(w1_EHC=random(hidden, width), w2_ECH=random(width, hidden))
-    return full
 
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -13,8 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmoe.layers import residual
-from rmoe.layers.residual import Full, LowRank, Network, Residuals, mix, reference
+from rmoe.layers import cpu_kernels, grouped
+from rmoe.layers import mix as mixing
+from rmoe.layers.experts import Full, LowRank, Network, Residuals, reference
+from rmoe.layers.mix import mix
 
 KINDS = ("low_rank", "full")
 
@@ -103,7 +105,10 @@ def test_low_rank_in_any_tiles_equals_reference(
     x, expert_TK, gate, core, residuals = problem("low_rank", tokens, 3, 4, experts, 1, seed)
     inputs = [t for t in leaves(x, gate, core, residuals) if train_core or not any(t is c for c in core)]
     expected = value_and_gradients(reference, inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)
-    with mock.patch.object(residual, "_TILE", rows), mock.patch.object(residual, "_joins_experts", return_value=joined):
+    with (
+        mock.patch.object(cpu_kernels, "_TILE", rows),
+        mock.patch.object(cpu_kernels, "_joins_experts", return_value=joined),
+    ):
         found = value_and_gradients(mix, inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)
     torch.testing.assert_close(found, expected)
 
@@ -139,12 +144,13 @@ def test_grouped_gemm_equals_reference(kind: str, tokens: int, experts: int, k: 
     theta = theta and Network(*weights[:4])
     again = (x, expert_TK, gate, theta, type(residuals)(*weights[-4:]), torch.tanh, mixes)
     with (
-        mock.patch.object(residual, "_has_grouped_gemm", return_value=True),
-        mock.patch.object(residual, "_sort_rows", side_effect=AssertionError("waits for the device")),
-        mock.patch.object(F, "grouped_mm", wraps=reference_grouped_mm) as grouped,
+        mock.patch.object(mixing, "has_grouped_gemm", return_value=True),
+        mock.patch.object(grouped, "has_grouped_gemm", return_value=True),
+        mock.patch.object(cpu_kernels, "_sort_rows", side_effect=AssertionError("waits for the device")),
+        mock.patch.object(F, "grouped_mm", wraps=reference_grouped_mm) as product,
     ):
         found = value_and_gradients(mix, single, *again)
-    assert grouped.called
+    assert product.called
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 

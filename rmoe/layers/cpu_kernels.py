@@ -1,17 +1,12 @@
-"""The arithmetic of one layer: a feed-forward network whose weights are a core plus the residuals of a token's experts.
+"""Top-1 mixtures on a CPU: rows sorted by expert once, nothing padded, a backward pass of their own.
 
-    θ(x) = θ0 + Σ_{e ∈ top-k(x)} g_e(x) · Δ_e          (Residual Mixture of Experts, arXiv 2204.09636)
+The core's products run over all rows at once. A low-rank residual adds its skinny products in place, tile by tile,
+while the activations are in cache; a residual of the core's shape is added to the core's weight in a scratch buffer and
+so costs what a dense layer costs. No gradient is computed of a frozen core.
 
-`reference` says what is meant, token by token; `mix` computes it. Where a token has one network (one expert, or several
-outputs to be weighed) it sorts the rows by expert once, pads nothing and has its own backward: the core's products run
-over all rows at once, a low-rank residual adds its skinny ones in place, a full one is added to the core's weight in a
-scratch buffer and so costs what a dense layer costs; no gradient is computed of a frozen core. On a GPU, in bfloat16,
-the experts' products are torch's grouped GEMM, which no one has timed there yet.
-
-Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank, N rows sorted
-by expert, those without one last, n and m rows of a tile and a piece of it; G experts taken together, Q = G·R; I and O
-the inputs and outputs of either linear layer. An expert id of E says "no
-expert": Δ = 0.
+Shape suffixes: T tokens, C model width, H hidden width, E experts, R residual rank, N rows sorted by expert, those
+without one last, n and m rows of a tile and a piece of it; G experts taken together, Q = G·R; I and O the inputs and
+outputs of either linear layer.
 """
 
 from __future__ import annotations
@@ -27,150 +22,29 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-Activation = Callable[[Tensor], Tensor]
+from rmoe.layers.experts import Activation, Full, LowRank, Network, Residuals
+
 _TILE = 1600
 
 
-class Network(NamedTuple):
-    """θ of a two-layer network: y = W2 act(W1 x + b1) + b2, in the layout of `torch.nn.Linear`."""
-
-    w1_HC: Tensor
-    b1_H: Tensor | None
-    w2_CH: Tensor
-    b2_C: Tensor | None
-
-    def __call__(self, x_TC: Tensor, act: Activation) -> Tensor:
-        """FFN(x; θ), [T, C]."""
-        return F.linear(act(F.linear(x_TC, self.w1_HC, self.b1_H)), self.w2_CH, self.b2_C)
-
-
-class LowRank(NamedTuple):
-    """Δ_e = (B1_eᵀ A1_e, 0, B2_eᵀ A2_e, 0): no biases. B is stored rank first, as its skinny products run fastest."""
-
-    a1_ERC: Tensor
-    b1_ERH: Tensor
-    a2_ERH: Tensor
-    b2_ERC: Tensor
-
-    def delta(self, e: int) -> Network:
-        """Δ_e in the core's shape."""
-        return Network(self.b1_ERH[e].T @ self.a1_ERC[e], None, self.b2_ERC[e].T @ self.a2_ERH[e], None)
-
-    def first(self, x_NC: Tensor, groups: _Groups) -> Tensor:
-        """ΔW1_e x of rows sorted by expert, [N, H]."""
-        return groups.product(groups.product(x_NC, self.a1_ERC.mT), self.b1_ERH)
-
-    def second(self, a_NH: Tensor, groups: _Groups) -> Tensor:
-        """ΔW2_e a of rows sorted by expert, [N, C]."""
-        return groups.product(groups.product(a_NH, self.a2_ERH.mT), self.b2_ERC)
-
-
-class Full(NamedTuple):
-    """Δ_e of the core's own shape, biases included; without a core, the network of expert e itself."""
-
-    w1_EHC: Tensor
-    b1_EH: Tensor
-    w2_ECH: Tensor
-    b2_EC: Tensor
-
-    def delta(self, e: int) -> Network:
-        """Δ_e in the core's shape."""
-        return Network(self.w1_EHC[e], self.b1_EH[e], self.w2_ECH[e], self.b2_EC[e])
-
-    def first(self, x_NC: Tensor, groups: _Groups) -> Tensor:
-        """ΔW1_e x + Δb1_e of rows sorted by expert, [N, H]."""
-        return groups.product(x_NC, self.w1_EHC.mT) + self.b1_EH.index_select(0, groups.expert_N)
-
-    def second(self, a_NH: Tensor, groups: _Groups) -> Tensor:
-        """ΔW2_e a + Δb2_e of rows sorted by expert, [N, C]."""
-        return groups.product(a_NH, self.w2_ECH.mT) + self.b2_EC.index_select(0, groups.expert_N)
-
-
-Residuals = LowRank | Full
-
-
-def reference(
-    x_TC: Tensor,
-    expert_TK: Tensor,
-    gate_TK: Tensor,
-    core: Network | None,
+def rows_of_one_expert(
+    x_NC: Tensor,
+    expert_N: Tensor,
+    gate_N: Tensor,
+    core: Network,
     residuals: Residuals,
     act: Activation,
-    mixes_weights: bool,
+    ready: Callable[[], object] | None,
 ) -> Tensor:
-    """What the layer means, token by token; the fast paths are compared with it. Arguments as `mix`."""
-    num_experts = residuals[0].shape[0]
-    core = core or nothing(residuals)
-    rows = []
-    for x_C, experts, gates_K in zip(x_TC, expert_TK.tolist(), gate_TK, strict=True):
-        pairs = [(e, g) for e, g in zip(experts, gates_K, strict=True)]
-        if mixes_weights:
-            theta = core
-            for e, g in pairs:
-                theta = _add(theta, residuals.delta(e), g) if e < num_experts else theta
-            rows.append(theta(x_C, act))
-        else:
-            thetas = [_add(core, residuals.delta(e), 1.0) if e < num_experts else core for e, _ in pairs]
-            rows.append(sum(g * theta(x_C, act) for theta, (_, g) in zip(thetas, pairs, strict=True)))
-    return torch.stack(rows) if rows else x_TC.clone()
-
-
-def nothing(residuals: Residuals) -> Network:
-    """The core of experts that are networks of their own: θ0 = 0."""
-    return Network(*(None if d is None else torch.zeros_like(d) for d in residuals.delta(0)))  # type: ignore[arg-type]
-
-
-def mix(
-    x_TC: Tensor,
-    expert_TK: Tensor,
-    gate_TK: Tensor,
-    core: Network | None,
-    residuals: Residuals,
-    act: Activation,
-    mixes_weights: bool,
-    ready: Callable[[], object] | None = None,
-) -> Tensor:
-    """Applies to every token the network of its experts.
+    """Computes rows of one expert each, y_NC; arguments as `rmoe.layers.mix.mix`.
 
     Args:
-        x_TC: tokens, of the weights' dtype (of any under autocast, whose dtype then holds for all).
-        expert_TK: int64, 0 … E-1, or E for a choice that the capacity dropped: it gets the core alone.
-        gate_TK: gate values, cast to the dtype of the arithmetic.
-        core: θ0; gets gradients where it requires them. None for `Full` networks of their own, where a choice that the
-            capacity dropped gives zero.
-        residuals: Δ of the E experts, stacked; every one gets a gradient, zero where it has no token.
-        act: the network's activation, elementwise and without parameters.
-        mixes_weights: y = FFN(x; θ0 + Σ g_e Δ_e) if true, y = Σ g_e FFN(x; θ0 + Δ_e) if not.
-        ready: waits until the residuals have arrived, where they are still on their way from other processes; called
-            after the core's first product where that is possible.
-
-    Returns:
-        y_TC.
+        gate_N: gate values inside the network; those of residuals that merge with the core are 1.
     """
-    device, k = x_TC.device.type, expert_TK.shape[1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
-    inside = mixes_weights and (k > 1 or isinstance(residuals, Full))
-    if ready is not None and (inside or isinstance(residuals, Full) or residuals[0].dtype != dtype):
-        ready()
-        ready = None
-    x_TC, gate_TK = x_TC.to(dtype), gate_TK.to(dtype)
-    weights = (None,) * 4 if core is None else core
-    core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
-    residuals = type(residuals)(*(w.to(dtype) for w in residuals))
-    if inside:
-        return _mix_weights(x_TC, expert_TK, gate_TK, core, residuals, act)
-    x_NC, expert_N = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, expert_TK.flatten()
-    scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(len(x_NC))
-    rows = None if _has_grouped_gemm(x_NC, *_widths(residuals)) else _sort_rows(expert_N, residuals[0].shape[0])
-    if rows is None:
-        if ready is not None:
-            ready()
-        y_NC = _grouped_rows(x_NC, expert_N, scale_N, core, residuals, act)
-    elif isinstance(residuals, LowRank):
-        y_NC = _LowRankRows.apply(x_NC, scale_N, rows, act, ready, *core, *residuals)
-    else:
-        y_NC = _FullRows.apply(x_NC, rows, act, *core, *residuals)
-    return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK)
+    rows = _sort_rows(expert_N, residuals[0].shape[0])
+    if residuals.merges:
+        return _FullRows.apply(x_NC, rows, act, *core, *residuals)
+    return _LowRankRows.apply(x_NC, gate_N, rows, act, ready, *core, *residuals)
 
 
 class _Rows(NamedTuple):
@@ -192,69 +66,6 @@ def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
     inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
     *sizes, dropped = torch.bincount(sorted_N, minlength=num_experts + 1).tolist()
     return _Rows(order_N, inverse_N, sorted_N, sizes, len(order_N) - dropped)
-
-
-def _widths(residuals: Residuals) -> set[int]:
-    """C, H and, for low rank, R."""
-    return {size for delta in residuals for size in delta.shape[1:]}
-
-
-class _Groups(NamedTuple):
-    """Rows sorted by expert for products that autograd follows."""
-
-    expert_N: Tensor
-    end_E: Tensor  # int32: one past the last row of each expert, on the rows' device
-    sizes: list[int] | None  # rows of each expert; None where a grouped GEMM needs no such answer from the device
-
-    def product(self, x_NI: Tensor, w_EIO: Tensor) -> Tensor:
-        """x w_e for the rows of each expert."""
-        if self.sizes is None:
-            return F.grouped_mm(x_NI, w_EIO, offs=self.end_E)
-        # Empty slices are computed too: an expert without tokens needs a gradient of zeros, not none (ZeRO would mix up
-        # the gradients of different experts).
-        return torch.cat([x_nI @ w_IO for x_nI, w_IO in zip(x_NI.split(self.sizes), w_EIO.unbind(), strict=True)])
-
-
-def _has_grouped_gemm(x: Tensor, *widths: int) -> bool:
-    """Whether torch has a grouped GEMM for it: bfloat16 on a GPU, in rows of whole 16 bytes."""
-    return x.is_cuda and x.dtype == torch.bfloat16 and not any(width * x.itemsize % 16 for width in widths)
-
-
-def _mix_weights(
-    x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, core: Network, residuals: Residuals, act: Activation
-) -> Tensor:
-    """Residuals that meet inside one network, or whose weight differs from row to row and merges with no other."""
-    num_experts = residuals[0].shape[0]
-    gate_TK = gate_TK.where(expert_TK < num_experts, 0.0)
-    expert_N, pair_N = expert_TK.clamp(max=num_experts - 1).flatten().sort(stable=True)
-    grouped = _has_grouped_gemm(x_TC, *_widths(residuals))
-    sizes = None if grouped else torch.bincount(expert_N, minlength=num_experts).tolist()
-    every_E = torch.arange(num_experts, device=expert_N.device)
-    groups = _Groups(expert_N, torch.searchsorted(expert_N, every_E, right=True).to(torch.int32), sizes)
-    token_N, gate_N1 = pair_N // expert_TK.shape[1], gate_TK.flatten()[pair_N, None]
-    h_TH = _of_core(x_TC, core.w1_HC, core.b1_H, residuals[1].shape[-1])
-    h_TH = h_TH.index_add(0, token_N, gate_N1 * residuals.first(x_TC[token_N], groups))
-    a_TH = act(h_TH)
-    y_TC = _of_core(a_TH, core.w2_CH, core.b2_C, x_TC.shape[1])
-    return y_TC.index_add(0, token_N, gate_N1 * residuals.second(a_TH[token_N], groups))
-
-
-def _of_core(x_NI: Tensor, w_OI: Tensor | None, b_O: Tensor | None, outputs: int) -> Tensor:
-    return x_NI.new_zeros(len(x_NI), outputs) if w_OI is None else F.linear(x_NI, w_OI, b_O)
-
-
-def _grouped_rows(
-    x_NC: Tensor, expert_N: Tensor, scale_N: Tensor, core: Network, residuals: Residuals, act: Activation
-) -> Tensor:
-    """Rows of one network each on a GPU: nothing there waits for how many rows an expert has. Not yet timed on one."""
-    if isinstance(residuals, Full):
-        # Merged with the core, which the rows without an expert have to themselves: one product where two would be.
-        without = [
-            torch.zeros_like(delta[:1]) if c is None else c[None] for c, delta in zip(core, residuals, strict=True)
-        ]
-        thetas = Full(*(torch.cat([delta + c, c]) for c, delta in zip(without, residuals, strict=True)))
-        core, residuals = Network(None, None, None, None), thetas  # type: ignore[arg-type]
-    return _mix_weights(x_NC, expert_N[:, None], scale_N[:, None], core, residuals, act)
 
 
 class _Tile(NamedTuple):
@@ -524,10 +335,3 @@ def _act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
         h = h.detach().requires_grad_()
         # forward: past the hooks by which the FLOP counter follows modules, which do not stand a gradient in a gradient
         return torch.autograd.grad(getattr(act, "forward", act)(h), h, grad)[0]
-
-
-def _add(core: Network, delta: Network, scale: Tensor | float) -> Network:
-    def add(c: Tensor | None, d: Tensor | None) -> Any:
-        return c if d is None else scale * d if c is None else c + scale * d
-
-    return Network(*map(add, core, delta))

@@ -1,0 +1,167 @@
+"""What a mixture is: a feed-forward network whose weights are a core plus the residuals of a token's experts.
+
+    θ(x) = θ0 + Σ_{e ∈ top-k(x)} g_e(x) · Δ_e          (Residual Mixture of Experts, arXiv 2204.09636)
+
+Each kind of residual is one class here, with its parameters, its start, its Δ and its products. `reference` is the
+definition, token by token; `rmoe.layers.mix` computes it fast.
+
+Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank,
+N rows sorted by expert. An expert id of E says "no expert": Δ = 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rmoe.config import ResidualMoEConfig
+
+if TYPE_CHECKING:
+    from rmoe.layers.grouped import Groups
+
+Activation = Callable[[Tensor], Tensor]
+
+
+class Network(NamedTuple):
+    """θ of a two-layer network: y = W2 act(W1 x + b1) + b2, in the layout of `torch.nn.Linear`."""
+
+    w1_HC: Tensor
+    b1_H: Tensor | None
+    w2_CH: Tensor
+    b2_C: Tensor | None
+
+    def __call__(self, x_TC: Tensor, act: Activation) -> Tensor:
+        """FFN(x; θ), [T, C]."""
+        return F.linear(act(F.linear(x_TC, self.w1_HC, self.b1_H)), self.w2_CH, self.b2_C)
+
+
+class LowRank(NamedTuple):
+    """Δ_e = (B1_eᵀ A1_e, 0, B2_eᵀ A2_e, 0): no biases. B is stored rank first, as its skinny products run fastest."""
+
+    a1_ERC: Tensor
+    b1_ERH: Tensor
+    a2_ERH: Tensor
+    b2_ERC: Tensor
+
+    @property
+    def merges(self) -> bool:
+        """Whether Δ_e is added to the core's weights, rather than computed beside them."""
+        return False
+
+    @classmethod
+    def initial(cls, config: ResidualMoEConfig, core: Network) -> LowRank:
+        """Returns residuals of zero effect, B = 0 beside a random A (as LoRA, arXiv 2106.09685)."""
+        (hidden, width), many, rank = core.w1_HC.shape, config.num_experts, config.rank
+        zeros = core.w1_HC.new_zeros
+        a1_ERC, a2_ERH = (_random(core, many, rank, inputs) for inputs in (width, hidden))
+        return cls(a1_ERC, zeros(many, rank, hidden), a2_ERH, zeros(many, rank, width))
+
+    def delta(self, e: int) -> Network:
+        """Δ_e in the core's shape."""
+        return Network(self.b1_ERH[e].T @ self.a1_ERC[e], None, self.b2_ERC[e].T @ self.a2_ERH[e], None)
+
+    def first(self, x_NC: Tensor, groups: Groups) -> Tensor:
+        """ΔW1_e x of rows sorted by expert, [N, H]."""
+        return groups.product(groups.product(x_NC, self.a1_ERC.mT), self.b1_ERH)
+
+    def second(self, a_NH: Tensor, groups: Groups) -> Tensor:
+        """ΔW2_e a of rows sorted by expert, [N, C]."""
+        return groups.product(groups.product(a_NH, self.a2_ERH.mT), self.b2_ERC)
+
+
+class Full(NamedTuple):
+    """Δ_e of the core's own shape, biases included."""
+
+    w1_EHC: Tensor
+    b1_EH: Tensor
+    w2_ECH: Tensor
+    b2_EC: Tensor
+
+    @property
+    def merges(self) -> bool:
+        """Whether Δ_e is added to the core's weights, rather than computed beside them."""
+        return True
+
+    @classmethod
+    def initial(cls, config: ResidualMoEConfig, core: Network) -> Full:
+        """Returns residuals that are zero."""
+        (hidden, width), many, zeros = core.w1_HC.shape, config.num_experts, core.w1_HC.new_zeros
+        return cls(zeros(many, hidden, width), zeros(many, hidden), zeros(many, width, hidden), zeros(many, width))
+
+    def delta(self, e: int) -> Network:
+        """Δ_e in the core's shape."""
+        return Network(self.w1_EHC[e], self.b1_EH[e], self.w2_ECH[e], self.b2_EC[e])
+
+    def first(self, x_NC: Tensor, groups: Groups) -> Tensor:
+        """ΔW1_e x + Δb1_e of rows sorted by expert, [N, H]."""
+        return groups.product(x_NC, self.w1_EHC.mT) + self.b1_EH.index_select(0, groups.expert_N)
+
+    def second(self, a_NH: Tensor, groups: Groups) -> Tensor:
+        """ΔW2_e a + Δb2_e of rows sorted by expert, [N, C]."""
+        return groups.product(a_NH, self.w2_ECH.mT) + self.b2_EC.index_select(0, groups.expert_N)
+
+
+class Own(Full):
+    """Networks of their own, without a core: the upper bound. Δ_e is the network of expert e."""
+
+    @classmethod
+    def initial(cls, config: ResidualMoEConfig, core: Network) -> Own:
+        """Returns copies of the dense network, or networks that are each drawn anew (`expert_init`)."""
+        zero = super().initial(config, core)
+        if config.expert_init == "core":
+            copies = (zeros if x is None else zeros + x for zeros, x in zip(zero, core, strict=True))
+            return cls(*copies)
+        (hidden, width), many = core.w1_HC.shape, config.num_experts
+        w1_EHC, w2_ECH = _random(core, many, hidden, width), _random(core, many, width, hidden)
+        return cls(w1_EHC, zero.b1_EH, w2_ECH, zero.b2_EC)
+
+
+Residuals = LowRank | Full
+BIASES = ("b1_EH", "b2_EC")  # names of parameters
+KINDS: dict[str, type[LowRank] | type[Full]] = {"low_rank": LowRank, "full": Full, "experts": Own}
+
+
+def reference(
+    x_TC: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    core: Network | None,
+    residuals: Residuals,
+    act: Activation,
+    mixes_weights: bool,
+) -> Tensor:
+    """What the layer means, token by token; the fast paths are compared with it. Arguments as `mix`."""
+    num_experts = residuals[0].shape[0]
+    core = core or nothing(residuals)
+    rows = []
+    for x_C, experts, gates_K in zip(x_TC, expert_TK.tolist(), gate_TK, strict=True):
+        pairs = [(e, g) for e, g in zip(experts, gates_K, strict=True)]
+        if mixes_weights:
+            theta = core
+            for e, g in pairs:
+                theta = _add(theta, residuals.delta(e), g) if e < num_experts else theta
+            rows.append(theta(x_C, act))
+        else:
+            thetas = [_add(core, residuals.delta(e), 1.0) if e < num_experts else core for e, _ in pairs]
+            rows.append(sum(g * theta(x_C, act) for theta, (_, g) in zip(thetas, pairs, strict=True)))
+    return torch.stack(rows) if rows else x_TC.clone()
+
+
+def nothing(residuals: Residuals) -> Network:
+    """The core of experts that are networks of their own: θ0 = 0."""
+    return Network(*(None if d is None else torch.zeros_like(d) for d in residuals.delta(0)))  # type: ignore[arg-type]
+
+
+def _add(core: Network, delta: Network, scale: Tensor | float) -> Network:
+    def add(c: Tensor | None, d: Tensor | None) -> Any:
+        return c if d is None else scale * d if c is None else c + scale * d
+
+    return Network(*map(add, core, delta))
+
+
+def _random(core: Network, experts: int, outputs: int, inputs: int) -> Tensor:
+    return torch.randn(experts, outputs, inputs).to(core.w1_HC) / inputs**0.5

@@ -1,0 +1,65 @@
+"""Which arithmetic computes a mixture: by device, number format and sizes. `reference` in experts.py is its meaning.
+
+Shape suffixes: T tokens, C model width, K experts per token, N pairs of a token and one of its experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from rmoe.layers.cpu_kernels import rows_of_one_expert
+from rmoe.layers.experts import Activation, Network, Residuals
+from rmoe.layers.grouped import grouped_rows, has_grouped_gemm, mix_weights
+
+
+def mix(
+    x_TC: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    core: Network | None,
+    residuals: Residuals,
+    act: Activation,
+    mixes_weights: bool,
+    ready: Callable[[], object] | None = None,
+) -> Tensor:
+    """Applies to every token the network of its experts.
+
+    Args:
+        x_TC: tokens, of the weights' dtype (of any under autocast, whose dtype then holds for all).
+        expert_TK: int64, 0 … E-1, or E for a choice that the capacity dropped: it gets the core alone.
+        gate_TK: gate values, cast to the dtype of the arithmetic.
+        core: θ0; gets gradients where it requires them. None for `Full` networks of their own, where a choice that the
+            capacity dropped gives zero.
+        residuals: Δ of the E experts, stacked; every one gets a gradient, zero where it has no token.
+        act: the network's activation, elementwise and without parameters.
+        mixes_weights: y = FFN(x; θ0 + Σ g_e Δ_e) if true, y = Σ g_e FFN(x; θ0 + Δ_e) if not.
+        ready: waits until the residuals have arrived, where they are still on their way from other processes; called
+            after the core's first product where that is possible.
+
+    Returns:
+        y_TC.
+    """
+    device, k = x_TC.device.type, expert_TK.shape[1]
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
+    inside = mixes_weights and (k > 1 or residuals.merges)
+    if ready is not None and (inside or residuals.merges or residuals[0].dtype != dtype):
+        ready()
+        ready = None
+    x_TC, gate_TK = x_TC.to(dtype), gate_TK.to(dtype)
+    weights = (None,) * 4 if core is None else core
+    core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
+    residuals = type(residuals)(*(w.to(dtype) for w in residuals))
+    if inside:
+        return mix_weights(x_TC, expert_TK, gate_TK, core, residuals, act)
+    x_NC, expert_N = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, expert_TK.flatten()
+    scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(len(x_NC))
+    if has_grouped_gemm(x_NC, residuals):
+        if ready is not None:
+            ready()
+        y_NC = grouped_rows(x_NC, expert_N, scale_N, core, residuals, act)
+    else:
+        y_NC = rows_of_one_expert(x_NC, expert_N, scale_N, core, residuals, act, ready)
+    return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK)
