@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import common, layer, scaling, step, targets, training_cost, verdicts
+from benchmarks import common, layer, scaling, step, targets, training_cost
+from benchmarks.claims import verdicts
 
 DOCS = common.ROOT / "docs"
 _BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "training_cost": training_cost, "scaling": scaling}

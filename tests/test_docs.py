@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import tables, verdicts
+from benchmarks import tables
+from benchmarks.claims import verdicts
 from benchmarks.common import RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

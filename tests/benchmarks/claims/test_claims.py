@@ -10,8 +10,12 @@ import pytest
 from mmengine.config import Config
 from torch import nn
 
-from benchmarks import claims
-from benchmarks.claims import ARMS, QUICK, UPSTREAM, cost, paired, pipeline_cost, plan, quality, results
+from benchmarks.claims import arms as claims
+from benchmarks.claims import statistics
+from benchmarks.claims.arms import ARMS, QUICK, UPSTREAM
+from benchmarks.claims.pictures import table
+from benchmarks.claims.runs import plan
+from benchmarks.claims.statistics import again, cost, difference, paired, pipeline_cost, quality, ratio, results
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.optim import param_groups
@@ -134,7 +138,7 @@ def test_a_pipeline_costs_the_sum_of_its_stages(runs: dict[Any, Training]) -> No
 def test_a_second_run_is_compared_figure_by_figure() -> None:
     first = [{"arm": "dense", "where": "detection", "seed": 1, "box AP": 10.0, "mask AP": 5.0}]
     published = [first[0] | {"seed": seed, "box AP": 9.0 + seed, "mask AP": 5.25} for seed in (0, 1)]
-    box, mask = claims.again(first, [first[0] | {"mask AP": 5.5}], published)
+    box, mask = again(first, [first[0] | {"mask AP": 5.5}], published)
     assert (box["metric"], box["first"], box["again"], box["equal"]) == ("box AP", 10.0, 10.0, True)
     assert (mask["metric"], mask["first"], mask["again"], mask["equal"]) == ("mask AP", 5.0, 5.5, False)
     assert (box["claims_runs"], mask["claims_runs"]) == (10.0, 5.25)
@@ -146,7 +150,7 @@ def test_the_rows_of_claims(runs: dict[Any, Training], monkeypatch: pytest.Monke
             self.values = lambda: {"mIoU": float(folder.name[-1])}
             self.train_loss = lambda: 2.0 if folder.name.startswith("dense") else 1.5
 
-    monkeypatch.setattr(claims, "Run", FinishedRun)
+    monkeypatch.setattr(statistics, "Run", FinishedRun)
     rows = {row["arm"]: row for row in results(runs, QUICK, {name: ARMS[name] for name in QUICK.arms})}
     assert list(rows) == ["dense", "residual", "moe"]
     wanted = {"arm", "task", "metric", "seeds", "values", "mean", "diff_to_dense", "interval95"}
@@ -156,4 +160,7 @@ def test_the_rows_of_claims(runs: dict[Any, Training], monkeypatch: pytest.Monke
     assert rows["residual"]["train_loss"]["diff_to_dense"] == -0.5
     assert rows["residual"]["cost_vs_dense"] == pytest.approx(250 / 200)
     assert rows["residual"]["cost_vs_moe"] == pytest.approx(250 / 300)
-    assert claims.table(rows.values())[0]["95 %"] == "+0.00 … +0.00"
+    assert difference(rows["moe"]) == (0, [0, 0])
+    assert ratio(rows["residual"], "cost", "moe") == (pytest.approx(250 / 300), pytest.approx([250 / 300] * 2))
+    assert ratio(rows["residual"], "flops").interval is None
+    assert table(rows.values())[0]["95 %"] == "+0.00 … +0.00"

@@ -13,7 +13,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks import claims, common
+from benchmarks import common
+from benchmarks.claims.arms import INSIDE, LONGER
+from benchmarks.claims.pictures import span, table
+from benchmarks.claims.statistics import difference, ratio
 from benchmarks.common import Row
 from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, layer_means
 
@@ -27,7 +30,7 @@ MOST_OVER_DENSE, MOST_OF_MOE = 1.03, 0.70  # "less than 3% additional training c
 RMOE = {"residual": "RMoE", "full_residual": "RMoE (full residuals)", "intermediate_residual": "RMoE-I"}
 FREE = ("moe_upstream", "moe_downstream", "upcycled")  # runs whose experts are networks of their own
 _YES, _NO = "confirmed", "not confirmed"
-_LONGER = f", {claims.LONGER} × the steps downstream"
+_LONGER = f", {LONGER} × the steps downstream"
 
 
 def render(folder: Path) -> str:
@@ -37,12 +40,12 @@ def render(folder: Path) -> str:
         folder: holds claims.json, long.json and ablation.json, each with its runs in *_runs.json, and analysis.json of
             runs in experts/ and experts_long/.
     """
-    inside = _inside(folder / claims.INSIDE["claims"][0])
-    longer = {f"{run}{_LONGER}": found for run, found in _inside(folder / claims.INSIDE["long"][0]).items()}
+    inside = _inside(folder / INSIDE["claims"][0])
+    longer = {f"{run}{_LONGER}": found for run, found in _inside(folder / INSIDE["long"][0]).items()}
     claimed = verdicts(_read(folder, "claims"), _read(folder, "long"), inside)
     parts = [
         f"## Claim by claim\n\n{common.markdown(claimed)}",
-        *_part(folder, "claims", "All arms", claims.table),
+        *_part(folder, "claims", "All arms", table),
         *_part(folder, "long", "A longer schedule", longer_table),
         *_part(folder, "ablation", "One choice at a time", ablation),
         f"## Inside the experts\n\n{common.markdown(experts(inside | longer))}",
@@ -122,26 +125,26 @@ def _verdict(claim: str, paper: str, measured: str, interval: str, cost: str, ho
 
 def _better(case: _Case) -> Row:
     """Against dense, in points."""
-    metric, interval = case.row["metric"], case.row["interval95"]
+    metric, (mean, interval) = case.row["metric"], difference(case.row)
     return case.verdict(
         f"is better than dense, {metric}",
         GAINS[metric],
-        f"{case.row['diff_to_dense']:+.2f}",
-        claims.span(interval),
-        f"× {case.row['cost_vs_dense']:.3f} dense",
+        f"{mean:+.2f}",
+        span(interval),
+        f"× {ratio(case.row, 'cost').mean:.3f} dense",
         interval is not None and interval[0] > 0,
     )
 
 
 def _as_good(case: _Case) -> Row:
     """Against full MoE training, in points."""
-    interval = case.row["interval95_to_moe"]
+    mean, interval = difference(case.row, "moe")
     return case.verdict(
         f"is as good as full MoE training, {case.row['metric']}",
         "comparable",
-        f"{case.row['diff_to_moe']:+.2f}",
-        claims.span(interval),
-        f"× {case.row['cost_vs_moe']:.3f} MoE",
+        f"{mean:+.2f}",
+        span(interval),
+        f"× {ratio(case.row, 'cost', 'moe').mean:.3f} MoE",
         interval is not None and interval[0] > MARGIN,
     )
 
@@ -149,21 +152,23 @@ def _as_good(case: _Case) -> Row:
 def _cheap(case: _Case) -> Row:
     """Device seconds against dense."""
     claim = f"costs < 3 % more training than dense, {case.row['task']}"
-    return _cost(case, claim, "< +3 %", "dense", case.row["cost_interval95"], MOST_OVER_DENSE)
+    return _cost(case, claim, "< +3 %", "dense", MOST_OVER_DENSE)
 
 
 def _saving(case: _Case) -> Row:
     """Device seconds against full MoE training."""
     claim = f"saves > 30 % of the training of full MoE, {case.row['task']}"
-    return _cost(case, claim, "< −30 %", "moe", case.row["cost_interval95_to_moe"], MOST_OF_MOE)
+    return _cost(case, claim, "< −30 %", "moe", MOST_OF_MOE)
 
 
-def _cost(case: _Case, claim: str, paper: str, other: str, interval: Sequence[float] | None, bound: float) -> Row:
-    ratio, finetune, flops = (case.row[f"{key}_vs_{other}"] for key in ("cost", "finetune_cost", "flops"))
+def _cost(case: _Case, claim: str, paper: str, other: str, bound: float) -> Row:
+    (mean, interval), (finetune, _), (flops, _) = (
+        ratio(case.row, kind, other) for kind in ("cost", "finetune_cost", "flops")
+    )
     return case.verdict(
         claim,
         paper,
-        f"{_percent(ratio)} %",
+        f"{_percent(mean)} %",
         _percents(interval),
         f"finetuning alone × {finetune:.3f}; FLOPs × {flops:.3f}",
         interval is not None and interval[1] < bound,
@@ -198,15 +203,15 @@ def _percents(interval: Sequence[float] | None) -> str:
 
 
 def longer_table(rows: Sequence[Row]) -> list[Row]:
-    """What `claims.table` shows, and the loss at the end of training."""
+    """What `table` shows, and the loss at the end of training."""
     return [
         shown
         | {
-            "finetune FLOPs × dense": row["finetune_flops_vs_dense"],
-            "loss − dense": row["train_loss"]["diff_to_dense"],
-            "its 95 %": claims.span(row["train_loss"]["interval95"], digits=3),
+            "finetune FLOPs × dense": ratio(row, "finetune_flops").mean,
+            "loss − dense": difference(row["train_loss"]).mean,
+            "its 95 %": span(difference(row["train_loss"]).interval, digits=3),
         }
-        for shown, row in zip(claims.table(rows), rows, strict=True)
+        for shown, row in zip(table(rows), rows, strict=True)
     ]
 
 
@@ -219,11 +224,11 @@ def ablation(rows: Sequence[Row]) -> list[Row]:
             "metric": row["metric"],
             "seeds": len(row["seeds"]),
             "mean": row["mean"],
-            "− residual": row["diff_to_residual"],
-            "95 %": claims.span(row["interval95_to_residual"]),
-            "pipeline s × residual": row["cost_vs_residual"],
-            "finetune s × residual": row["finetune_cost_vs_residual"],
-            "finetune FLOPs × residual": row["finetune_flops_vs_residual"],
+            "− residual": difference(row, "residual").mean,
+            "95 %": span(difference(row, "residual").interval),
+            "pipeline s × residual": ratio(row, "cost", "residual").mean,
+            "finetune s × residual": ratio(row, "finetune_cost", "residual").mean,
+            "finetune FLOPs × residual": ratio(row, "finetune_flops", "residual").mean,
         }
         for row in rows
     ]

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.verdicts import ablation, experts, longer_table, verdicts
+from benchmarks.claims.verdicts import ablation, experts, longer_table, verdicts
 
 
 def residual(diff: list[float] | None, to_moe: list[float], dense: float, moe: float) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def test_the_core_of_two_experts() -> None:
 
 
 def test_a_longer_schedule_shows_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("benchmarks.claims.table", lambda rows: [{"arm": row["arm"]} for row in rows])
+    monkeypatch.setattr("benchmarks.claims.verdicts.table", lambda rows: [{"arm": row["arm"]} for row in rows])
     row = {"arm": "moe", "finetune_flops_vs_dense": 0.9}
     row |= {"train_loss": {"diff_to_dense": -0.02, "interval95": [-0.0304, 0.01]}}
     assert longer_table([row]) == [
