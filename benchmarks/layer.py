@@ -32,9 +32,9 @@ from torch.autograd import Function
 from benchmarks import common
 from benchmarks.common import JUDGED, SETTINGS, Row
 from rmoe.config import ResidualMoEConfig
-from rmoe.layers.gate import count_choices, gate_loss
-from rmoe.layers.moe import ResidualMoE
-from rmoe.layers.records import collect
+from rmoe.moe.gate import count_choices, gate_loss
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.records import collect
 
 TOKENS, WIDTHS, EXPERTS = (1568, 6272, 25088), (96, 192, 384, 768), 8
 GROWTH_TOKENS, MANY_EXPERTS = 6272, 64

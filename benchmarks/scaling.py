@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from benchmarks import common, training
 from benchmarks.common import Row
-from rmoe.layers import exchange
+from rmoe.moe import exchange
 
 PROCESSES, EXPERTS, MANY = (1, 2, 4), 8, (4, 16, 32)
 IMAGES, SIZE = 8, 64

@@ -10,16 +10,16 @@ from rmoe.errors import UserError
 
 if TYPE_CHECKING:
     from rmoe.backbones.upcycle import upcycle
-    from rmoe.layers.moe import ResidualMoE
-    from rmoe.layers.records import collect
+    from rmoe.moe.layer import ResidualMoE
+    from rmoe.moe.records import collect
 
 __version__ = "0.1.0"
 __all__ = ["GateLosses", "ResidualMoE", "ResidualMoEConfig", "UserError", "collect", "upcycle"]
 
 # Loaded when first used: torch and deepspeed take seconds, which `rmoe --help` should not.
 _LAZY = {
-    "ResidualMoE": "rmoe.layers.moe",
-    "collect": "rmoe.layers.records",
+    "ResidualMoE": "rmoe.moe.layer",
+    "collect": "rmoe.moe.records",
     "upcycle": "rmoe.backbones.upcycle",
 }
 

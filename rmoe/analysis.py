@@ -18,9 +18,10 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from rmoe.errors import UserError
-from rmoe.layers.experts import Network
-from rmoe.layers.moe import ResidualMoE, moe_layers
-from rmoe.layers.records import collect
+from rmoe.moe.experts import Network
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.records import collect
+from rmoe.moe.state import moe_layers
 
 _STRIDES = (4, 8, 16, 32, 64)
 

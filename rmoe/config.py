@@ -21,7 +21,7 @@ _Config = TypeVar("_Config")
 
 
 class Kind(NamedTuple):
-    """What the configuration has to know of a kind of residual; the class of the same key in `rmoe.layers.experts` has
+    """What the configuration has to know of a kind of residual; the class of the same key in `rmoe.moe.experts` has
     its parameters and its arithmetic.
 
     Attributes:

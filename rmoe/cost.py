@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from rmoe.layers.moe import moe_layers
+from rmoe.moe.state import moe_layers
 
 _PACKAGES = ("torch", "deepspeed", "timm")
 _aten = torch.ops.aten

@@ -36,8 +36,9 @@ from torch.utils._pytree import tree_leaves
 from rmoe.cost import Parameters, count_parameters, counted_flops
 from rmoe.engine.launch import moe_dicts
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE, moe_layers
-from rmoe.layers.records import collect
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.records import collect
+from rmoe.moe.state import moe_layers
 from rmoe.registry import MODELS
 from rmoe.tasks.classification import TimmClassifier
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
-from rmoe.layers.moe import moe_layers
+from rmoe.moe.state import moe_layers
 
 _SURE = 0.3  # score from which on a detection is drawn
 _CLASSES = 30  # of the commonest, shown with the experts that they go to

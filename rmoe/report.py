@@ -30,7 +30,7 @@ from rmoe.analysis import (
     weight_statistics,
 )
 from rmoe.errors import UserError
-from rmoe.layers.moe import load_global_state_dict, moe_layers
+from rmoe.moe.state import load_global_state_dict, moe_layers
 from rmoe.pictures import Scene, draw_detections, draw_experts, draw_load, draw_movement, draw_predictions, draw_weights
 
 SCENES = 6

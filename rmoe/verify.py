@@ -36,8 +36,9 @@ from rmoe.engine import checkpoint, elastic, launch
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import mend_clipping
 from rmoe.engine.optim import param_groups
-from rmoe.layers.moe import ResidualMoE, global_state_dict, load_global_state_dict, local_experts, roles
-from rmoe.layers.records import collect
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.records import collect
+from rmoe.moe.state import global_state_dict, load_global_state_dict, local_experts, roles
 
 WIDTH, EXPERTS, STEPS, CLIP = 16, 8, 2, 0.05
 STAGES = (0, 1, 2)

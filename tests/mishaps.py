@@ -15,8 +15,8 @@ from mmengine.hooks import Hook
 from torch import nn
 
 from rmoe.engine.faults import PreemptionHook
-from rmoe.layers.gate import Routing
-from rmoe.layers.moe import moe_layers
+from rmoe.moe.gate import Routing
+from rmoe.moe.state import moe_layers
 
 MARK = "mishap"  # file in the work dir, written just before
 

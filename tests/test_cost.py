@@ -9,7 +9,7 @@ from torch import nn
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.cost import Parameters, count_parameters, counted_flops, device_kind, peak_memory, software
-from rmoe.layers.moe import ResidualMoE
+from rmoe.moe.layer import ResidualMoE
 
 
 def flops(run: object) -> int:

@@ -25,8 +25,8 @@ from PIL import Image
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.cli import main
 from rmoe.engine.launch import parser, prepare, read_config
-from rmoe.layers.moe import moe_layers
-from rmoe.layers.records import collect
+from rmoe.moe.records import collect
+from rmoe.moe.state import moe_layers
 
 TEXT = (ROOT / "docs" / "custom_data.md").read_text()
 CONFIGS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)

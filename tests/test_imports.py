@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "rmoe"
-ORDER = ["errors", "config", "layers", "backbones", "tasks", "engine", "cli"]
-BESIDE = {"data": ["errors", "config"], "cost": ["errors", "config", "layers"]}
+ORDER = ["errors", "config", "moe", "backbones", "tasks", "engine", "cli"]
+BESIDE = {"data": ["errors", "config"], "cost": ["errors", "config", "moe"]}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "configs" not in path.parts)
 
 
@@ -49,10 +49,28 @@ def test_mmseg_and_mmdet_in_one_file_each(path: Path) -> None:
         package = name.split(".")[0]
         if package in homes:
             assert str(path.relative_to(ROOT)) == homes[package], f"{path} imports {name}"
-        if part(path) == "layers":
+        if part(path) == "moe":
             assert package not in ("timm", "mmengine", "mmcv"), f"{path} imports {name}"
 
 
 def test_the_configuration_needs_no_torch() -> None:
     code = "import sys, rmoe, rmoe.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
+
+
+def test_the_layer_works_with_torch_and_timm_alone() -> None:
+    """As in an environment without DeepSpeed and OpenMMLab: their imports fail."""
+    code = """
+import sys
+sys.modules.update(dict.fromkeys(("deepspeed", "mmengine", "mmcv", "mmseg", "mmdet")))
+import copy, pickle, timm, torch, rmoe
+model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+model, report = rmoe.upcycle(model, rmoe.ResidualMoEConfig(num_experts=4))
+images = torch.randn(2, 3, 32, 32)
+with rmoe.collect() as records:
+    loss = model(images).sum()
+(loss + records.loss()).backward()
+again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+assert torch.equal(again.eval()(images), model.eval()(images))
+"""
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0

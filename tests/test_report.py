@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from rmoe.cli import main
 from rmoe.errors import UserError
-from rmoe.layers.moe import global_state_dict
+from rmoe.moe.state import global_state_dict
 from rmoe.report import Row, Run, report, table
 
 KEYS = {

@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import checkpoint
-from rmoe.layers.moe import ResidualMoE
+from rmoe.moe.layer import ResidualMoE
 
 WIDTH = 8
 

@@ -18,7 +18,7 @@ from rmoe.backbones.dense_import import translate
 from rmoe.backbones.upcycle import upcycle
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.layers.moe import holds_experts
+from rmoe.moe.state import holds_experts
 
 
 def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:

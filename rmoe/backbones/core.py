@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from rmoe.backbones.dense_import import NOT_BACKBONE, translate
 from rmoe.errors import UserError
-from rmoe.layers.moe import global_state_dict, holds_experts, load_global_state_dict
+from rmoe.moe.state import global_state_dict, holds_experts, load_global_state_dict
 
 # (pattern, reason): keys without prefix that the file may hold and the model need not, and the other way round.
 CLASSIFIER = ((r"^(head|head_dist|fc|classifier)\.", "classifier"),)

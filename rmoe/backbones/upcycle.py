@@ -11,7 +11,8 @@ from torch import nn
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError, nearest
-from rmoe.layers.moe import ResidualMoE, roles
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.state import roles
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from rmoe.backbones.core import read_checkpoint
 from rmoe.engine.elastic import AVERAGE, WEIGHT
 from rmoe.errors import UserError
-from rmoe.layers.moe import global_state_dict, load_global_state_dict
+from rmoe.moe.state import global_state_dict, load_global_state_dict
 
 MARKER, RUN, HISTORY = "complete.json", "run.json", "history.safetensors"
 PARTIAL, REPLACED = ".partial", ".replaced"

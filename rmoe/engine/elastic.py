@@ -22,7 +22,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from rmoe.errors import UserError
-from rmoe.layers.moe import moe_layers
+from rmoe.moe.state import moe_layers
 
 WEIGHT, AVERAGE = "weight/", "average/"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
@@ -163,7 +163,7 @@ class _Names:
         if layer is None:
             return [name]
         prefix, _, field = name.rpartition(".")
-        first = layer._expert_rank() * layer.num_local_experts
+        first = layer.expert_rank() * layer.num_local_experts
         return [f"{prefix}.deepspeed_experts.{first + e}.{field}" for e in range(layer.num_local_experts)]
 
     def stacked(self, name: str) -> bool:

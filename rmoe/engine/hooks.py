@@ -23,7 +23,7 @@ from tqdm import tqdm
 from rmoe import cost
 from rmoe.engine.ds_json import precision, zero_stage
 from rmoe.errors import UserError
-from rmoe.layers.moe import local_experts, moe_layers
+from rmoe.moe.state import local_experts, moe_layers
 from rmoe.registry import HOOKS
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rmoe.errors import UserError, nearest
-from rmoe.layers.experts import BIASES
-from rmoe.layers.moe import roles
+from rmoe.moe.experts import BIASES
+from rmoe.moe.state import roles
 
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor", parent=registry.OPTIM_WRAPPER_CONSTRUCTORS, scope="rmoe"

@@ -24,8 +24,8 @@ from rmoe.engine import checkpoint, elastic, run_state
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import mend_clipping
 from rmoe.errors import UserError
-from rmoe.layers.moe import global_state_dict
-from rmoe.layers.records import Records, collect
+from rmoe.moe.records import Records, collect
+from rmoe.moe.state import global_state_dict
 
 
 class Diverged(RuntimeError):

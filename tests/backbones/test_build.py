@@ -14,7 +14,7 @@ from torch import nn
 from rmoe.backbones.build import add_weights
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.errors import UserError
-from rmoe.layers.moe import global_state_dict, moe_layers
+from rmoe.moe.state import global_state_dict, moe_layers
 from rmoe.tasks.classification import TimmClassifier
 
 NAME = "swin_tiny_patch4_window7_224"

@@ -17,8 +17,8 @@ from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.backbones.upcycle import upcycle
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.layers.moe import moe_layers
-from rmoe.layers.records import collect
+from rmoe.moe.records import collect
+from rmoe.moe.state import moe_layers
 
 SMALL = {"embed_dims": (8, 16, 24), "depths": (1, 2, 3), "num_heads": (1, 2, 3)}
 PYRAMID = {"model": "cvt_13", "kwargs": SMALL, "out_indices": (0, 1, 2)}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE, moe_layers
-from rmoe.layers.records import collect
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.records import collect
+from rmoe.moe.state import moe_layers
 
 SWIN = "swin_tiny_patch4_window7_224"
 SMALL = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4, "drop_path_rate": 0.0}

@@ -10,7 +10,8 @@ import rmoe
 from rmoe.backbones.upcycle import find_networks
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE, moe_layers
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.state import moe_layers
 
 CONFIG = ResidualMoEConfig(num_experts=4, rank=2)
 

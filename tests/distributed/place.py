@@ -21,8 +21,8 @@ from torch import nn
 import rmoe
 from rmoe.backbones.build import add_weights
 from rmoe.engine.clipping import mend_clipping
-from rmoe.layers.moe import global_state_dict, local_experts, moe_layers
-from rmoe.layers.records import collect
+from rmoe.moe.records import collect
+from rmoe.moe.state import global_state_dict, local_experts, moe_layers
 
 IMAGES, STEPS = 8, 3
 

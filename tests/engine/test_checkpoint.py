@@ -28,7 +28,7 @@ from rmoe.engine.checkpoint import (
     write_weights,
 )
 from rmoe.errors import UserError
-from rmoe.layers.moe import global_state_dict
+from rmoe.moe.state import global_state_dict
 
 LAYOUT = Layout(1, 1, 0, 4, 1, 0)
 PART = "part_00000.safetensors"

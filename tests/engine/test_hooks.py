@@ -23,8 +23,8 @@ from rmoe.engine import hooks
 from rmoe.engine.hooks import EMAHook, GateBalanceHook, LocalExpertsHook, ProgressHook
 from rmoe.engine.strategy import Engine
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE
-from rmoe.layers.records import collect
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.records import collect
 
 
 class Runner:

@@ -13,7 +13,7 @@ from torch import nn
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.optim import ParamGroups, param_groups
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE
+from rmoe.moe.layer import ResidualMoE
 
 Rates = dict[str, tuple[float, float]]
 

@@ -16,8 +16,8 @@ from mmengine.runner import Runner
 from PIL import Image
 
 from rmoe.errors import UserError
-from rmoe.layers.moe import moe_layers
-from rmoe.layers.records import collect
+from rmoe.moe.records import collect
+from rmoe.moe.state import moe_layers
 from rmoe.tasks import classification
 from rmoe.tasks.classification import Accuracy, ImageFolder, TimmClassifier, majority_top1
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from rmoe.layers.experts import Activation, Full, LowRank, Network, Residuals
+from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals
 
 _TILE = 1600
 
@@ -36,7 +36,7 @@ def rows_of_one_expert(
     act: Activation,
     ready: Callable[[], object] | None,
 ) -> Tensor:
-    """Computes rows of one expert each, y_NC; arguments as `rmoe.layers.mix.mix`.
+    """Computes rows of one expert each, y_NC; arguments as `rmoe.moe.mix.mix`.
 
     Args:
         gate_N: gate values inside the network; those of residuals that merge with the core are 1.

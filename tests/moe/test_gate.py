@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rmoe.config import GateLosses, ResidualMoEConfig
-from rmoe.layers.gate import Gate, GateSums, drop_over_capacity, gate_loss
+from rmoe.moe.gate import Gate, GateSums, drop_over_capacity, gate_loss
 
 
 def gate(**config: object) -> Gate:

@@ -17,8 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.layers.moe import ResidualMoE, global_state_dict, load_global_state_dict, local_experts, roles
-from rmoe.layers.records import collect
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.records import collect
+from rmoe.moe.state import global_state_dict, load_global_state_dict, local_experts, roles
 
 WIDTH = 6
 KINDS = ("low_rank", "full")

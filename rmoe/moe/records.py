@@ -19,11 +19,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rmoe.layers.exchange import SumOverProcesses
-from rmoe.layers.gate import Balance, GateSums, Routing, gate_balance, gate_loss
+from rmoe.moe.exchange import SumOverProcesses
+from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_loss
 
 if TYPE_CHECKING:
-    from rmoe.layers.moe import ResidualMoE
+    from rmoe.moe.layer import ResidualMoE
 
 
 class Records:

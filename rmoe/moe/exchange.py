@@ -20,6 +20,21 @@ from torch.autograd import Function
 Group = Any  # a process group; torch names its type only where distributed is built in
 
 
+def make_expert_groups(ep_size: int) -> None:
+    """Makes DeepSpeed's groups of `ep_size` processes that share experts, unless they are there; collective."""
+    from deepspeed.utils import groups
+
+    if f"ep_size_{ep_size}" not in groups._get_expert_parallel_group_dict():
+        groups._create_expert_and_data_parallel(ep_size, use_data_before_expert_parallel_=False)
+
+
+def expert_group(ep_size: int) -> Group:
+    """Returns the group of processes that share the experts with this one."""
+    from deepspeed.utils import groups
+
+    return groups._get_expert_parallel_group(f"ep_size_{ep_size}")
+
+
 def exchange_tokens(
     rows_NC: Tensor, expert_N: Tensor, num_experts: int, group: Group, experts: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:

@@ -3,7 +3,7 @@
     θ(x) = θ0 + Σ_{e ∈ top-k(x)} g_e(x) · Δ_e          (Residual Mixture of Experts, arXiv 2204.09636)
 
 Each kind of residual is one class here, with its parameters, its start, its Δ and its products. `reference` is the
-definition, token by token; `rmoe.layers.mix` computes it fast.
+definition, token by token; `rmoe.moe.mix` computes it fast.
 
 Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank,
 N rows sorted by expert. An expert id of E says "no expert": Δ = 0.
@@ -21,7 +21,7 @@ from torch import Tensor
 from rmoe.config import ResidualMoEConfig
 
 if TYPE_CHECKING:
-    from rmoe.layers.grouped import Groups
+    from rmoe.moe.grouped import Groups
 
 Activation = Callable[[Tensor], Tensor]
 

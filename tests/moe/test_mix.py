@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmoe.layers import cpu_kernels, grouped
-from rmoe.layers import mix as mixing
-from rmoe.layers.experts import Full, LowRank, Network, Residuals, reference
-from rmoe.layers.mix import mix
+from rmoe.moe import cpu_kernels, grouped
+from rmoe.moe import mix as mixing
+from rmoe.moe.experts import Full, LowRank, Network, Residuals, reference
+from rmoe.moe.mix import mix
 
 KINDS = ("low_rank", "full")
 

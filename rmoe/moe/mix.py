@@ -10,9 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rmoe.layers.cpu_kernels import rows_of_one_expert
-from rmoe.layers.experts import Activation, Network, Residuals
-from rmoe.layers.grouped import grouped_rows, has_grouped_gemm, mix_weights
+from rmoe.moe.cpu_kernels import rows_of_one_expert
+from rmoe.moe.experts import Activation, Network, Residuals
+from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_weights
 
 
 def mix(

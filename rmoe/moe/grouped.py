@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rmoe.layers.experts import Activation, Full, Network, Residuals
+from rmoe.moe.experts import Activation, Full, Network, Residuals
 
 
 class Groups(NamedTuple):

@@ -1,0 +1,20 @@
+"""The layer as DeepSpeed's engine knows it, so that ZeRO and clipping see which parameters are experts'."""
+
+from __future__ import annotations
+
+from deepspeed.moe.layer import MoE
+
+from rmoe.moe.exchange import make_expert_groups
+from rmoe.moe.layer import ResidualMoE
+
+
+class TrainedResidualMoE(ResidualMoE, MoE):
+    """Is a `ResidualMoE` whose residuals are trained; it is never constructed, a layer becomes one.
+
+    The engine asks of every `MoE` that experts of it are trained; a layer whose experts are fixed stays as it is.
+    """
+
+    use_residual = enable_expert_tensor_parallelism = False  # what DeepSpeed means by them
+
+    def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
+        make_expert_groups(self.ep_size)

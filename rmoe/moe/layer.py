@@ -1,0 +1,205 @@
+"""A dense feed-forward network turned into a residual mixture of experts, on `deepspeed.moe`.
+
+One forward pass, in the order in which it runs: `Gate` chooses the experts of each token; `mix` (mix.py) applies the
+core plus their residuals (experts.py); where experts are spread over processes, weights or tokens travel first
+(exchange.py). What the gate decided is collected by `collect` (records.py), and by nothing else.
+
+To DeepSpeed, where that is installed, a layer whose residuals are trained is one of its own (deepspeed_layer.py). The
+gate, the arithmetic and the exchange are not DeepSpeed's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rmoe.config import ResidualMoEConfig
+from rmoe.errors import UserError
+from rmoe.moe.exchange import exchange_tokens, expert_group, gather_experts, make_expert_groups
+from rmoe.moe.experts import Network, Residuals
+from rmoe.moe.gate import Gate, Routing
+from rmoe.moe.mix import mix
+from rmoe.moe.records import record
+from rmoe.moe.stacked import StackedExperts
+
+
+class ResidualMoE(nn.Module):
+    """y = FFN(x; θ0 + Σ g_e(x) Δ_e) in place of y = FFN(x; θ0); see `rmoe.config.ResidualMoEConfig`.
+
+    Right after construction it computes what `core` computed, for every routing (but not with combine="softmax", nor
+    with experts drawn anew). With residual="experts" only the activation of `core` stays: there is no θ0.
+
+    Args:
+        core: a module with linear layers `fc1` and `fc2` and an activation `act`, as timm's `Mlp`; it becomes θ0.
+        config: with ep_size > 1, torch.distributed must be initialised.
+
+    Raises:
+        UserError: a core that the layer cannot compute, or ep_size does not divide the number of processes.
+    """
+
+    def __init__(self, core: nn.Module, config: ResidualMoEConfig) -> None:
+        # Not MoE's constructor, which would build a gate of its own and a copy of the core for each expert.
+        nn.Module.__init__(self)
+        _check_core(core, config)
+        self.config = config
+        self.num_experts, self.ep_size = config.num_experts, config.ep_size
+        self.num_local_experts = config.num_experts // config.ep_size
+        self.expert_group_name = f"ep_size_{config.ep_size}"
+        if config.ep_size > 1:
+            _check_processes(config.ep_size)
+            make_expert_groups(config.ep_size)
+
+        self.core = core if config.kind.has_core else nn.ModuleDict({"act": core.act})  # type: ignore[dict-item]
+        network = _network(core)
+        self.gate = Gate(network.w1_HC.shape[1], config).to(network.w1_HC.device)
+        self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
+        self.deepspeed_moe.experts = StackedExperts(config, network, self.expert_rank() * self.num_local_experts)
+        self.every_expert_here: Residuals | None = None
+        self.core.requires_grad_(config.train_core)
+        if not config.train_residual:
+            self.deepspeed_moe.requires_grad_(False)
+        elif find_spec("deepspeed"):
+            from rmoe.moe.deepspeed_layer import TrainedResidualMoE
+
+            self.__class__ = TrainedResidualMoE
+        self.train(core.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x of any shape [..., C] → y [..., C]. In training, every process of the expert group must call it.
+
+        Raises:
+            UserError: fewer tokens than experts in a training batch.
+        """
+        x_TC = x.reshape(-1, x.shape[-1])
+        self._check_tokens(len(x_TC))
+        routing = self.gate(x_TC)
+        record(self, routing)
+        if self.config.recompute and torch.is_grad_enabled():
+            return checkpoint(self._experts, x_TC, routing, use_reentrant=False).reshape(x.shape)
+        return self._experts(x_TC, routing).reshape(x.shape)
+
+    def _experts(self, x_TC: Tensor, routing: Routing) -> Tensor:
+        if self.ep_size == 1:
+            return self._mix(x_TC, routing.expert_TK, routing.gate_TK, self.residuals())
+        if self.every_expert_here is not None:
+            return self._mix(x_TC, routing.expert_TK, routing.gate_TK, self.every_expert_here)
+        if self.config.sends_tokens:
+            return self._send_tokens(x_TC, routing)
+        return self._mix(x_TC, routing.expert_TK, routing.gate_TK, *self._gather())
+
+    def _send_tokens(self, x_TC: Tensor, routing: Routing) -> Tensor:
+        """Tokens go to their experts; a choice that the capacity dropped stays and gets the core."""
+        mixes, residuals = self.config.mixes_weights, self.residuals()
+        expert_N, gate_N1 = routing.expert_TK.flatten(), routing.gate_TK.to(x_TC.dtype).reshape(-1, 1)
+        k = routing.expert_TK.shape[1]
+        x_NC = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC
+
+        def experts(rows: Tensor, local_M: Tensor) -> Tensor:
+            x_MC, gate_M1 = (rows[:, :-1], rows[:, -1:]) if mixes else (rows, rows.new_ones(len(rows), 1))
+            return self._mix(x_MC, local_M[:, None], gate_M1, residuals)
+
+        def send(rows: Tensor, expert_M: Tensor) -> Tensor:
+            return exchange_tokens(rows, expert_M, self.num_experts, expert_group(self.ep_size), experts)
+
+        rows = torch.cat([x_NC, gate_N1], 1) if mixes else x_NC
+        if self.training and self.config.capacity_factor is not None:
+            sent, stay = expert_N < self.num_experts, expert_N == self.num_experts
+            parts = [send(rows[sent], expert_N[sent]), experts(rows[stay], expert_N[stay] // self.ep_size)]
+            order_N = torch.cat([sent.nonzero(), stay.nonzero()]).flatten()
+            y_NC = torch.cat(parts).index_select(0, order_N.argsort())
+        else:
+            y_NC = send(rows, expert_N)
+        return y_NC if mixes else torch.einsum("tkc,tk->tc", y_NC.unflatten(0, (-1, k)), gate_N1.view(-1, k))
+
+    def _mix(
+        self,
+        x_TC: Tensor,
+        expert_TK: Tensor,
+        gate_TK: Tensor,
+        residuals: Residuals,
+        ready: Callable[[], object] | None = None,
+    ) -> Tensor:
+        theta = _network(self.core) if self.config.kind.has_core else None
+        act: Any = self.core.act
+        return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready)
+
+    def residuals(self) -> Residuals:
+        """Δ of the experts of this process, stacked."""
+        return self.deepspeed_moe.experts.residuals()  # type: ignore[union-attr,operator]
+
+    def _gather(self) -> tuple[Residuals, Callable[[], object]]:
+        local = self.residuals()
+        tensors, ready = gather_experts(local, expert_group(self.ep_size))
+        return type(local)(*tensors), ready
+
+    @torch.no_grad()
+    def every_expert(self) -> Residuals:
+        """Δ of all experts; collective over the expert group."""
+        if self.ep_size == 1:
+            return self.residuals()
+        residuals, ready = self._gather()
+        ready()
+        return residuals
+
+    def expert_rank(self) -> int:
+        """Returns the place of this process in its expert group."""
+        return 0 if self.ep_size == 1 else dist.get_rank(expert_group(self.ep_size))
+
+    def _check_tokens(self, tokens: int) -> None:
+        everywhere = tokens * (dist.get_world_size() if dist.is_initialized() else 1)
+        if self.training and everywhere < self.num_experts:
+            raise UserError(
+                f"a layer got {everywhere} tokens for its {self.num_experts} experts; train with larger images or "
+                "batches, with fewer experts, or leave this block dense"
+            )
+
+
+def _network(core: nn.Module) -> Network:
+    fc1, fc2 = core.fc1, core.fc2
+    return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
+
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def _check_core(core: nn.Module, config: ResidualMoEConfig) -> None:
+    """Refuses what the layer would compute wrongly, and prepares the activation.
+
+    Raises:
+        UserError: see `ResidualMoE`.
+    """
+    if not isinstance(config, ResidualMoEConfig):
+        raise UserError(f"the config is {config!r}; build it by ResidualMoEConfig(...) or ResidualMoEConfig.from_dict")
+    kinds = {"fc1": nn.Linear, "act": nn.Module, "fc2": nn.Linear}
+    if lacking := [name for name, kind in kinds.items() if not isinstance(getattr(core, name, None), kind)]:
+        raise UserError(
+            f"the core is a {type(core).__name__} without {lacking[0]}; it has linear layers fc1 and fc2 and an "
+            "activation act, as timm's Mlp"
+        )
+    fc1, fc2, act = core.fc1, core.fc2, core.act
+    if (fc1.in_features, fc1.out_features) != (fc2.out_features, fc2.in_features):  # type: ignore[union-attr]
+        raise UserError(f"the core maps {fc1} and {fc2}; fc2 must lead back from fc1's outputs to its inputs")
+    for name, parameter in core.named_parameters():
+        if parameter.dtype not in _DTYPES or parameter.layout != torch.strided:
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
+            raise UserError(f"the core's {name} is {parameter.dtype}, {parameter.layout}; it is dense, of {allowed}")
+    if any(True for _ in act.parameters()) or isinstance(act, nn.RReLU):  # type: ignore[union-attr]
+        raise UserError(
+            f"the core's activation is {act}; use one without parameters and chance: its backward pass is the layer's"
+        )
+    for module in act.modules():  # type: ignore[union-attr]
+        if getattr(module, "inplace", False):
+            module.inplace = False  # backward needs what it was given
+
+
+def _check_processes(ep_size: int) -> None:
+    if not dist.is_initialized():
+        raise UserError(f"ep_size {ep_size} needs torch.distributed: start with a launcher, or use ep_size=1")
+    if dist.get_world_size() % ep_size:
+        raise UserError(f"ep_size {ep_size} does not divide the {dist.get_world_size()} processes; change either")

@@ -1,0 +1,87 @@
+"""A model with mixtures, seen from outside: which layers it has, what each parameter is, its weights as one whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import product
+from typing import Literal
+
+from torch import Tensor, nn
+
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.stacked import EXPERT_KEY
+
+Role = Literal["core", "residual", "gate", "other"]
+
+
+@contextmanager
+def local_experts(model: nn.Module) -> Iterator[None]:
+    """Inside, every process holds all experts and the layers communicate nothing: for evaluation without gradient.
+
+    Processes may then run different numbers of batches. Entering is collective over the expert groups.
+    """
+    layers = [layer for layer in moe_layers(model).values() if layer.ep_size > 1]
+    for layer in layers:
+        layer.every_expert_here = layer.every_expert()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.every_expert_here = None
+
+
+def moe_layers(model: nn.Module) -> dict[str, ResidualMoE]:
+    """The layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, ResidualMoE)}
+
+
+def roles(model: nn.Module) -> dict[str, Role]:
+    """What each parameter is, by its name; what optimizer groups and counts are made from."""
+    found: dict[str, Role] = dict.fromkeys((name for name, _ in model.named_parameters()), "other")
+    parts: dict[str, Role] = {"core": "core", "gate": "gate", "deepspeed_moe": "residual"}
+    for layer_name, layer in moe_layers(model).items():
+        for name, _ in layer.named_parameters():
+            found[f"{layer_name}.{name}" if layer_name else name] = parts[name.partition(".")[0]]
+    return found
+
+
+def holds_experts(state: Mapping[str, Tensor]) -> bool:
+    """Whether a state dict is a mixture's, so that it fits an upcycled model only."""
+    return any(EXPERT_KEY in key for key in state)
+
+
+def global_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole model on the CPU, experts under their global ids; the same on every process, which all must call."""
+    state = {key: x.cpu() for key, x in model.state_dict().items() if EXPERT_KEY not in key}
+    for layer_name, layer in moe_layers(model).items():
+        for name, stacked in layer.every_expert()._asdict().items():
+            for e, x in enumerate(stacked.detach().cpu()):
+                state[f"{_experts_prefix(layer_name)}{e}.{name}"] = x.clone()
+    return state
+
+
+def load_global_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Loads what `global_state_dict` gave, at any ep_size: each process takes its own experts. Strict.
+
+    Raises:
+        RuntimeError: keys or shapes differ, experts included (as `torch.nn.Module.load_state_dict`).
+    """
+    local = {key: x for key, x in state.items() if EXPERT_KEY not in key}
+    known = set()
+    for layer_name, layer in moe_layers(model).items():
+        prefix, start = _experts_prefix(layer_name), layer.expert_rank() * layer.num_local_experts
+        for e, name in product(range(layer.num_experts), layer.residuals()._fields):
+            known.add(f"{prefix}{e}.{name}")
+            if start <= e < start + layer.num_local_experts and f"{prefix}{e}.{name}" in state:
+                local[f"{prefix}{e - start}.{name}"] = state[f"{prefix}{e}.{name}"]
+    if wrong := known.symmetric_difference(key for key in state if EXPERT_KEY in key):
+        raise RuntimeError(
+            f"the file and the model have other experts: {len(known - wrong)} tensors match, {len(wrong - known)} are "
+            f"only in the file and {len(wrong & known)} only in the model, such as {min(wrong)}"
+        )
+    model.load_state_dict(local)
+
+
+def _experts_prefix(layer_name: str) -> str:
+    return f"{layer_name}.deepspeed_moe.experts.{EXPERT_KEY}".removeprefix(".")
