@@ -47,7 +47,7 @@ CORES = len(os.sched_getaffinity(0))
 
 
 class Setting(NamedTuple):
-    """What ratios depend on besides their contenders: a key of `ALLOCATORS`, and the threads of torch."""
+    """Is what ratios depend on besides their contenders: a key of `ALLOCATORS`, and the threads of torch."""
 
     allocator: str
     threads: int
@@ -62,7 +62,7 @@ Times = dict[str, list[float]]
 
 
 class Ratio(NamedTuple):
-    """Median of paired ratios, between their quartiles."""
+    """Holds the median of paired ratios, between their quartiles."""
 
     median: float
     low: float
@@ -102,7 +102,7 @@ def alternate(
 
 
 def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """Ratio of `times` to `reference`, whose entries are of the same rounds."""
+    """Returns the ratio of `times` to `reference`, whose entries are of the same rounds."""
     ratios = sorted(a / b for a, b in zip(times, reference, strict=True))
     if len(ratios) == 1:
         return Ratio(ratios[0], ratios[0], ratios[0])
@@ -111,7 +111,7 @@ def paired_ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
 
 
 def timing_rows(times: Times, reference: str) -> list[Row]:
-    """One row for each contender: its median milliseconds and its ratio to `reference`."""
+    """Returns one row for each contender: its median milliseconds and its ratio to `reference`."""
     return [
         {
             "contender": name,
@@ -185,7 +185,7 @@ def join_group() -> None:
 
 
 class Arguments(NamedTuple):
-    """The command line of a benchmark; `part` is of one that has parts."""
+    """Holds the command line of a benchmark; `part` is of one that has parts."""
 
     name: str
     quick: bool
@@ -194,7 +194,7 @@ class Arguments(NamedTuple):
     part: str | None = None
 
     def command(self) -> str:
-        """The line itself."""
+        """Returns the line itself."""
         part = f" --part {self.part}" if self.part else ""
         return f"python -m benchmarks.{self.name}{part}{' --quick' * self.quick}"
 
@@ -256,7 +256,7 @@ def publish(
 
 
 def machine() -> Row:
-    """The CPU on which this runs."""
+    """Describes the CPU on which this runs."""
     from rmoe.cost import device_kind
 
     return {"cpu": device_kind(), "cores": CORES, "gpu": None}
@@ -276,14 +276,14 @@ def show(rows: Sequence[Row], title: str) -> None:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """Rows as a Markdown table; its columns are the keys of the first."""
+    """Returns rows as a Markdown table; its columns are the keys of the first."""
     lines = [list(rows[0]), ["---" if isinstance(value, str) else "---:" for value in rows[0].values()]]
     lines += [[cell(value) for value in row.values()] for row in rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def circumstances(found: Mapping[str, Any]) -> str:
-    """What `publish` wrote a result with: command, date, machine, versions, commit."""
+    """Returns what `publish` wrote a result with: command, date, machine, versions, commit."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
     machine = "{cpu}, {cores} cores, {threads} threads".format(**found["machine"])
     commit = f"{found['commit']}{' with changes' * found['dirty']}"
@@ -291,7 +291,7 @@ def circumstances(found: Mapping[str, Any]) -> str:
 
 
 def cell(value: Any) -> str:
-    """A value as tables show it: three significant digits of a number, − for what was not measured."""
+    """Returns a value as tables show it: three significant digits of a number, − for what was not measured."""
     if value is None:
         return "–"
     if isinstance(value, bool):
@@ -302,7 +302,7 @@ def cell(value: Any) -> str:
 
 
 def pivot(rows: Sequence[Row], index: Sequence[str], column: str, value: str) -> list[Row]:
-    """One row for each combination of `index`, one column for each value of `column`; None where there is none."""
+    """Makes a row for each combination of `index` and a column for each value of `column`; None where there is none."""
     columns = dict.fromkeys(row[column] for row in rows)
     found: dict[tuple[Any, ...], Row] = {}
     for row in rows:
@@ -316,7 +316,7 @@ def pivot(rows: Sequence[Row], index: Sequence[str], column: str, value: str) ->
 def picture(
     arguments: Arguments, columns: int, title: str, height: float = 4.0, file: str | None = None
 ) -> Iterator[Sequence[Any]]:
-    """Axes side by side, `height` inches high, to draw into; saved as FILE.png, or NAME.png, afterwards."""
+    """Opens axes side by side, `height` inches high; saves them afterwards as FILE.png, or NAME.png."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -335,7 +335,7 @@ def _relative(path: Path) -> Path:
 
 
 def _answer(function: str, arguments: str, answer: str) -> None:
-    """The child's side of `in_child`."""
+    """Does the child's side of `in_child`."""
     module, name = function.split(":")
     run = getattr(importlib.import_module(module), name)
     if torch := sys.modules.get("torch"):

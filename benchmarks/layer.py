@@ -53,7 +53,7 @@ Step = Callable[[Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Cell:
-    """Sizes of one comparison."""
+    """Holds the sizes of one comparison."""
 
     tokens: int
     width: int
@@ -62,12 +62,12 @@ class Cell:
     hidden: int | None = None  # None: 4 × width
 
     def network(self) -> Mlp:
-        """A dense network of this size."""
+        """Makes a dense network of this size."""
         return Mlp(self.width, self.hidden or 4 * self.width).to(getattr(torch, self.dtype))
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = common.parse("layer", __doc__, argv, PARTS)
     tokens, widths = ((128,), (16, 32)) if arguments.quick else (TOKENS, WIDTHS)
     pace = QUICK_PACE if arguments.quick else PACE
@@ -121,13 +121,13 @@ def measure(
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """Median ratios, one column for each contender."""
+    """Returns median ratios, one column for each contender."""
     shown = [row for row in rows if row["contender"] not in ("dense", "layer")]
     return common.pivot(shown, ("part", "setting", "dtype", "tokens", "width"), "contender", "ratio")
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
-    """Ratios to the dense network over the width, for the largest number of tokens."""
+    """Draws ratios to the dense network over the width, for the largest number of tokens."""
     grid = [row for row in rows if row["part"] == "grid" and row["setting"] == JUDGED]
     most = max(row["tokens"] for row in grid)
     with common.picture(arguments, 2, f"Forward + backward of one layer, {most} tokens, dense = 1") as axes:
@@ -141,7 +141,7 @@ def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
 
 
 def _timed(cell: Cell, steps: dict[str, Step], pace: dict[str, Any]) -> common.Times:
-    """Seconds of forward + backward on the same tokens."""
+    """Measures seconds of forward + backward on the same tokens."""
     x_TC = torch.randn(cell.tokens, cell.width).to(getattr(torch, cell.dtype)).requires_grad_()
     grad_TC = torch.randn_like(x_TC)
 
@@ -161,7 +161,7 @@ def _rows(part: str, cell: Cell, times: common.Times, reference: str) -> list[Ro
 
 
 def _grid_rows(cell: Cell, names: Sequence[str], pace: dict[str, Any]) -> list[Row]:
-    """All contenders against the dense one, and against stock deepspeed.moe's faster form."""
+    """Measures all contenders against the dense one, and against stock deepspeed.moe's faster form."""
     times = _timed(cell, {name: CONTENDERS[name](cell) for name in names}, pace)
     stock = [min(both) for both in zip(*(times[name] for name in names if name in STOCK), strict=True)]
     rows = _rows("grid", cell, times, "dense")
@@ -169,7 +169,7 @@ def _grid_rows(cell: Cell, names: Sequence[str], pace: dict[str, Any]) -> list[R
 
 
 def _gate_rows(cell: Cell, pace: dict[str, Any]) -> list[Row]:
-    """Shares of the layer's time that are neither the core's nor the experts' arithmetic."""
+    """Measures what of the layer's time is neither the core's nor the experts' arithmetic."""
     narrow = Cell(cell.tokens, cell.width, hidden=NARROW)
     rows = []
     for name, config, thin in (("low_rank_8", {}, {"rank": 1}), ("full", {"residual": "full"}, {"residual": "full"})):
@@ -194,7 +194,7 @@ def _balance_rows(cell: Cell, pace: dict[str, Any]) -> list[Row]:
 
 
 def _growth_rows(cell: Cell, pace: dict[str, Any]) -> list[Row]:
-    """Many experts against few."""
+    """Measures many experts against few."""
     many = Cell(cell.tokens, cell.width, experts=MANY_EXPERTS)
     rows = []
     for name in ("low_rank_8", "full"):
@@ -230,7 +230,7 @@ def _ours(cell: Cell, **config: Any) -> Step:
 
 
 def _routing(cell: Cell, **config: Any) -> Step:
-    """Of the layer, the gate with its loss, and rows that go to their experts and come back as they went."""
+    """Runs the gate with its loss, and rows that go to their experts and come back as they went."""
     layer = ResidualMoE(cell.network(), ResidualMoEConfig(num_experts=cell.experts, **config)).train()
 
     def step(x_TC: Tensor, grad_TC: Tensor) -> None:
@@ -259,7 +259,7 @@ def _counting(cell: Cell) -> Step:
 
 
 class _ThereAndBack(Function):
-    """Rows sorted by expert and put back, gradients too: what the layer moves, once each way for each direction."""
+    """Sorts rows by expert and puts them back, gradients too: what the layer moves, once each way."""
 
     @staticmethod
     def forward(ctx: Any, x_TC: Tensor, expert_T: Tensor, experts: int) -> Tensor:
@@ -277,7 +277,7 @@ class _ThereAndBack(Function):
 
 
 def _stock(cell: Cell, drop_tokens: bool) -> Step:
-    """deepspeed.moe with networks of the same size; capacity 1.25, or all tokens kept."""
+    """Runs deepspeed.moe with networks of the same size; capacity 1.25, or all tokens kept."""
     from deepspeed.moe.layer import MoE
 
     layer = MoE(
@@ -294,7 +294,7 @@ def _stock(cell: Cell, drop_tokens: bool) -> Step:
 
 
 class _Loop(nn.Module):
-    """The obvious top-1 mixture: for each expert, pick its tokens, run it, put them back."""
+    """Is the obvious top-1 mixture: for each expert, pick its tokens, run it, put them back."""
 
     def __init__(self, cell: Cell) -> None:
         super().__init__()
@@ -311,7 +311,7 @@ class _Loop(nn.Module):
 
 
 def _lora(cell: Cell) -> Step:
-    """PEFT's LoRA of rank 8 on both linear layers of the same dense network, which is frozen."""
+    """Runs PEFT's LoRA of rank 8 on both linear layers of the same dense network, which is frozen."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError as error:

@@ -28,7 +28,7 @@ Case = dict[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = common.parse("scaling", __doc__, argv)
     pace = QUICK_PACE if arguments.quick else PACE  # as many rounds in every process
     rows: list[Row] = []
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def cases(processes: int) -> list[Case]:
-    """What is compared among so many processes: the dense model, and `moe` settings."""
+    """Returns what is compared among so many processes: the dense model, and `moe` settings."""
     found: list[Case] = [{"residual": "dense", "num_experts": 0, "ep_size": 1, "exchange": "none"}]
     sizes = [size for size in (1, 2, 4) if size <= processes]
     for residual in ("low_rank", "full"):
@@ -64,7 +64,7 @@ def cases(processes: int) -> list[Case]:
 
 
 def measure(named: Sequence[Case], pace: dict[str, Any]) -> list[Row]:
-    """All cases in turns, in each process of a group."""
+    """Measures all cases in turns, in each process of a group."""
     common.join_group()
     steps = {str(number): _step(case) for number, case in enumerate(named)}
     times = common.alternate(steps, **pace)
@@ -77,7 +77,7 @@ def measure(named: Sequence[Case], pace: dict[str, Any]) -> list[Row]:
 
 
 def exchanged(step: Callable[[], object]) -> int:
-    """Bytes that this process sends to others for the experts' sake while `step` runs."""
+    """Counts the bytes that this process sends to others for the experts' sake while `step` runs."""
     with mock.patch.object(exchange, "dist", mock.Mock(wraps=dist)) as spy:
         step()
     sent = 0.0
@@ -89,7 +89,7 @@ def exchanged(step: Callable[[], object]) -> int:
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """Throughput of all cases."""
+    """Returns the throughput of all cases."""
     return [
         {
             "processes": row["processes"],
@@ -106,7 +106,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
-    """Throughput over ep_size, for the largest number of processes, and over the number of experts."""
+    """Draws throughput over ep_size, for the largest number of processes, and over the number of experts."""
     most = max(row["processes"] for row in rows)
     mine = [row for row in rows if row["processes"] == most and row["residual"] != "dense"]
     with common.picture(arguments, 2, f"Training throughput, {most} processes") as axes:

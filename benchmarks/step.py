@@ -34,7 +34,7 @@ PACE, QUICK_PACE = {"seconds": 150.0, "rounds": (5, 15)}, {"seconds": 0.0, "roun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = common.parse("step", __doc__, argv)
     tasks = TASKS[:1] if arguments.quick else TASKS
     pace = QUICK_PACE if arguments.quick else PACE
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def seconds(task: str, image_size: int, small: bool, pace: dict[str, Any]) -> list[Row]:
-    """All arms in turns, in a child process."""
+    """Measures seconds of all arms in turns, in a child process."""
     images = training.batch(task, IMAGES, image_size)
     steps = {
         arm: training.training_step(
@@ -69,7 +69,7 @@ def seconds(task: str, image_size: int, small: bool, pace: dict[str, Any]) -> li
 
 
 def memory(task: str, image_size: int, small: bool) -> dict[str, Row]:
-    """Bytes of every arm, each in a process forked from this child, which computes nothing itself."""
+    """Measures bytes of every arm, each in a process forked from this child, which computes nothing itself."""
     training.preload(task)
     found: dict[str, Row] = {}
     for arm in MEASURED:
@@ -79,7 +79,7 @@ def memory(task: str, image_size: int, small: bool) -> dict[str, Row]:
 
 
 def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
-    """Bytes of one arm."""
+    """Measures bytes of one arm."""
     model = training.build(training.config(task, training.ARMS[arm], image_size, small))
     optimizer = _optimizer(model)
     step = training.training_step(model, optimizer, training.batch(task, IMAGES, image_size))
@@ -98,7 +98,7 @@ def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
 
 
 def _estimated(task: str, arm: str, image_size: int, small: bool) -> int:
-    """What rmoe.estimate says of `beyond_weights`."""
+    """Returns what rmoe.estimate says of `beyond_weights`."""
     setting = Setting(processes=1, zero=0, micro_batch=IMAGES, image_size=(image_size, image_size))
     memory = estimate(training.config(task, training.ARMS[arm], image_size, small), setting).memory
     return memory.total - memory.weights
@@ -109,7 +109,7 @@ def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """Ratios to the dense arm, and megabytes."""
+    """Returns ratios to the dense arm, and megabytes."""
     return [
         {
             "task": row["task"],
@@ -127,7 +127,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
-    """Time and memory of the arms, dense = 1."""
+    """Draws time and memory of the arms, dense = 1."""
     kinds = {"ratio": "time", "step_ratio": "memory of the step", "beyond_weights_ratio": "memory beyond weights"}
     with common.picture(arguments, len(kinds), "Training step, dense = 1") as axes:
         for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
@@ -137,7 +137,7 @@ def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
 
 
 def _status(field: str) -> int:
-    """A size in bytes that the kernel keeps of this process."""
+    """Returns a size in bytes that the kernel keeps of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])
 

@@ -18,7 +18,7 @@ _BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "training_c
 
 
 def main() -> None:
-    """The command."""
+    """Runs the command."""
     for name, tables in (("performance.md", render(common.RESULTS)), ("claims.md", verdicts.render(common.RESULTS))):
         page = DOCS / name
         first = tables.partition("\n")[0]
@@ -26,7 +26,7 @@ def main() -> None:
 
 
 def render(folder: Path) -> str:
-    """Markdown of the targets, and of every benchmark with its command, machine and commit; what was run of it."""
+    """Returns Markdown of the targets and of every benchmark that was run, with command, machine and commit."""
     parts = []
     if (path := folder / "targets.json").exists():
         parts.append(f"## Targets\n\n{common.markdown(targets.table(json.loads(path.read_text())))}")

@@ -36,7 +36,7 @@ LAYER_COMMAND, STEP_COMMAND = "python -m benchmarks.layer", "python -m benchmark
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = common.parse("targets", __doc__, argv)
     layer, step = (json.loads((arguments.out / f"{name}.json").read_text())["rows"] for name in ("layer", "step"))
     rows = [*layer_targets(layer), *step_targets(step)]
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def layer_targets(rows: Sequence[Row]) -> Iterator[Row]:
-    """Of one layer."""
+    """Returns the targets of one layer."""
     for dtype, more in (("float32", 0.0), ("bfloat16", MORE_IN_BFLOAT16)):
         grid = [row for row in rows if row["part"] == "grid" and row["dtype"] == dtype]
         for title, names, limits in (
@@ -70,7 +70,7 @@ def layer_targets(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def step_targets(rows: Sequence[Row]) -> Iterator[Row]:
-    """Of a whole training step, the worst of UPerNet and Mask R-CNN."""
+    """Returns the targets of a whole training step, the worst of UPerNet and Mask R-CNN."""
     for what, key, limits in (
         ("training step", "ratio", STEP),
         ("peak memory of the step", "beyond_weights_ratio", MEMORY),
@@ -81,7 +81,7 @@ def step_targets(rows: Sequence[Row]) -> Iterator[Row]:
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """The targets for print."""
+    """Returns the targets for print."""
     names = {"target": "target", "against": "against", "limit": "at most", "measured": "measured", "met": "met"}
     return [
         {new: row[old] for old, new in (names | {key: name for name, key in _ASIDE.items()}).items()} for row in rows
@@ -105,7 +105,7 @@ def _target(what: str, against: str, limit: float, rows: Iterable[Row], key: str
 
 
 def _worst(rows: Sequence[Row], key: str, setting: str) -> Row:
-    """The row with the highest value; an empty one where nothing was measured."""
+    """Returns the row with the highest value; an empty one where nothing was measured."""
     return max((row for row in rows if row["setting"] == setting), key=lambda row: row[key], default={})
 
 

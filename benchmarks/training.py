@@ -41,7 +41,7 @@ def preload(task: str) -> None:
 
 
 def config(task: str, moe: dict[str, Any] | None, image_size: int, small: bool) -> Config:
-    """A shipped config whose model starts from random weights.
+    """Returns a shipped config whose model starts from random weights.
 
     Args:
         task: key of `TASKS`.
@@ -64,14 +64,14 @@ def config(task: str, moe: dict[str, Any] | None, image_size: int, small: bool) 
 
 
 def build(cfg: Config) -> nn.Module:
-    """Its model, in training mode."""
+    """Builds the model of a config, in training mode."""
     init_default_scope(cfg.default_scope)
     torch.manual_seed(0)
     return revert_sync_batchnorm(MODELS.build(cfg.model)).train()
 
 
 def batch(task: str, images: int, image_size: int) -> Batch:
-    """Images with labels, as a data loader hands them to the model's preprocessor."""
+    """Makes images with labels, as a data loader hands them to the model's preprocessor."""
     shape = (image_size, image_size)
     if task == "classification":
         return {"inputs": torch.randn(images, 3, *shape), "labels": torch.arange(images)}
@@ -81,7 +81,7 @@ def batch(task: str, images: int, image_size: int) -> Batch:
 
 
 def training_step(model: Any, optimizer: torch.optim.Optimizer, images: Batch) -> Callable[[], None]:
-    """A function that does it once: forward, losses of heads and gates, backward, the optimizer's step."""
+    """Returns a function that does one step: forward, losses of heads and gates, backward, the optimizer."""
 
     def step() -> None:
         optimizer.zero_grad()

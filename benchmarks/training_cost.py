@@ -45,7 +45,7 @@ PACE, QUICK_PACE = {"seconds": 15.0, "rounds": (3, 10)}, {"seconds": 0.0, "round
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = common.parse("training_cost", __doc__, argv)
     sizes = {"image_size": 64 if arguments.quick else 224, "small": arguments.quick}
     pace = QUICK_PACE if arguments.quick else PACE
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(image_size: int, small: bool, pace: dict[str, Any]) -> list[Row]:
-    """The rows of all stages, in a child process."""
+    """Measures all stages, in a child process."""
     rows: list[Row] = []
     for task, count in IMAGES.items():
         images = training.batch(task, count, image_size)
@@ -85,7 +85,7 @@ def measure(image_size: int, small: bool, pace: dict[str, Any]) -> list[Row]:
 
 
 def extrapolate(stages: Sequence[Row]) -> list[Row]:
-    """GPU-hours of the pipelines, from what `measure` found."""
+    """Returns the GPU-hours of the pipelines, from what `measure` found."""
     found = {(row["task"], row["contender"]): row for row in stages}
 
     def hours(task: str, arm: str, images: int) -> float:
@@ -107,7 +107,7 @@ def extrapolate(stages: Sequence[Row]) -> list[Row]:
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """Stages, then pipelines."""
+    """Returns the stages, then the pipelines."""
     shown: list[Row] = []
     for row in rows:
         stage = row["part"] == "stage"
@@ -128,7 +128,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
-    """Time of a stage's step and GPU-hours of a pipeline."""
+    """Draws the time of a stage's step and the GPU-hours of a pipeline."""
     stages = [row for row in rows if row["part"] == "stage"]
     pipelines = [row for row in rows if row["part"] == "pipeline"]
     with common.picture(arguments, 2, "Cost of training") as (left, right):
@@ -139,7 +139,7 @@ def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
 
 
 def _published_flops(task: str, arm: str) -> float:
-    """Of one image in training, at the published size."""
+    """Returns the FLOPs of one image in training, at the published size."""
     size = PUBLISHED_SIZE[task]
     cfg = training.config(task, training.ARMS[arm], size, small=False)
     return estimate(cfg, Setting(processes=1, ep_size=1, micro_batch=2, image_size=(size, size))).flops / 2

@@ -21,8 +21,8 @@ _Config = TypeVar("_Config")
 
 
 class Kind(NamedTuple):
-    """What the configuration has to know of a kind of residual; the class of the same key in `rmoe.moe.experts` has
-    its parameters and its arithmetic.
+    """Says what the configuration has to know of a kind of residual; the class of the same key in `rmoe.moe.experts`
+    has its parameters and its arithmetic.
 
     Attributes:
         has_core: whether the kind is added to a core; without one the experts are networks of their own.
@@ -113,7 +113,7 @@ def _described(hint: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class GateLosses:
-    """Weights of the auxiliary losses of a gate; a loss of weight 0 is not computed. They are summed over layers.
+    """Weighs the auxiliary losses of a gate; a loss of weight 0 is not computed. They are summed over layers.
 
     Attributes:
         importance: squared coefficient of variation of the summed gate probabilities (V-MoE, arXiv 2106.05974, eq. 8).
@@ -136,7 +136,7 @@ class GateLosses:
 
 @dataclasses.dataclass(frozen=True)
 class ResidualMoEConfig:
-    """How dense feed-forward networks become residual mixtures of experts.
+    """Says how dense feed-forward networks become residual mixtures of experts.
 
     The paper's abstract fixes the method (core + residual); the number of experts, their placement, the gate and its
     losses are choices of this project.
@@ -188,7 +188,7 @@ class ResidualMoEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ResidualMoEConfig:
-        """See `rmoe.config.from_dict`."""
+        """Builds a configuration from plain data, see `rmoe.config.from_dict`."""
         return from_dict(cls, values)
 
     def __post_init__(self) -> None:
@@ -225,12 +225,12 @@ class ResidualMoEConfig:
 
     @property
     def kind(self) -> Kind:
-        """What is to be known of the kind of `residual`."""
+        """Returns what is to be known of the kind of `residual`."""
         return KINDS[self.residual]
 
     @property
     def combined(self) -> Combine:
-        """How gate values enter: `combine`, with "auto" resolved."""
+        """Returns how gate values enter: `combine`, with "auto" resolved."""
         if self.combine != "auto":
             return self.combine
         drawn_anew = not self.kind.has_core and self.expert_init == "random"
@@ -238,17 +238,17 @@ class ResidualMoEConfig:
 
     @property
     def mixes_weights(self) -> bool:
-        """Whether gate values multiply residuals inside one network; else they weigh several outputs."""
+        """Says whether gate values multiply residuals inside one network; else they weigh several outputs."""
         return self.combined == "residual"
 
     @property
     def normalises(self) -> bool:
-        """Whether a token's gate values sum to 1, with the gradient of the probabilities."""
+        """Says whether a token's gate values sum to 1, with the gradient of the probabilities."""
         return self.combined == "straight_through"
 
     @property
     def sends_tokens(self) -> bool:
-        """Whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
+        """Says whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
         if self.exchange != "auto":
             return self.exchange == "tokens"
         return self.kind.exchange == "tokens" and not (self.mixes_weights and self.top_k > 1)

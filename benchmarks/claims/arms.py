@@ -22,7 +22,7 @@ OWN = EXPERTS | {"residual": "experts", "expert_init": "random", "capacity_facto
 
 @dataclass(frozen=True)
 class Arm:
-    """A way through the two stages.
+    """Is a way through the two stages.
 
     Attributes:
         upstream: the stage that it starts from, a key of `UPSTREAM`.
@@ -37,7 +37,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class Upstream:
-    """A stage of upstream training.
+    """Is a stage of upstream training.
 
     Attributes:
         moe: as of `Arm`.
@@ -122,7 +122,7 @@ INSIDE: dict[str, tuple[str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class Task:
-    """A downstream task.
+    """Is a downstream task.
 
     Attributes:
         base: its dense config, in `BASES`.
@@ -180,7 +180,7 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Size:
-    """How much is trained on what.
+    """Says how much is trained on what.
 
     Attributes:
         pictures, scenes: words of `rmoe data scenes`, for the set that cores are trained on and for the tasks' set.
@@ -239,7 +239,7 @@ QUICK = Size(
 
 
 def portion(part: str | None, size: Size) -> tuple[str, Size, Mapping[str, Arm]]:
-    """What a part of this benchmark runs: the name of its files, how much of what, and the arms."""
+    """Returns what a part of this benchmark runs: the name of its files, how much of what, and the arms."""
     if part == "long":
         steps = {"segmentation": LONGER * size.steps["segmentation"]}
         return "long", replace(size, tasks=("segmentation",), steps=steps, headline_seeds=size.seeds), LONG

@@ -11,7 +11,7 @@ from benchmarks.common import Row
 
 
 def table(rows: Iterable[Row]) -> list[Row]:
-    """For people: quality against cost."""
+    """Returns the rows as people read them: quality against cost."""
     return [
         {
             "task": row["task"],
@@ -32,12 +32,12 @@ def table(rows: Iterable[Row]) -> list[Row]:
 
 
 def span(interval: Sequence[float] | None, digits: int = 2) -> str:
-    """An interval of differences for print."""
+    """Returns an interval of differences for print."""
     return "–" if interval is None else " … ".join(f"{end:+.{digits}f}" for end in interval)
 
 
 def draw(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:
-    """Difference to dense, with its interval, over the pipeline's cost."""
+    """Draws the difference to dense, with its interval, over the pipeline's cost."""
     metrics = list(dict.fromkeys((row["task"], row["metric"]) for row in rows))
     with common.picture(arguments, len(metrics), "Quality against cost, dense = 0 and 1", file=file) as axes:
         for axis, (task, metric) in zip(axes, metrics, strict=True):
@@ -52,7 +52,7 @@ def draw(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:
 
 
 def draw_choices(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:
-    """Each choice's difference to the defaults, and its cost, with their intervals; the defaults are the line."""
+    """Draws each choice's difference to the defaults, and its cost, with intervals; the defaults are the line."""
     shown = rows[::-1]
     panels = (
         (partial(difference, other="residual"), f"{rows[0]['metric']} − residual", 0.0),

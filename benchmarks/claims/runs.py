@@ -29,7 +29,7 @@ Key = tuple[str, str, int]
 
 
 def carry_out(folder: Path, size: Size, arms: Mapping[str, Arm], jobs: int) -> tuple[dict[Key, Training], list[Row]]:
-    """Renders the data and runs what is not complete; the runs, and `describe` of each."""
+    """Renders the data and runs what is not complete; returns the runs, and `describe` of each."""
     _render(folder / "data/pictures", size.pictures)
     _render(folder / "data/scenes", size.scenes)
     runs = plan(folder, size, arms)
@@ -38,7 +38,7 @@ def carry_out(folder: Path, size: Size, arms: Mapping[str, Arm], jobs: int) -> t
 
 
 def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Training]:
-    """All runs, each after those that it starts from; by task, then by seed."""
+    """Returns all runs, each after those that it starts from; by task, then by seed."""
     runs: dict[Key, Training] = {}
 
     def upstream(stage: str, seed: int) -> Training:
@@ -82,7 +82,7 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Trainin
 def _config(
     base: str, steps: int, batch: int, seed: int, options: Mapping[str, Any], place: str, moe: Mapping[str, Any] | None
 ) -> Config:
-    """A demo config with another length, seed and mixture."""
+    """Returns a demo config with another length, seed and mixture."""
     config = Config.fromfile(BASES / base, import_custom_modules=False)
     warmup = max(1, steps // 10)
     config.merge_from_dict(
@@ -149,7 +149,7 @@ def execute(runs: Sequence[Training], jobs: int) -> None:
 
 
 def describe(key: Key, training: Training) -> Row:
-    """A run, for claims_runs.json."""
+    """Returns what claims_runs.json says of a run."""
     name, where, seed = key
     found = json.loads((training.folder / "cost.json").read_text())
     kept = ("device_seconds", "steps", "images", "flops_per_step", "params_total", "params_active", "params_trainable")
@@ -160,7 +160,7 @@ def describe(key: Key, training: Training) -> Row:
 
 
 def look_inside(runs: Mapping[Key, Training], seed: int, names: Iterable[str], out: Path) -> None:
-    """What `rmoe analyze` does, for those of the `ANALYSED` runs that there are; into OUT/NAME."""
+    """Does what `rmoe analyze` does, for those of the `ANALYSED` runs that there are; into OUT/NAME."""
     for name in names:
         after, before = ANALYSED[name]
         if (*after, seed) in runs:

@@ -19,7 +19,7 @@ REFERENCES = ("dense", "moe", "residual", "dense_core_longer")  # what arms are 
 
 
 def results(runs: Mapping[Key, Training], size: Size, arms: Mapping[str, Arm]) -> list[Row]:
-    """One object for each task, metric and arm."""
+    """Returns one object for each task, metric and arm."""
     rows: list[Row] = []
     for task in size.tasks:
         values: dict[str, dict[str, dict[int, float]]] = {}
@@ -42,7 +42,7 @@ def results(runs: Mapping[Key, Training], size: Size, arms: Mapping[str, Arm]) -
 
 
 def quality(of_arm: Mapping[str, Mapping[int, float]], name: str) -> Row:
-    """Of an arm's values by seed: mean and spread, and the differences to the `REFERENCES` over the seeds of both."""
+    """Returns mean and spread of an arm's values, and their differences to the `REFERENCES` over the seeds of both."""
     mine = dict(sorted(of_arm[name].items()))
     row: Row = {
         "seeds": [*mine],
@@ -59,7 +59,7 @@ def quality(of_arm: Mapping[str, Mapping[int, float]], name: str) -> Row:
 
 
 def cost(of_arm: Mapping[str, Mapping[int, Mapping[str, float]]], name: str) -> Row:
-    """Of an arm's costs by seed: their means, and the mean ratios to the `REFERENCES` over the seeds of both."""
+    """Returns the means of an arm's costs, and their mean ratios to the `REFERENCES` over the seeds of both."""
     mine = of_arm[name]
     row: Row = {key: statistics.mean(one[key] for one in mine.values()) for key in next(iter(mine.values()))}
     for other in REFERENCES:
@@ -103,12 +103,12 @@ def ratio(row: Row, kind: str, other: str = "dense") -> Compared:
 
 
 def _interval(name: str, other: str) -> str:
-    """Of a difference to dense the key has no further name."""
+    """Returns the key of an interval; that of a difference to dense has no further name."""
     return name if other == "dense" else f"{name}_to_{other}"
 
 
 def paired(differences: Sequence[float]) -> tuple[float, list[float] | None]:
-    """Mean of paired differences and Student's 95 % interval around it; None for one pair."""
+    """Returns the mean of paired differences and Student's 95 % interval around it, which is None for one pair."""
     mean, count = statistics.mean(differences), len(differences)
     if count < 2:
         return mean, None
@@ -117,7 +117,7 @@ def paired(differences: Sequence[float]) -> tuple[float, list[float] | None]:
 
 
 def pipeline_cost(training: Training) -> dict[str, float]:
-    """Device seconds and FLOPs of a run, and of it and all that it starts from."""
+    """Returns device seconds and FLOPs of a run, and of it and all that it starts from."""
     own = json.loads((training.folder / "cost.json").read_text())
     seconds, flops = own["device_seconds"], own["flops_per_step"] * own["steps"]
     before = [pipeline_cost(one) for one in training.after]
@@ -130,7 +130,7 @@ def pipeline_cost(training: Training) -> dict[str, float]:
 
 
 def again(first: Sequence[Row], second: Sequence[Row], published: Sequence[Row]) -> list[Row]:
-    """Every figure of `first` beside that of `second` and of `published`; all as `describe` says it."""
+    """Sets every figure of `first` beside that of `second` and of `published`; all as `describe` says it."""
     by_run = [{(row["arm"], row["where"], row["seed"]): row for row in rows} for rows in (second, published)]
     rows = []
     for row in first:

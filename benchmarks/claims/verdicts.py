@@ -34,7 +34,7 @@ _LONGER = f", {LONGER} × the steps downstream"
 
 
 def render(folder: Path) -> str:
-    """Markdown: the claims, all arms, the longer schedule, one choice at a time, experts as `rmoe analyze` saw them.
+    """Returns Markdown: the claims, all arms, the longer schedule, one choice at a time, and the experts' insides.
 
     Args:
         folder: holds claims.json, long.json and ablation.json, each with its runs in *_runs.json, and analysis.json of
@@ -54,7 +54,7 @@ def render(folder: Path) -> str:
 
 
 def _read(folder: Path, part: str) -> Any:
-    """Of a part that was not run, nothing."""
+    """Reads a part's rows; there are none of a part that was not run."""
     path = folder / f"{part}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
@@ -70,7 +70,7 @@ def _part(folder: Path, part: str, title: str, table: Callable[[Sequence[Row]], 
 
 
 def verdicts(rows: Sequence[Row], longer: Sequence[Row], inside: Mapping[str, Row]) -> list[Row]:
-    """Claim by claim.
+    """Returns a verdict on every claim.
 
     Args:
         rows: of claims.json.
@@ -99,7 +99,7 @@ def verdicts(rows: Sequence[Row], longer: Sequence[Row], inside: Mapping[str, Ro
 
 
 class _Case(NamedTuple):
-    """An arm's row of one table, what to add to the words of its claims, and the command that made it."""
+    """Holds an arm's row of one table, what to add to the words of its claims, and the command that made it."""
 
     row: Row
     words: str
@@ -124,7 +124,7 @@ def _verdict(claim: str, paper: str, measured: str, interval: str, cost: str, ho
 
 
 def _better(case: _Case) -> Row:
-    """Against dense, in points."""
+    """Judges the gain over dense, in points."""
     metric, (mean, interval) = case.row["metric"], difference(case.row)
     return case.verdict(
         f"is better than dense, {metric}",
@@ -137,7 +137,7 @@ def _better(case: _Case) -> Row:
 
 
 def _as_good(case: _Case) -> Row:
-    """Against full MoE training, in points."""
+    """Judges the difference to full MoE training, in points."""
     mean, interval = difference(case.row, "moe")
     return case.verdict(
         f"is as good as full MoE training, {case.row['metric']}",
@@ -150,13 +150,13 @@ def _as_good(case: _Case) -> Row:
 
 
 def _cheap(case: _Case) -> Row:
-    """Device seconds against dense."""
+    """Judges device seconds against dense."""
     claim = f"costs < 3 % more training than dense, {case.row['task']}"
     return _cost(case, claim, "< +3 %", "dense", MOST_OVER_DENSE)
 
 
 def _saving(case: _Case) -> Row:
-    """Device seconds against full MoE training."""
+    """Judges device seconds against full MoE training."""
     claim = f"saves > 30 % of the training of full MoE, {case.row['task']}"
     return _cost(case, claim, "< −30 %", "moe", MOST_OF_MOE)
 
@@ -176,7 +176,7 @@ def _cost(case: _Case, claim: str, paper: str, other: str, bound: float) -> Row:
 
 
 def _shared(run: str, found: Row) -> Iterator[Row]:
-    """How much of its experts' weights is the same for all: as they stand, and with hidden units in one order."""
+    """Judges how much of the experts' weights is the same for all, as they stand and with units in one order."""
     layers = [LayerWeights(**layer["weights"]) for layer in found["layers"].values()]
     claim = "experts are a core and residuals: the core's share of their squared norm"
     shares = [x.core_norm**2 / (x.core_norm**2 + statistics.mean(y**2 for y in x.residual_norm)) for x in layers]
@@ -203,7 +203,7 @@ def _percents(interval: Sequence[float] | None) -> str:
 
 
 def longer_table(rows: Sequence[Row]) -> list[Row]:
-    """What `table` shows, and the loss at the end of training."""
+    """Returns what `table` shows, and the loss at the end of training."""
     return [
         shown
         | {
@@ -216,7 +216,7 @@ def longer_table(rows: Sequence[Row]) -> list[Row]:
 
 
 def ablation(rows: Sequence[Row]) -> list[Row]:
-    """One choice at a time, against residual finetuning as it is by default."""
+    """Returns one choice at a time, against residual finetuning as it is by default."""
     return [
         {
             "choice": row["arm"],
@@ -235,7 +235,7 @@ def ablation(rows: Sequence[Row]) -> list[Row]:
 
 
 def experts(inside: Mapping[str, Row]) -> list[Row]:
-    """A line for each analysed run and layer; means over its experts."""
+    """Returns a line for each analysed run and layer, with means over its experts."""
     return [
         {"run": run, "layer": layer.removesuffix(".mlp")} | _means(parts)
         for run, found in inside.items()

@@ -48,7 +48,7 @@ def rows_of_one_expert(
 
 
 class _Rows(NamedTuple):
-    """How rows stand sorted by expert."""
+    """Says how rows stand sorted by expert."""
 
     order_N: Tensor  # position among the sorted → row
     inverse_N: Tensor  # row → position among the sorted
@@ -57,7 +57,7 @@ class _Rows(NamedTuple):
     chosen: int  # how many have one
 
     def of_experts(self, x_NI: Tensor) -> tuple[Tensor, ...]:
-        """Views of the sorted rows of each expert. One call, as slicing costs microseconds a piece."""
+        """Returns views of the sorted rows of each expert, by one call: slicing costs microseconds a piece."""
         return x_NI.narrow(0, 0, self.chosen).split(self.sizes)
 
 
@@ -69,7 +69,7 @@ def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
 
 
 class _Tile(NamedTuple):
-    """A stretch of sorted rows that is computed in one go, and how its low-rank products are made.
+    """Describes a stretch of sorted rows that is computed in one go, and how its low-rank products are made.
 
     They are made piece by piece: for G experts at once, of which each row keeps its own.
     """
@@ -80,7 +80,7 @@ class _Tile(NamedTuple):
 
 
 def _tiles(rows: _Rows, dtype: torch.dtype) -> list[_Tile]:
-    """Tiles of about _TILE rows: enough for the core's products, few enough for a cache to hold their activations."""
+    """Cuts the rows into tiles of about _TILE: enough for the core's products, few enough for a cache to hold them."""
     total, sizes = len(rows.order_N), list(rows.sizes)
     sizes[-1] += total - rows.chosen  # whose gate value is 0
     tiles, length, expert = [], math.ceil(total / max(1, round(total / _TILE))), 0
@@ -100,7 +100,7 @@ def _tiles(rows: _Rows, dtype: torch.dtype) -> list[_Tile]:
 
 
 def _joins_experts(dtype: torch.dtype) -> bool:
-    """Whether the low-rank products of a tile's experts are made as one, rather than each expert's own.
+    """Says whether the low-rank products of a tile's experts are made as one, rather than each expert's own.
 
     In float32 and float64 many small products are the fastest. In half precision a product over a new number of rows
     costs more than it computes, since its kernel is compiled first, and experts have new numbers of rows at every step.
@@ -109,7 +109,7 @@ def _joins_experts(dtype: torch.dtype) -> bool:
 
 
 class _LowRankRows(Function):
-    """Rows of x through the core and one low-rank residual each, tile by tile."""
+    """Computes rows of x through the core and one low-rank residual each, tile by tile."""
 
     @staticmethod
     def forward(
@@ -172,13 +172,13 @@ class _LowRankRows(Function):
 
 
 def _by_tile(tiles: list[_Tile], *rows: Tensor) -> Iterator[tuple[_Tile, tuple[Tensor, ...]]]:
-    """Tiles, each with its part of sorted rows."""
+    """Yields the tiles, each with its part of sorted rows."""
     lengths = [sum(tile.lengths) for tile in tiles]
     return zip(tiles, zip(*(part.split(lengths) for part in rows), strict=True), strict=True)
 
 
 def _own_expert(tile: _Tile, expert_n: Tensor, gate_n: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Which of G experts is a row's own, None where G = 1; and its gate value there, 0 for the others."""
+    """Returns which of G experts is a row's own, None where G = 1; and its gate value there, 0 for the others."""
     if tile.together == 1:
         return None, gate_n[None]
     own_1n = (expert_n - tile.firsts[0]).clamp_(max=tile.together - 1)[None]
@@ -186,7 +186,7 @@ def _own_expert(tile: _Tile, expert_n: Tensor, gate_n: Tensor) -> tuple[Tensor |
 
 
 def _by_piece(w_ERI: Tensor, tile: _Tile) -> list[Tensor]:
-    """Of stacked low-rank factors those of each piece, [G·R, I]."""
+    """Returns those of the stacked low-rank factors that each piece needs, [G·R, I]."""
     if tile.together > 1:
         return [w_ERI.narrow(0, first, tile.together).flatten(0, 1) for first in tile.firsts]
     every = w_ERI.unbind()  # one call, as slicing costs microseconds a piece
@@ -261,7 +261,7 @@ def _core_backward(grad_NO: Tensor, x_NI: Tensor, weight: bool, bias: bool) -> t
 
 
 class _FullRows(Function):
-    """Rows of x through core + full residual of one expert each."""
+    """Computes rows of x through core + full residual of one expert each."""
 
     @staticmethod
     def forward(ctx: Any, x_NC: Tensor, rows: _Rows, act: Activation, *weights: Tensor) -> Tensor:
@@ -307,7 +307,7 @@ def _full_linear(
 def _full_backward(
     grad_NO: Tensor, x_NI: Tensor, w_OI: Tensor | None, w_EOI: Tensor, rows: _Rows, wants_residual: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, ΔW and Δb of `_full_linear`."""
+    """Returns the gradients of x, ΔW and Δb of `_full_linear`."""
     grad_NI, merged_OI = torch.empty_like(x_NI), torch.empty_like(w_EOI[0])
     of_grad, of_x, of_grad_x = rows.of_experts(grad_NO), rows.of_experts(x_NI), rows.of_experts(grad_NI)
     for grad_nO, grad_nI, delta_OI in zip(of_grad, of_grad_x, w_EOI.unbind(), strict=True):
@@ -328,7 +328,7 @@ def _merged(w_OI: Tensor | None, delta_OI: Tensor, buffer_OI: Tensor) -> Tensor:
 
 
 def _act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
-    """Gradient of the activation's input, from its output's and the input."""
+    """Returns the gradient of the activation's input, given its output's and the input."""
     if isinstance(act, nn.GELU):
         return torch.ops.aten.gelu_backward(grad, h, approximate=act.approximate)
     with torch.enable_grad():

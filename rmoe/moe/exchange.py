@@ -65,7 +65,7 @@ def exchange_tokens(
 
 
 def gather_experts(local: tuple[Tensor, ...], group: Group) -> tuple[list[Tensor], Callable[[], object]]:
-    """Tensors stacked over the experts of this process, [E/P, …] each → the same over all experts, [E, …] each.
+    """Gathers tensors stacked over the experts of this process, [E/P, …] each, into those of all experts, [E, …] each.
 
     One collective each way. Backward, every process gets the sum over the group of its own experts' gradients, as if
     the tokens had come to it.
@@ -113,7 +113,7 @@ class _Gather(Function):
 
 
 class SumOverProcesses(Function):
-    """Sum over all processes of a tensor of which each then computes the same loss.
+    """Sums over all processes a tensor of which each then computes the same loss.
 
     Each process adds that same loss to its own, and data parallelism averages the gradients; so the gradient of one
     process's part is the loss's gradient times the number of processes.
@@ -121,12 +121,12 @@ class SumOverProcesses(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        """x, summed."""
+        """Returns the sum of x over all processes."""
         total = x.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        """The gradient of one process's part."""
+        """Returns the gradient of one process's part."""
         return grad * dist.get_world_size()

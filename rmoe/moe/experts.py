@@ -27,7 +27,7 @@ Activation = Callable[[Tensor], Tensor]
 
 
 class Network(NamedTuple):
-    """θ of a two-layer network: y = W2 act(W1 x + b1) + b2, in the layout of `torch.nn.Linear`."""
+    """Holds θ of a two-layer network, y = W2 act(W1 x + b1) + b2, in the layout of `torch.nn.Linear`."""
 
     w1_HC: Tensor
     b1_H: Tensor | None
@@ -35,12 +35,12 @@ class Network(NamedTuple):
     b2_C: Tensor | None
 
     def __call__(self, x_TC: Tensor, act: Activation) -> Tensor:
-        """FFN(x; θ), [T, C]."""
+        """Returns FFN(x; θ), [T, C]."""
         return F.linear(act(F.linear(x_TC, self.w1_HC, self.b1_H)), self.w2_CH, self.b2_C)
 
 
 class LowRank(NamedTuple):
-    """Δ_e = (B1_eᵀ A1_e, 0, B2_eᵀ A2_e, 0): no biases. B is stored rank first, as its skinny products run fastest."""
+    """Holds Δ_e = (B1_eᵀ A1_e, 0, B2_eᵀ A2_e, 0), without biases. B lies rank first: its products run fastest so."""
 
     a1_ERC: Tensor
     b1_ERH: Tensor
@@ -49,7 +49,7 @@ class LowRank(NamedTuple):
 
     @property
     def merges(self) -> bool:
-        """Whether Δ_e is added to the core's weights, rather than computed beside them."""
+        """Says whether Δ_e is added to the core's weights, rather than computed beside them."""
         return False
 
     @classmethod
@@ -61,20 +61,20 @@ class LowRank(NamedTuple):
         return cls(a1_ERC, zeros(many, rank, hidden), a2_ERH, zeros(many, rank, width))
 
     def delta(self, e: int) -> Network:
-        """Δ_e in the core's shape."""
+        """Returns Δ_e in the core's shape."""
         return Network(self.b1_ERH[e].T @ self.a1_ERC[e], None, self.b2_ERC[e].T @ self.a2_ERH[e], None)
 
     def first(self, x_NC: Tensor, groups: Groups) -> Tensor:
-        """ΔW1_e x of rows sorted by expert, [N, H]."""
+        """Returns ΔW1_e x of rows sorted by expert, [N, H]."""
         return groups.product(groups.product(x_NC, self.a1_ERC.mT), self.b1_ERH)
 
     def second(self, a_NH: Tensor, groups: Groups) -> Tensor:
-        """ΔW2_e a of rows sorted by expert, [N, C]."""
+        """Returns ΔW2_e a of rows sorted by expert, [N, C]."""
         return groups.product(groups.product(a_NH, self.a2_ERH.mT), self.b2_ERC)
 
 
 class Full(NamedTuple):
-    """Δ_e of the core's own shape, biases included."""
+    """Holds Δ_e of the core's own shape, biases included."""
 
     w1_EHC: Tensor
     b1_EH: Tensor
@@ -83,7 +83,7 @@ class Full(NamedTuple):
 
     @property
     def merges(self) -> bool:
-        """Whether Δ_e is added to the core's weights, rather than computed beside them."""
+        """Says whether Δ_e is added to the core's weights, rather than computed beside them."""
         return True
 
     @classmethod
@@ -93,20 +93,20 @@ class Full(NamedTuple):
         return cls(zeros(many, hidden, width), zeros(many, hidden), zeros(many, width, hidden), zeros(many, width))
 
     def delta(self, e: int) -> Network:
-        """Δ_e in the core's shape."""
+        """Returns Δ_e in the core's shape."""
         return Network(self.w1_EHC[e], self.b1_EH[e], self.w2_ECH[e], self.b2_EC[e])
 
     def first(self, x_NC: Tensor, groups: Groups) -> Tensor:
-        """ΔW1_e x + Δb1_e of rows sorted by expert, [N, H]."""
+        """Returns ΔW1_e x + Δb1_e of rows sorted by expert, [N, H]."""
         return groups.product(x_NC, self.w1_EHC.mT) + self.b1_EH.index_select(0, groups.expert_N)
 
     def second(self, a_NH: Tensor, groups: Groups) -> Tensor:
-        """ΔW2_e a + Δb2_e of rows sorted by expert, [N, C]."""
+        """Returns ΔW2_e a + Δb2_e of rows sorted by expert, [N, C]."""
         return groups.product(a_NH, self.w2_ECH.mT) + self.b2_EC.index_select(0, groups.expert_N)
 
 
 class Own(Full):
-    """Networks of their own, without a core: the upper bound. Δ_e is the network of expert e."""
+    """Holds networks of their own, without a core: the upper bound. Δ_e is the network of expert e."""
 
     @classmethod
     def initial(cls, config: ResidualMoEConfig, core: Network) -> Own:
@@ -134,7 +134,7 @@ def reference(
     act: Activation,
     mixes_weights: bool,
 ) -> Tensor:
-    """What the layer means, token by token; the fast paths are compared with it. Arguments as `mix`."""
+    """Computes what the layer means, token by token; the fast paths are compared with it. Arguments as `mix`."""
     num_experts = residuals[0].shape[0]
     core = core or nothing(residuals)
     rows = []
@@ -152,7 +152,7 @@ def reference(
 
 
 def nothing(residuals: Residuals) -> Network:
-    """The core of experts that are networks of their own: θ0 = 0."""
+    """Returns the core of experts that are networks of their own: θ0 = 0."""
     return Network(*(None if d is None else torch.zeros_like(d) for d in residuals.delta(0)))  # type: ignore[arg-type]
 
 

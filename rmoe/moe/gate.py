@@ -17,7 +17,7 @@ from rmoe.config import GateLosses, ResidualMoEConfig
 
 
 class GateSums(NamedTuple):
-    """What the losses need of a batch, as sums over its tokens, so that the parts of a batch add up. float32."""
+    """Holds what the losses need of a batch, as float32 sums over its tokens: the parts of a batch add up."""
 
     probability_E: Tensor
     load_E: Tensor  # smoothed number of tokens; zeros where the gate has no noise
@@ -29,7 +29,7 @@ class GateSums(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What the gate decided for T tokens.
+    """Holds what the gate decided for T tokens.
 
     Attributes:
         expert_TK: int64, the experts of each token, best first; E where the capacity dropped the choice.
@@ -45,7 +45,7 @@ class Routing(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Bias-free linear router in float32, softmax, top-k (V-MoE, arXiv 2106.05974, section 2)."""
+    """Routes tokens: linear without bias, in float32, softmax, top-k (V-MoE, arXiv 2106.05974, section 2)."""
 
     def __init__(self, width: int, config: ResidualMoEConfig) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ def count_choices(expert_KT: Tensor, zeros_E: Tensor) -> Tensor:
 
 
 def _best(x_ET: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest and which they are, [K, T] each; `topk` alone is many times as slow for k = 1."""
+    """Returns the k largest and which they are, [K, T] each; `topk` alone is many times as slow for k = 1."""
     if k > 1:
         return x_ET.topk(k, 0)
     values_T, which_T = x_ET.max(0)
@@ -134,7 +134,7 @@ def gate_balance(sums: GateSums) -> Balance:
 
 
 def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
-    """The weighted sum of the auxiliary losses of one layer; formulas and sources at `rmoe.config.GateLosses`."""
+    """Returns the weighted sum of the losses of one gate; formulas and sources are at `rmoe.config.GateLosses`."""
     num_experts = len(sums.probability_E)
     loss = sums.probability_E.new_zeros(())
     if weights.importance:
@@ -173,7 +173,7 @@ def drop_over_capacity(expert_TK: Tensor, chosen_TK: Tensor, num_experts: int, f
 
 
 def _gather_tokens(expert_TK: Tensor, chosen_TK: Tensor) -> tuple[Tensor, Tensor, slice]:
-    """The choices of all processes, in rank order, and where this process's own tokens are among them."""
+    """Returns the choices of all processes, in rank order, and where this process's own tokens are among them."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return expert_TK, chosen_TK, slice(None)
     world, rank = dist.get_world_size(), dist.get_rank()

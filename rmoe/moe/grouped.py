@@ -19,14 +19,14 @@ from rmoe.moe.experts import Activation, Full, Network, Residuals
 
 
 class Groups(NamedTuple):
-    """Rows sorted by expert for products that autograd follows."""
+    """Says how rows are sorted by expert, for products that autograd follows."""
 
     expert_N: Tensor
     end_E: Tensor  # int32: one past the last row of each expert, on the rows' device
     sizes: list[int] | None  # rows of each expert; None where a grouped GEMM needs no such answer from the device
 
     def product(self, x_NI: Tensor, w_EIO: Tensor) -> Tensor:
-        """x w_e for the rows of each expert."""
+        """Returns x w_e for the rows of each expert."""
         if self.sizes is None:
             return F.grouped_mm(x_NI, w_EIO, offs=self.end_E)
         # Empty slices are computed too: an expert without tokens needs a gradient of zeros, not none (ZeRO would mix up
@@ -43,7 +43,7 @@ def has_grouped_gemm(x: Tensor, residuals: Residuals) -> bool:
 def mix_weights(
     x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, core: Network, residuals: Residuals, act: Activation
 ) -> Tensor:
-    """Residuals that meet inside one network, or whose weight differs from row to row and merges with no other."""
+    """Computes residuals that meet inside one network, or whose weight differs from row to row."""
     num_experts = residuals[0].shape[0]
     gate_TK = gate_TK.where(expert_TK < num_experts, 0.0)
     expert_N, pair_N = expert_TK.clamp(max=num_experts - 1).flatten().sort(stable=True)
@@ -66,7 +66,7 @@ def _of_core(x_NI: Tensor, w_OI: Tensor | None, b_O: Tensor | None, outputs: int
 def grouped_rows(
     x_NC: Tensor, expert_N: Tensor, scale_N: Tensor, core: Network, residuals: Residuals, act: Activation
 ) -> Tensor:
-    """Rows of one network each on a GPU: nothing there waits for how many rows an expert has. Not yet timed on one."""
+    """Computes rows of one network each on a GPU, where nothing waits for how many rows an expert has."""
     if residuals.merges:
         # Merged with the core, which the rows without an expert have to themselves: one product where two would be.
         without = [

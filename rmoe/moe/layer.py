@@ -30,7 +30,7 @@ from rmoe.moe.stacked import StackedExperts
 
 
 class ResidualMoE(nn.Module):
-    """y = FFN(x; θ0 + Σ g_e(x) Δ_e) in place of y = FFN(x; θ0); see `rmoe.config.ResidualMoEConfig`.
+    """Computes y = FFN(x; θ0 + Σ g_e(x) Δ_e) in place of y = FFN(x; θ0); see `rmoe.config.ResidualMoEConfig`.
 
     Right after construction it computes what `core` computed, for every routing (but not with combine="softmax", nor
     with experts drawn anew). With residual="experts" only the activation of `core` stays: there is no θ0.
@@ -71,7 +71,7 @@ class ResidualMoE(nn.Module):
         self.train(core.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x of any shape [..., C] → y [..., C]. In training, every process of the expert group must call it.
+        """Returns y [..., C] of x [..., C]. In training, every process of the expert group must call it.
 
         Raises:
             UserError: fewer tokens than experts in a training batch.
@@ -94,7 +94,7 @@ class ResidualMoE(nn.Module):
         return self._mix(x_TC, routing.expert_TK, routing.gate_TK, *self._gather())
 
     def _send_tokens(self, x_TC: Tensor, routing: Routing) -> Tensor:
-        """Tokens go to their experts; a choice that the capacity dropped stays and gets the core."""
+        """Sends tokens to their experts; a choice that the capacity dropped stays and gets the core."""
         mixes, residuals = self.config.mixes_weights, self.residuals()
         expert_N, gate_N1 = routing.expert_TK.flatten(), routing.gate_TK.to(x_TC.dtype).reshape(-1, 1)
         k = routing.expert_TK.shape[1]
@@ -130,7 +130,7 @@ class ResidualMoE(nn.Module):
         return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready)
 
     def residuals(self) -> Residuals:
-        """Δ of the experts of this process, stacked."""
+        """Returns Δ of the experts of this process, stacked."""
         return self.deepspeed_moe.experts.residuals()  # type: ignore[union-attr,operator]
 
     def _gather(self) -> tuple[Residuals, Callable[[], object]]:
@@ -140,7 +140,7 @@ class ResidualMoE(nn.Module):
 
     @torch.no_grad()
     def every_expert(self) -> Residuals:
-        """Δ of all experts; collective over the expert group."""
+        """Returns Δ of all experts; collective over the expert group."""
         if self.ep_size == 1:
             return self.residuals()
         residuals, ready = self._gather()

@@ -38,7 +38,7 @@ class StackedExperts(nn.Module):
         self._mark()
 
     def _mark(self) -> None:
-        """DeepSpeed's marks of expert parameters."""
+        """Gives the parameters the marks by which DeepSpeed knows experts."""
         for parameter in self.parameters() if self.trained else ():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.group_name  # type: ignore[attr-defined]

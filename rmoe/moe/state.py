@@ -17,7 +17,7 @@ Role = Literal["core", "residual", "gate", "other"]
 
 @contextmanager
 def local_experts(model: nn.Module) -> Iterator[None]:
-    """Inside, every process holds all experts and the layers communicate nothing: for evaluation without gradient.
+    """Gives every process all experts inside the block, where layers then communicate nothing: for evaluation.
 
     Processes may then run different numbers of batches. Entering is collective over the expert groups.
     """
@@ -32,12 +32,12 @@ def local_experts(model: nn.Module) -> Iterator[None]:
 
 
 def moe_layers(model: nn.Module) -> dict[str, ResidualMoE]:
-    """The layers by name, in the model's order."""
+    """Returns the layers by name, in the model's order."""
     return {name: module for name, module in model.named_modules() if isinstance(module, ResidualMoE)}
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    """What each parameter is, by its name; what optimizer groups and counts are made from."""
+    """Returns what each parameter is, by its name; optimizer groups and counts are made from it."""
     found: dict[str, Role] = dict.fromkeys((name for name, _ in model.named_parameters()), "other")
     parts: dict[str, Role] = {"core": "core", "gate": "gate", "deepspeed_moe": "residual"}
     for layer_name, layer in moe_layers(model).items():
@@ -47,12 +47,12 @@ def roles(model: nn.Module) -> dict[str, Role]:
 
 
 def holds_experts(state: Mapping[str, Tensor]) -> bool:
-    """Whether a state dict is a mixture's, so that it fits an upcycled model only."""
+    """Says whether a state dict is a mixture's, so that it fits an upcycled model only."""
     return any(EXPERT_KEY in key for key in state)
 
 
 def global_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The whole model on the CPU, experts under their global ids; the same on every process, which all must call."""
+    """Returns the whole model on the CPU, experts under global ids; collective, and the same on every process."""
     state = {key: x.cpu() for key, x in model.state_dict().items() if EXPERT_KEY not in key}
     for layer_name, layer in moe_layers(model).items():
         for name, stacked in layer.every_expert()._asdict().items():
