@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rmoe.backbones.core import read_checkpoint
-from rmoe.errors import UserError
 from rmoe.engine.elastic import AVERAGE, WEIGHT
+from rmoe.errors import UserError
 from rmoe.layers.moe import global_state_dict, load_global_state_dict
 
 MARKER, RUN, HISTORY = "complete.json", "run.json", "history.safetensors"

@@ -21,6 +21,7 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from rmoe.engine.clipping import loss_scaler
 from rmoe.errors import UserError
 from rmoe.layers.moe import moe_layers
 
@@ -61,7 +62,7 @@ def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "optimizer": type(_base_optimizer(engine)).__name__,
         "numbers": sorted(numbers),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
-        "loss_scale": scaler.state_dict() if (scaler := _scaler(engine)) else None,
+        "loss_scale": scaler.state_dict() if (scaler := loss_scaler(engine)) else None,
         "groups": [
             {"parameters": [names.of[p] for p in parameters], "settings": settings(group)}
             for group, parameters in zip(engine.optimizer.param_groups, _parameters_of_groups(engine), strict=True)
@@ -111,7 +112,7 @@ def restore(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
         change_settings(group, found[0])  # type: ignore[arg-type]
     for name, value in about["counters"].items():
         setattr(engine, name, value)
-    if (scaler := _scaler(engine)) and about["loss_scale"]:
+    if (scaler := loss_scaler(engine)) and about["loss_scale"]:
         scaler.load_state_dict(about["loss_scale"])
 
 
@@ -351,12 +352,6 @@ def _number_device(engine: Any, values: Tensor) -> torch.device:
     """Fused and capturable optimizers count on the device."""
     first = engine.optimizer.param_groups[0]
     return values.device if first.get("fused") or first.get("capturable") else torch.device("cpu")
-
-
-def _scaler(engine: Any) -> Any:
-    """What scales the loss under float16, if it is."""
-    at_zero = engine.torch_autocast_z0_gradscaler
-    return at_zero or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
 
 
 def _whole_parameters(engine: Any, modified: bool = False) -> Any:

@@ -21,8 +21,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
 from rmoe import cost
-from rmoe.errors import UserError
 from rmoe.engine.ds_json import precision, zero_stage
+from rmoe.errors import UserError
 from rmoe.layers.moe import local_experts
 from rmoe.registry import HOOKS
 

@@ -19,16 +19,16 @@ from mmengine.optim import BaseOptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 from torch import Tensor, nn
 
-from rmoe.errors import UserError
 from rmoe.cost import Parameters, count_parameters
 from rmoe.engine import checkpoint, elastic, run_state
 from rmoe.engine.checkpoint import Layout
-from rmoe.engine.clipping import mend_clipping
+from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
+from rmoe.errors import UserError
 from rmoe.layers.moe import collect, global_state_dict
 
 
 class Diverged(RuntimeError):
-    """The loss or the weights are no longer finite; the message names the step and the last good checkpoint."""
+    """The loss, its gradient or the weights are not finite; the message names the step and the last good checkpoint."""
 
 
 class Engine(MMDeepSpeedEngineWrapper):
@@ -52,7 +52,8 @@ class Engine(MMDeepSpeedEngineWrapper):
             What the model reports, averaged over all processes, and `grad_norm`, before clipping.
 
         Raises:
-            Diverged: the loss of some process is not finite. Nothing has been updated then.
+            Diverged: the loss of some process is not finite. Nothing has been updated then. Or the gradient is not,
+                which under float16 is no fault before the scale of the loss is below 1.
         """
         module = self.model.module
         data = module.data_preprocessor(data, training=True)
@@ -67,6 +68,9 @@ class Engine(MMDeepSpeedEngineWrapper):
         optim_wrapper.update_params(loss)
         if (norm := self.model.get_global_grad_norm()) is not None:
             log_vars["grad_norm"] = torch.as_tensor(float(norm))
+            scaler = loss_scaler(self.model)
+            if not log_vars["grad_norm"].isfinite() and (scaler is None or scaler.cur_scale < 1):
+                raise Diverged("the gradient is not finite")
         return log_vars
 
     def val_step(self, data: Any) -> list[Any]:
@@ -102,6 +106,7 @@ class Strategy(DeepSpeedStrategy):
         BaseStrategy.__init__(self, **kwargs)
         # Plain data: DeepSpeed writes it into checkpoints, which are read with weights_only=True.
         self.config = json.loads(json.dumps(dict(config, steps_per_print=10**15)))
+        check_precision(self.config)
         self.layout, self._load_from = Layout(**layout), load_from
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:

@@ -12,7 +12,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from toy import ToyModel
 
-from rmoe.errors import UserError
 from rmoe.engine import checkpoint
 from rmoe.engine.checkpoint import (
     HISTORY,
@@ -28,6 +27,7 @@ from rmoe.engine.checkpoint import (
     write,
     write_weights,
 )
+from rmoe.errors import UserError
 from rmoe.layers.moe import global_state_dict
 
 LAYOUT = Layout(1, 1, 0, 4, 1, 0)

@@ -16,9 +16,9 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.optim import PolyLR
 from torch import nn
 
-from rmoe.errors import UserError
 from rmoe.engine import elastic, run_state
 from rmoe.engine.optim import DeepSpeedOptimWrapper
+from rmoe.errors import UserError
 
 
 @pytest.fixture(autouse=True)

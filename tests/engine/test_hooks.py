@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from toy import ToyModel, ToyTokens
 
-from rmoe.errors import UserError
 from rmoe.engine import hooks
 from rmoe.engine.hooks import EMAHook, LocalExpertsHook, ProgressHook
 from rmoe.engine.strategy import Engine
+from rmoe.errors import UserError
 
 
 class Runner:

@@ -11,8 +11,8 @@ from timm.layers import Mlp
 from torch import nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.errors import UserError
 from rmoe.engine.optim import ParamGroups, param_groups
+from rmoe.errors import UserError
 from rmoe.layers.moe import ResidualMoE
 
 Rates = dict[str, tuple[float, float]]
