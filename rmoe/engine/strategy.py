@@ -23,6 +23,7 @@ from rmoe.cost import Parameters, count_parameters
 from rmoe.engine import checkpoint, elastic, run_state
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
+from rmoe.engine.weights import load_weights
 from rmoe.errors import UserError
 from rmoe.layers.moe import collect, global_state_dict
 
@@ -93,7 +94,7 @@ class Strategy(DeepSpeedStrategy):
     Args:
         config: what `rmoe.engine.ds_json.resolve` returned.
         layout: of this run.
-        load_from: whole weights to start from, see `rmoe.engine.checkpoint.load_weights`.
+        load_from: whole weights to start from, see `rmoe.engine.weights.load_weights`.
         **kwargs: of mmengine's `BaseStrategy`.
     """
 
@@ -120,7 +121,7 @@ class Strategy(DeepSpeedStrategy):
         if hasattr(model, "init_weights"):
             model.init_weights()  # type: ignore[operator]
         if self._load_from:
-            checkpoint.load_weights(model, Path(self._load_from))
+            load_weights(model, Path(self._load_from))
         self.parameters = count_parameters(model)
         return model
 
@@ -182,6 +183,7 @@ class Strategy(DeepSpeedStrategy):
         path = Path(filename)
         checkpoint.check_layout(path, self.layout)
         about, history = checkpoint.read_run(path)
+        run_state.check(about, path)
         tensors, averaged = checkpoint.Tensors(path), self.model.averaged
         if any(key.startswith(elastic.AVERAGE) for key in tensors) != (averaged is not None):
             which, todo = ("no", "remove") if averaged is not None else ("an", "keep")
@@ -239,10 +241,11 @@ class Runner(FlexibleRunner):
     strategy: Strategy
 
     def build_train_loop(self, loop: Any) -> Any:
-        """See `FlexibleRunner`; refuses checkpoints in the middle of a gradient accumulation."""
+        """See `FlexibleRunner`; refuses checkpoints that could not be written, found or resumed."""
         with user_errors("train_cfg and train_dataloader"):
             built = super().build_train_loop(loop)
         self._check_accumulation(built)
+        self._check_savers()
         return built
 
     def build_val_loop(self, loop: Any) -> Any:
@@ -320,6 +323,29 @@ class Runner(FlexibleRunner):
                             f"{name}, {iteration}, is not a multiple of gradient_accumulation_steps {steps}: the "
                             "checkpoint would lack half a step; change either"
                         )
+
+    def _check_savers(self) -> None:
+        folder = Path(self.work_dir)
+        for hook in self.hooks:
+            if not isinstance(hook, CheckpointHook):
+                continue
+            for name in ("out_dir", "published_keys"):
+                if (value := getattr(hook, name)) is not None:
+                    raise UserError(
+                        f"default_hooks.checkpoint.{name} is {value!r}; checkpoints are folders of the work dir, where "
+                        "--resume looks for them: leave it out"
+                    )
+            template = hook.filename_tmpl
+            if not isinstance(template, str) or "{}" not in template or "/" in template:
+                raise UserError(
+                    f"default_hooks.checkpoint.filename_tmpl is {template!r}; use one such as 'iter_{{}}.pth'"
+                )
+            same_name = folder.glob(template.replace("{}", "*")) if hook.save_optimizer else ()
+            if foreign := [path for path in sorted(same_name) if path.is_file()]:
+                raise UserError(
+                    f"{foreign[0]} is a file, and in the way of a checkpoint, which is a folder; move it away or give "
+                    "another --work-dir"
+                )
 
 
 @contextmanager
