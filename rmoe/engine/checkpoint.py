@@ -12,27 +12,26 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from mmengine.dist import all_gather_object, get_dist_info, is_main_process
-from mmengine.logging import print_log
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from rmoe.backbones.core import read_checkpoint
-from rmoe.engine.elastic import AVERAGE, WEIGHT
 from rmoe.errors import UserError
-from rmoe.moe.state import global_state_dict, load_global_state_dict
 
 MARKER, RUN, HISTORY = "complete.json", "run.json", "history.safetensors"
 PARTIAL, REPLACED = ".partial", ".replaced"
-_LISTED = 3
+_MOST_JSON = 2**26  # bytes of a JSON file; what is larger was not written here
+_FILES = rf"^(part_\d{{5}}\.safetensors|{re.escape(HISTORY)}|{re.escape(RUN)})$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,17 +63,35 @@ class Layout:
         return self.processes * self.micro_batch
 
 
+class _Sealed(BaseModel):
+    """What the marker says of a file."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    bytes: NonNegativeInt
+    sha256: str
+
+
+class _Marker(BaseModel):
+    """The content of `complete.json`: plain names of files, and numbers where numbers belong."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+    iteration: Annotated[int, Field(ge=0, lt=2**63)]
+    layout: Layout
+    files: dict[Annotated[str, Field(pattern=_FILES)], _Sealed]
+    sha256: str
+
+
 def whole(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     """The checkpoints of `folder` with all their files in full length, those of most iterations first; and what is
     wrong with each of the others. Contents are not read, see `intact`.
     """
-    found, wrong = [], {}
-    for path in sorted(path for path in folder.glob("*/") if _is_checkpoint(path)):
-        if (harm := _missing(path)) is None:
-            found.append(path)
-        else:
+    found, wrong = {}, {}
+    for path in sorted(path for path in folder.glob("*/") if is_checkpoint(path)):
+        if harm := _missing(path):
             wrong[path] = harm
-    return sorted(found, key=lambda path: _marker(path)["iteration"], reverse=True), wrong
+        else:
+            found[path] = _marker(path).iteration
+    return sorted(found, key=found.__getitem__, reverse=True), wrong
 
 
 def intact(folder: Path, warn: Callable[[str], object]) -> Path:
@@ -88,7 +105,7 @@ def intact(folder: Path, warn: Callable[[str], object]) -> Path:
         UserError: there is none.
     """
     for path in whole(folder)[0]:
-        if (harm := _damage(path)) is None:
+        if not (harm := damage(path)):
             return path
         warn(f"{path} is {harm}; it is ignored")
     raise UserError(f"every checkpoint in {folder} is damaged; move them away to start anew")
@@ -101,7 +118,7 @@ def check_layout(path: Path, layout: Layout) -> None:
     Raises:
         UserError: naming both layouts and the way out.
     """
-    made_by = Layout(**_marker(path)["layout"])
+    made_by = _checked_marker(path).layout
     same = [(one.num_experts, one.iteration_batch, one.accumulation, one.seed) for one in (made_by, layout)]
     if same[0] == same[1]:
         return
@@ -138,11 +155,11 @@ def write(
     """
     partial = path.with_name(path.name + PARTIAL)
     written: dict[str, dict[str, Any]] = {}
-    with _all_or_none(partial):
+    with all_or_none(partial):
         if is_main_process():
             _remove(partial)
             partial.mkdir(parents=True)
-    with _all_or_none(partial):
+    with all_or_none(partial):
         if tensors:
             name = f"part_{get_dist_info()[0]:05d}.safetensors"
             save_file(dict(tensors), partial / name)
@@ -152,7 +169,7 @@ def write(
             (partial / RUN).write_text(json.dumps(about, indent=1) + "\n")
             written |= {name: _seal(partial / name) for name in (HISTORY, RUN)}
     files = {name: about for each in all_gather_object(written) for name, about in each.items()}
-    with _all_or_none(partial):
+    with all_or_none(partial):
         if is_main_process():
             write_marker(partial, iteration, layout, files)
             put_in_place(partial, path)
@@ -165,7 +182,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
         UserError: see `write`.
     """
     partial = path.with_name(path.name + PARTIAL)
-    with _all_or_none(partial):
+    with all_or_none(partial):
         if is_main_process():
             _remove(partial)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +202,10 @@ def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str,
 def put_in_place(partial: Path, path: Path) -> None:
     """Gives a complete file or folder its name. Where there is one of that name already, it lives on until then."""
     replaced = path.with_name(path.name + REPLACED)
+    if path.exists() and path.is_dir() != partial.is_dir():
+        raise FileExistsError(f"{path} is a {'folder' if path.is_dir() else 'file'} of somebody else's; move it away")
     if path.is_dir():
+        _remove(replaced)
         path.rename(replaced)
     partial.rename(path)
     _sync(path.parent)
@@ -201,7 +221,7 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def _all_or_none(partial: Path) -> Iterator[None]:
+def all_or_none(partial: Path) -> Iterator[None]:
     """What one process cannot write ends all of them, with the same error. All processes wait for each other."""
     error = ""
     try:
@@ -210,10 +230,11 @@ def _all_or_none(partial: Path) -> Iterator[None]:
         error = f"{failure} (process {get_dist_info()[0]})"
     if errors := [one for one in all_gather_object(error) if one]:
         if is_main_process():
-            _remove(partial)
+            with suppress(OSError):  # the reason is told
+                _remove(partial)
         raise UserError(
             f"{partial.with_name(partial.name.removesuffix(PARTIAL))} cannot be written: {errors[0]}; earlier "
-            "checkpoints are as they were: make room, then go on with --resume"
+            "checkpoints are as they were: mend that, then go on with --resume"
         )
 
 
@@ -240,43 +261,67 @@ def _digest_of(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _is_checkpoint(path: Path) -> bool:
-    return path.name.endswith(PARTIAL) or any((path / name).exists() for name in (MARKER, RUN))
+def is_checkpoint(path: Path) -> bool:
+    """Says whether a folder is a training checkpoint, sound or not."""
+    return path.name.endswith(PARTIAL) or any(os.path.lexists(path / name) for name in (MARKER, RUN))
 
 
-def _marker(path: Path) -> dict[str, Any]:
-    return json.loads((path / MARKER).read_text())
+def _marker(path: Path) -> _Marker:
+    """Reads the marker of a checkpoint.
+
+    Raises:
+        ValueError: it is not what `write_marker` writes.
+        OSError: it cannot be read.
+    """
+    marker = _Marker.model_validate_json(_read(path / MARKER))
+    if marker.sha256 != _digest_of(marker.model_dump(exclude={"sha256"})):
+        raise ValueError
+    return marker
 
 
-def _missing(path: Path) -> str | None:
-    """What a look at the names and lengths of its files tells against a checkpoint."""
-    if not (path / MARKER).is_file():
-        return f"half written (it has no {MARKER})"
+def _checked_marker(path: Path) -> _Marker:
+    if harm := _missing(path):
+        raise UserError(f"{path} is {harm}; give an earlier checkpoint")
+    return _marker(path)
+
+
+def _read(path: Path) -> bytes:
+    if path.stat().st_size > _MOST_JSON:
+        raise ValueError(f"it has more than {_MOST_JSON} bytes")
+    return path.read_bytes()
+
+
+def _missing(path: Path) -> str:
+    """What a look at the names and lengths of its files tells against a checkpoint; empty where nothing does."""
     try:
-        marker = _marker(path)
-        if marker.pop("sha256") != _digest_of(marker):
-            raise ValueError
-    except (ValueError, KeyError, AttributeError, OSError):
+        if not (path / MARKER).is_file():
+            return f"half written (it has no {MARKER})"
+        for name, sealed in _marker(path).files.items():
+            if not (path / name).is_file():
+                return f"damaged ({name} is missing)"
+            if (length := (path / name).stat().st_size) != sealed.bytes:
+                return f"damaged ({name} has {length} bytes, not {sealed.bytes})"
+    except ValueError:
         return f"damaged ({MARKER} is not what was written)"
-    for name, about in marker["files"].items():
-        if not (path / name).is_file():
-            return f"damaged ({name} is missing)"
-        if (length := (path / name).stat().st_size) != about["bytes"]:
-            return f"damaged ({name} has {length} bytes, not {about['bytes']})"
-    return None
+    except OSError as error:
+        return f"damaged ({error})"
+    return ""
 
 
-def _damage(path: Path) -> str | None:
+def damage(path: Path) -> str:
     """What the contents of its files tell against a checkpoint. The processes share them and agree."""
     rank, processes = get_dist_info()
     bad = _missing(path)
     try:
-        for name, about in list(_marker(path)["files"].items())[rank::processes] if bad is None else ():
-            if _digest(path / name) != about["sha256"]:
+        for name, sealed in [] if bad else list(_marker(path).files.items())[rank::processes]:
+            if _digest(path / name) != sealed.sha256:
                 bad = f"damaged ({name} is not what was written: its SHA-256 differs)"
-    except OSError as error:
-        bad = f"damaged ({error})"
-    return next((one for one in all_gather_object(bad) if one), None)
+        if not bad:
+            read_run(path)
+            Tensors(path)
+    except (OSError, ValueError) as error:  # the latter of JSON and of tensors that were never sound
+        bad = f"damaged ({str(error).removeprefix(f'{path}/')})"
+    return next(filter(None, all_gather_object(bad)), "")
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -287,13 +332,13 @@ class Tensors(Mapping[str, Tensor]):
     """
 
     def __init__(self, path: Path) -> None:
-        parts = [path / name for name in _marker(path)["files"] if name.startswith("part_")]
+        parts = [path / name for name in _checked_marker(path).files if name.startswith("part_")]
         self._files: dict[str, Any] = {}
         for part in parts:
             try:
                 file = safe_open(part, framework="pt")
             except (OSError, SafetensorError) as error:
-                raise UserError(f"{part} cannot be read ({error}); give an earlier checkpoint") from error
+                raise UserError(f"{part} cannot be read ({_line(error)}); give an earlier checkpoint") from error
             self._files |= dict.fromkeys(file.keys(), file)
 
     def __getitem__(self, key: str) -> Tensor:
@@ -307,47 +352,23 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What `write` was given as `about` and `history`."""
-    return json.loads((path / RUN).read_text()), load_file(path / HISTORY)
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Loads all weights of `model`: from a `.pth` or `.safetensors` file, the work dir of a finished run, or a training
-    checkpoint of any number of processes and any ep_size; their average, where the run kept one. All processes call it.
+    """Returns what `write` was given as `about` and `history`.
 
     Raises:
-        UserError: no such file, one cut short or with values that are not finite, or another model's.
+        UserError: a file cannot be read, or holds something else.
     """
-    if _is_checkpoint(path):
-        state = _weights(path)
-    else:
-        state = {key.removeprefix("module."): value for key, value in read_checkpoint(path).items()}
-    wanted = global_state_dict(model)
-    missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    other = sorted(key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape)
-    if missing or unexpected or other:
+    try:
+        about, history = json.loads(_read(path / RUN).decode()), load_file(path / HISTORY)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise UserError(
-            f"{path} is another model's: {_some('missing', missing)}, {_some('unexpected', unexpected)}, "
-            f"{_some('of another shape', other)}, of {len(wanted)} weights; give the checkpoint of this model"
-        )
-    load_global_state_dict(model, state)
-    print_log(f"{len(wanted)} weights loaded from {path}", logger="current")
+            f"{path}/{RUN} or {HISTORY} cannot be read ({_line(error)}); give an earlier checkpoint"
+        ) from error
+    if not isinstance(about, dict):
+        raise UserError(f"{path}/{RUN} holds a {type(about).__name__}, not an object; give an earlier checkpoint")
+    if odd := [key for key, x in history.items() if x.ndim != 2 or len(x) != 2 or not x.is_floating_point()]:
+        raise UserError(f"{path}/{HISTORY} has {odd[0]} of another shape than [2, n]; give an earlier checkpoint")
+    return about, history
 
 
-def _some(what: str, keys: list[str]) -> str:
-    return f"{len(keys)} {what}" + (
-        f" ({', '.join(keys[:_LISTED])}{', …' if len(keys) > _LISTED else ''})" if keys else ""
-    )
-
-
-def _weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a training checkpoint, as `global_state_dict` names them."""
-    if harm := _damage(path):
-        raise UserError(f"{path} is {harm}; give an earlier checkpoint")
-    tensors = Tensors(path)
-    kind = AVERAGE if any(key.startswith(AVERAGE) for key in tensors) else WEIGHT
-    state = {key.removeprefix(kind): tensors[key] for key in tensors if key.startswith(kind)}
-    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if bad:
-        raise UserError(f"{path} has {_some('weights that are not finite', bad)}; give an earlier checkpoint")
-    return state
+def _line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0][:200]

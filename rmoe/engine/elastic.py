@@ -21,13 +21,14 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from rmoe.engine.clipping import loss_scaler
+from rmoe.engine.optim import change_settings, checked_settings, settings
 from rmoe.errors import UserError
 from rmoe.moe.state import moe_layers
 
 WEIGHT, AVERAGE = "weight/", "average/"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 _STEP = "step"
-_LAYOUT_KEYS = {"params", "name", "moe"}  # of an optimizer's group: what depends on the layout
 
 
 def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -61,7 +62,7 @@ def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "optimizer": type(_base_optimizer(engine)).__name__,
         "numbers": sorted(numbers),
         "counters": {name: getattr(engine, name) for name in _COUNTERS},
-        "loss_scale": scaler.state_dict() if (scaler := _scaler(engine)) else None,
+        "loss_scale": scaler.state_dict() if (scaler := loss_scaler(engine)) else None,
         "groups": [
             {"parameters": [names.of[p] for p in parameters], "settings": settings(group)}
             for group, parameters in zip(engine.optimizer.param_groups, _parameters_of_groups(engine), strict=True)
@@ -108,30 +109,11 @@ def restore(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]
                 "the checkpoint's optimizer has other groups of parameters: resume with the model, optim_wrapper and "
                 "paramwise_cfg of the run that wrote it, or start a new run with load_from"
             )
-        change_settings(group, found[0])  # type: ignore[arg-type]
+        change_settings(group, checked_settings(group, found[0]))  # type: ignore[arg-type]
     for name, value in about["counters"].items():
         setattr(engine, name, value)
-    if (scaler := _scaler(engine)) and about["loss_scale"]:
+    if (scaler := loss_scaler(engine)) and about["loss_scale"]:
         scaler.load_state_dict(about["loss_scale"])
-
-
-def settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimizer group's numbers, such as its learning rate, in a form that JSON keeps."""
-    kept = {key: value for key, value in group.items() if key not in _LAYOUT_KEYS}
-    return {key: value.item() if isinstance(value, Tensor) else _listed(value) for key, value in kept.items()}
-
-
-def change_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """Sets what `settings` returned."""
-    for key, value in saved.items():
-        if isinstance(group.get(key), Tensor):
-            group[key].fill_(value)
-        else:
-            group[key] = tuple(value) if isinstance(value, list) else value
-
-
-def _listed(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
 
 
 class _Names:
@@ -296,7 +278,9 @@ def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], kind: str 
     known = {key for key in tensors if key.startswith(kind) and "deepspeed_experts." not in key}
     surplus = known - wanted.keys()
     wrong = sorted(surplus | (wanted.keys() - set(tensors)))
-    wrong = wrong or sorted(key for key, x in wanted.items() if tensors[key].shape != x.shape)
+    wrong = wrong or sorted(key for key, x in wanted.items() if not _alike(tensors[key], x))
+    finite = {kind + key for parameter in names.of.values() for key in names.keys(parameter)}
+    wrong = wrong or sorted(key for key in finite if not tensors[key].isfinite().all())
     if wrong:
         raise UserError(
             f"the checkpoint is another model's: {len(wrong)} weights differ, such as {wrong[0].removeprefix(kind)}; "
@@ -304,6 +288,10 @@ def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], kind: str 
         )
     for key, x in wanted.items():
         x.copy_(tensors[key])
+
+
+def _alike(saved: Tensor, own: Tensor) -> bool:
+    return saved.shape == own.shape and saved.dtype == own.dtype
 
 
 def _load_states(engine: Any, names: _Names, tensors: Mapping[str, Tensor], numbers: set[str]) -> None:
@@ -327,7 +315,7 @@ def _load_states(engine: Any, names: _Names, tensors: Mapping[str, Tensor], numb
 
 
 def _number(names: _Names, parts: list[_Part], kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
-    several = {tensors[f"{kind}/{key}"].item() for part in parts for key in names.keys(part.name)}
+    several = {_taken(tensors, f"{kind}/{key}", ()).item() for part in parts for key in names.keys(part.name)}
     if len(several) > 1:
         raise UserError(
             f"the checkpoint's parameters have different values of '{kind}', from {min(several):g} to "
@@ -340,23 +328,30 @@ def _read(names: _Names, part: _Part, kind: str, tensors: Mapping[str, Tensor], 
     """Those values of a parameter's state that this process holds go to their place in `target`."""
     if not part.count:
         return
-    pieces = [tensors[f"{kind}/{key}"] for key in names.keys(part.name)]
-    whole = torch.stack(pieces) if names.stacked(part.name) else pieces[0]
-    if whole.shape != (shape := _shape(part.parameter)):
-        raise UserError(f"the checkpoint's {kind} of {part.name} is {tuple(whole.shape)}; the model's {tuple(shape)}")
+    shape = _shape(part.parameter)
+    stacked, one = names.stacked(part.name), shape[1:] if names.stacked(part.name) else shape
+    pieces = [_taken(tensors, f"{kind}/{key}", one) for key in names.keys(part.name)]
+    whole = torch.stack(pieces) if stacked else pieces[0]
     target.view(-1)[part.offset : part.offset + part.count] = whole.flatten()[part.first : part.first + part.count]
+
+
+def _taken(tensors: Mapping[str, Tensor], key: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
+    """Reads a state from a checkpoint: finite values of its parameter's shape."""
+    if key not in tensors:
+        raise UserError(f"the checkpoint lacks {key}, which it has for other parameters; give an earlier checkpoint")
+    x = tensors[key]
+    if x.shape != shape or not x.is_floating_point() or not x.isfinite().all():
+        raise UserError(
+            f"the checkpoint's {key} is {x.dtype} of shape {tuple(x.shape)}; finite numbers of shape {tuple(shape)} "
+            "belong there: resume with the model of the run that wrote it, or give an earlier checkpoint"
+        )
+    return x
 
 
 def _number_device(engine: Any, values: Tensor) -> torch.device:
     """Fused and capturable optimizers count on the device."""
     first = engine.optimizer.param_groups[0]
     return values.device if first.get("fused") or first.get("capturable") else torch.device("cpu")
-
-
-def _scaler(engine: Any) -> Any:
-    """What scales the loss under float16, if it is."""
-    at_zero = engine.torch_autocast_z0_gradscaler
-    return at_zero or getattr(engine.optimizer, "torch_autocast_gradscaler", None)
 
 
 def _whole_parameters(engine: Any, modified: bool = False) -> Any:

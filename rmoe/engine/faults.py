@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -26,8 +27,11 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop
 from torch.distributed import distributed_c10d
+
+from rmoe.errors import UserError
 
 PREEMPTED = 85  # exit code of a run that left on request: Slurm's RequeueExit knows it, and so do our batch scripts
 FAULT = 3  # exit code of a process that a fault of another one, or its own standstill, has ended
@@ -130,10 +134,16 @@ class Watch:
         self._state: dict[str, Any] = {"beat": 0, "step": 0, "host": socket.gethostname(), "process": os.getpid()}
         self._progress: float | None = None  # when the last one was; None while nobody counts on it
         self._main, self._lock, self._over = threading.get_ident(), threading.Lock(), threading.Event()
+        self._warned: set[str] = set()
 
     def __enter__(self) -> Watch:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._beat()
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._beat()
+        except OSError as error:
+            raise UserError(
+                f"{self._folder} cannot be written ({error.strerror}); give a --work-dir that all processes can write"
+            ) from error
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
         self._thread.start()
         return self
@@ -142,11 +152,11 @@ class Watch:
         self._over.set()
         self._thread.join()
         if error is None or isinstance(error, Preempted):
-            self._file.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # the run is over: nobody reads what may be left
+                self._file.unlink(missing_ok=True)
                 self._folder.rmdir()  # by the last one
         else:
-            self._beat(ended=f"{type(error).__name__}: {error}".splitlines()[0])
+            self._try_to_beat(ended=f"{type(error).__name__}: {error}".splitlines()[0])
 
     def step(self, finished: int) -> None:
         """Notes progress: `finished` steps are done. The first call starts the clock."""
@@ -165,7 +175,7 @@ class Watch:
         before = self._read()
         for _ in range(_MISSED):
             time.sleep(self._interval)
-            self._beat()
+            self._try_to_beat()
         after = self._read()
         cause = self._cause(before, after)
         reason = f" ({str(error).splitlines()[0][:200]})" if error is not None and str(error) else ""
@@ -194,28 +204,58 @@ class Watch:
 
     def _run(self) -> None:
         while not self._over.wait(self._interval):
-            self._beat()
+            self._try_to_beat()
             if self._progress is not None and time.monotonic() - self._progress > self.timeout:
-                text = self.explain(TimeoutError(f"no progress for {self.timeout:g} s, see --timeout"))
-                if not self._over.is_set():
-                    self._beat(ended=f"Fault: {text}")
-                    leave(text)
+                self._end()
+
+    def _end(self) -> None:
+        """Ends this process, whether its cause can be found or not."""
+        standstill = TimeoutError(f"no progress for {self.timeout:g} s, see --timeout")
+        try:
+            text = self.explain(standstill)
+        except Exception as error:  # the process must end all the same
+            text = (
+                f"rank {self._rank} ends after step {self._state['step']}: {standstill}, of unknown cause ({error!r})"
+            )
+        if not self._over.is_set():
+            self._try_to_beat(ended=f"Fault: {text}")
+            leave(text)
+
+    def _try_to_beat(self, ended: str = "") -> None:
+        """A heart that cannot be heard must not stop the clock: whatever happens is told once."""
+        try:
+            self._beat(ended)
+        except Exception as error:
+            self._warn(f"the heartbeat cannot be written ({error}); a standstill of this process is still seen")
+
+    def _warn(self, text: str) -> None:
+        if text not in self._warned:
+            self._warned.add(text)
+            print_log(text, logger="current", level=logging.WARNING)
 
     def _beat(self, ended: str = "") -> None:
         with self._lock:
             waits, at = _stacks(self._main)
             self._state |= {"beat": self._state["beat"] + 1, "waits": waits, "at": at, "ended": ended[: _RECORD // 2]}
+            if not self._folder.is_dir():
+                self._folder.mkdir(parents=True, exist_ok=True)
+                if self._state["beat"] > 1:
+                    self._warn(f"{self._folder} was removed while the run goes on; it is made again")
             # In place and closed each time: so other machines see it at once, on a network file system too.
             descriptor = os.open(self._file, os.O_CREAT | os.O_WRONLY, 0o644)
-            os.write(descriptor, json.dumps(self._state).encode().ljust(_RECORD))
-            os.close(descriptor)
+            try:
+                os.write(descriptor, json.dumps(self._state).encode().ljust(_RECORD))
+            finally:
+                os.close(descriptor)
 
     def _read(self) -> dict[int, dict[str, Any]]:
         """By rank; one that cannot be read is left out."""
         found = {}
         for rank in range(self._processes):
-            with contextlib.suppress(OSError, json.JSONDecodeError):
-                found[rank] = json.loads((self._folder / f"{rank}.json").read_text())
+            with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
+                record = json.loads((self._folder / f"{rank}.json").read_text())
+                if all(type(record[key]) is type(value) for key, value in self._state.items()):
+                    found[rank] = record
         return found
 
 
@@ -270,11 +310,13 @@ def of_a_collective(error: BaseException) -> bool:
 
 def leave(text: str) -> NoReturn:
     """Says `text`, ends this process and its loaders' workers at once: a group that lost a member cannot be closed."""
-    for child in multiprocessing.active_children():
-        child.kill()
-    sys.stdout.flush()
-    print(f"rmoe: error: {text}", file=sys.stderr, flush=True)
-    os._exit(FAULT)
+    try:
+        for child in multiprocessing.active_children():
+            child.kill()
+        print(f"rmoe: error: {text}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    finally:  # whatever the streams are: a pipe that nobody reads, a file on a full disk
+        os._exit(FAULT)
 
 
 def spare_worker(worker_id: int) -> None:

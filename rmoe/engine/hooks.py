@@ -12,15 +12,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from mmengine.dist import all_reduce_params, barrier, get_world_size, is_main_process
+from mmengine.dist import all_reduce_params, get_world_size, is_main_process
 from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
 from safetensors.torch import save_file
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
 
 from rmoe import cost
+from rmoe.engine.checkpoint import PARTIAL, all_or_none
 from rmoe.engine.ds_json import precision, zero_stage
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers
@@ -28,7 +29,7 @@ from rmoe.registry import HOOKS
 
 
 class RunningStatsHook(Hook):
-    """After each step, the running statistics of batch norms are the mean of the processes'.
+    """After each step, the running statistics of batch and instance norms are the mean of the processes'.
 
     DeepSpeed leaves each process its own, and checkpoints and `model.safetensors` would have those of the first alone.
     Synchronised batch norm has the same ones everywhere and is left to itself.
@@ -37,8 +38,8 @@ class RunningStatsHook(Hook):
     priority = "HIGHEST"  # before the clock is stopped: its time is the step's
 
     def before_train(self, runner: Any) -> None:
-        """Finds them."""
-        norms = [x for x in runner.model.module.modules() if isinstance(x, _BatchNorm) and x.track_running_stats]
+        """Finds the norms that keep statistics."""
+        norms = [x for x in runner.model.module.modules() if isinstance(x, _NormBase) and x.running_mean is not None]
         own = [norm for norm in norms if not isinstance(norm, nn.SyncBatchNorm)]
         self._stats = [stat for norm in own for stat in (norm.running_mean, norm.running_var)]
 
@@ -62,6 +63,10 @@ class LocalExpertsHook(Hook):
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
         """Processes may train again."""
+        self._open.close()
+
+    def restore_terminal(self, runner: Any) -> None:
+        """Called by our runner at the end, whatever that was: an evaluation may have failed."""
         self._open.close()
 
     before_test_epoch, after_test_epoch = before_val_epoch, after_val_epoch
@@ -89,8 +94,8 @@ class EMAHook(Hook):
     priority = "HIGHEST"  # before the clock is stopped: its time is the step's
 
     def __init__(self, momentum: float = 1e-4) -> None:
-        if not 0 < momentum < 1:
-            raise UserError(f"rmoe.EMAHook: momentum is {momentum}; it is between 0 and 1, such as 1e-4")
+        if not isinstance(momentum, float) or not 0 < momentum < 1:
+            raise UserError(f"rmoe.EMAHook: momentum is {momentum!r}; it is a number between 0 and 1, such as 1e-4")
         self._momentum = momentum
 
     def before_resume(self, runner: Any) -> None:
@@ -145,10 +150,12 @@ class CostHook(Hook):
         runner.message_hub.update_info(self._KEY, dict(self._sums))
 
     def after_train(self, runner: Any) -> None:
-        """Collective; the first process writes."""
+        """Collective; the first process writes.
+
+        Raises:
+            UserError: it cannot.
+        """
         peak, parameters, strategy = cost.peak_memory(), runner.strategy.parameters, runner.strategy
-        if not is_main_process():
-            return
         devices, seconds = get_world_size(), self._sums["train_seconds"]
         content = {
             "stage": self._stage,
@@ -166,7 +173,10 @@ class CostHook(Hook):
             "ep_size": strategy.layout.ep_size,
             "software": cost.software(),
         }
-        write_json(Path(runner.work_dir) / "cost.json", content)
+        path = Path(runner.work_dir) / "cost.json"
+        with all_or_none(path.with_name(path.name + PARTIAL)):
+            if is_main_process():
+                write_json(path, content)
 
 
 class ExportHook(Hook):
@@ -180,16 +190,19 @@ class ExportHook(Hook):
         self._stage = stage
 
     def after_train(self, runner: Any) -> None:
-        """Collective; the first process writes."""
-        state = runner.strategy.whole_state_dict()
-        if is_main_process():
-            folder = Path(runner.work_dir)
-            partial = folder / "model.safetensors.partial"
-            save_file({key: x.contiguous() for key, x in state.items()}, partial)
-            os.replace(partial, folder / "model.safetensors")
-            about = {"stage": self._stage, "iterations": runner.iter, "model": _plain(runner.cfg.model.to_dict())}
-            write_json(folder / "model.json", about)
-        barrier()
+        """Collective; the first process writes.
+
+        Raises:
+            UserError: it cannot.
+        """
+        state, folder = runner.strategy.whole_state_dict(), Path(runner.work_dir)
+        partial = folder / f"model.safetensors{PARTIAL}"
+        with all_or_none(partial):
+            if is_main_process():
+                save_file({key: x.contiguous() for key, x in state.items()}, partial)
+                os.replace(partial, folder / "model.safetensors")
+                about = {"stage": self._stage, "iterations": runner.iter, "model": _plain(runner.cfg.model.to_dict())}
+                write_json(folder / "model.json", about)
 
 
 @HOOKS.register_module()
@@ -293,7 +306,7 @@ class ProgressHook(Hook):
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Writes aside, then renames."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
 

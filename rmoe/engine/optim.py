@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from mmengine import registry
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
+from mmengine.logging import print_log
 from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import OPTIMIZERS, Registry
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from rmoe.errors import UserError, nearest
@@ -23,6 +25,8 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 )
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
+_LAYOUT_KEYS = {"params", "name", "moe"}  # of a group: what depends on the layout
+_MEANS = {"fused", "foreach", "capturable", "differentiable"}  # of a group: how the same is computed
 _HEADS = {"head", "head_dist", "fc", "classifier"}
 
 
@@ -63,9 +67,18 @@ def param_groups(
         parameters are experts.
 
     Raises:
-        UserError: nothing to train, or a custom key that matches no parameter or sets something else.
+        UserError: nothing to train, a rate, decay or multiplier that is not a finite number of 0 or more, or a custom
+            key that sets something else.
     """
-    custom = _checked_custom_keys(model, custom_keys or {})
+    rates = {"lr": lr, "weight_decay": weight_decay, "residual_lr_mult": residual_lr_mult, "gate_lr_mult": gate_lr_mult}
+    rates |= {"residual_decay_mult": residual_decay_mult, "head_lr_mult": head_lr_mult, "bias_lr_mult": bias_lr_mult}
+    given = {"norm_decay_mult": norm_decay_mult, "bias_decay_mult": bias_decay_mult}
+    for name, value in {**rates, **{name: value for name, value in given.items() if value is not None}}.items():
+        _check_number(name, value)
+    if not isinstance(exempt, bool):
+        raise UserError(f"exempt is {exempt!r}; it is True or False")
+    custom = _checked_custom_keys({} if custom_keys is None else custom_keys)
+    _report_shared(model)
     role, undecayed = roles(model), _undecayed(model)
     merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module, name, parameter in _trainable(model):
@@ -78,8 +91,8 @@ def param_groups(
             lr_mult *= bias_lr_mult
         if exempt and (parameter.ndim <= 1 or is_bias or name in undecayed):
             decay_mult = 0.0
-        given = norm_decay_mult if is_norm else bias_decay_mult if is_bias else None
-        decay_mult = decay_mult if given is None else given
+        fixed = norm_decay_mult if is_norm else bias_decay_mult if is_bias else None
+        decay_mult = decay_mult if fixed is None else fixed
         for key in custom:
             if key in name:
                 lr_mult, decay_mult = custom[key].get("lr_mult", 1.0), custom[key].get("decay_mult", 1.0)
@@ -108,25 +121,43 @@ class ParamGroups:
         paramwise_cfg: keyword arguments of `param_groups`.
 
     Raises:
-        UserError: an optimizer without learning rate, or a key that `param_groups` does not have.
+        UserError: an optimizer without learning rate, or with other values than it takes; or a key that `param_groups`
+            does not have.
     """
 
     def __init__(self, optim_wrapper_cfg: dict[str, Any], paramwise_cfg: dict[str, Any] | None = None) -> None:
-        self._optimizer = dict(optim_wrapper_cfg["optimizer"])
-        self._options = dict(paramwise_cfg or {})
+        for name, value in (("optimizer", optim_wrapper_cfg.get("optimizer")), ("paramwise_cfg", paramwise_cfg or {})):
+            if not isinstance(value, Mapping):
+                raise UserError(f"optim_wrapper.{name} is {value!r}; it takes a dict, see the configs in rmoe/configs")
+        self._optimizer, self._options = dict(optim_wrapper_cfg["optimizer"]), dict(paramwise_cfg or {})
         known = [p.name for p in inspect.signature(param_groups).parameters.values() if p.kind is p.KEYWORD_ONLY]
         for key in self._options:
             if key not in known:
-                raise UserError(f"optim_wrapper.paramwise_cfg has no key '{key}'{nearest(key, known)}")
+                raise UserError(f"optim_wrapper.paramwise_cfg has no key '{key}'{nearest(str(key), known)}")
         if "lr" not in self._optimizer:
             raise UserError("optim_wrapper.optimizer has no lr; give one, such as lr=1e-4")
 
     def __call__(self, model: nn.Module) -> BaseOptimWrapper:
-        """The wrapper around an optimizer of `model`."""
+        """Returns the wrapper around an optimizer of `model`."""
         decay = self._optimizer.get("weight_decay", 0.0)
         groups = param_groups(model, self._optimizer["lr"], decay, **self._options)
-        optimizer = OPTIMIZERS.build(dict(self._optimizer, params=groups))
+        self._check_values()
+        try:
+            optimizer = OPTIMIZERS.build(dict(self._optimizer, params=groups))
+        except (TypeError, ValueError, AssertionError) as error:
+            raise UserError(f"optim_wrapper.optimizer {self._optimizer} cannot be built: {error}") from error
         return DeepSpeedOptimWrapper(optimizer)
+
+    def _check_values(self) -> None:
+        """Where the optimizer's default is a number, or several, a number must be given: it looks at few of them."""
+        kind = self._optimizer.get("type")
+        maker = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+        defaults = {} if maker is None else {x.name: x.default for x in inspect.signature(maker).parameters.values()}
+        for key, value in self._optimizer.items():
+            several = isinstance(defaults.get(key), (tuple, list)) and isinstance(value, (tuple, list))
+            for one, default in zip(value, defaults[key], strict=False) if several else [(value, defaults.get(key))]:
+                if isinstance(default, (int, float)) and not isinstance(default, bool):
+                    _check_number(f"optim_wrapper.optimizer.{key}", one)
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
@@ -158,16 +189,80 @@ def _undecayed(model: nn.Module) -> set[str]:
     return named
 
 
-def _checked_custom_keys(
-    model: nn.Module, custom_keys: Mapping[str, Mapping[str, float]]
-) -> dict[str, Mapping[str, float]]:
+def _check_number(name: str, value: Any) -> None:
+    if not _is_number(value) or not math.isfinite(value) or value < 0:
+        raise UserError(f"{name} is {value!r}; it takes a finite number of 0 or more, such as 1e-4")
+
+
+def _report_shared(model: nn.Module) -> None:
+    """Names the parameters that several modules share: they train once, at the rates of the first name."""
+    first: dict[nn.Parameter, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (owner := first.setdefault(parameter, name)) != name and parameter.requires_grad:
+            print_log(f"{name} is the same parameter as {owner}: it trains once, at the rates of {owner}", "current")
+
+
+def _checked_custom_keys(custom_keys: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
     """The custom keys, longest first.
 
     A key that matches nothing is let pass: stock configs list what only some backbones have.
     """
+    where = "optim_wrapper.paramwise_cfg.custom_keys"
+    if not isinstance(custom_keys, Mapping):
+        raise UserError(f"{where} is {custom_keys!r}; it takes a dict such as {{'norm': dict(decay_mult=0.0)}}")
     for key, options in custom_keys.items():
-        for option in options:
+        if not isinstance(key, str) or not isinstance(options, Mapping):
+            raise UserError(f"{where} has {key!r}: {options!r}; it takes a name and a dict of lr_mult and decay_mult")
+        for option, value in options.items():
             if option not in ("lr_mult", "decay_mult"):
-                hint = nearest(option, ("lr_mult", "decay_mult"))
-                raise UserError(f"optim_wrapper.paramwise_cfg.custom_keys['{key}'] has no key '{option}'{hint}")
+                hint = nearest(str(option), ("lr_mult", "decay_mult"))
+                raise UserError(f"{where}['{key}'] has no key '{option}'{hint}")
+            _check_number(f"{where}['{key}'].{option}", value)
     return {key: custom_keys[key] for key in sorted(sorted(custom_keys), key=len, reverse=True)}
+
+
+def settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns an optimizer group's numbers, such as its learning rate, in a form that JSON keeps."""
+    kept = {key: value for key, value in group.items() if key not in _LAYOUT_KEYS}
+    return {key: value.item() if isinstance(value, Tensor) else _listed(value) for key, value in kept.items()}
+
+
+def change_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """Sets what `settings` returned."""
+    for key, value in saved.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def checked_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Returns the settings that a checkpoint has for `group`, once they are found to be the config's.
+
+    The present learning rate, and what else a schedule changes, may differ.
+
+    Raises:
+        UserError: another setting differs, such as the weight decay or the rate that a schedule starts from.
+    """
+    own = {key: value for key, value in settings(group).items() if key in saved and key not in _MEANS}
+    scheduled = {key.removeprefix("initial_") for key in own if key.startswith("initial_")}
+    moving = scheduled | {"lr"} | ({"betas"} if "momentum" in scheduled else set())
+    for key, value in own.items():
+        if key in moving and _is_number(value) == _is_number(saved[key]):
+            continue
+        if key in moving or saved[key] != value:
+            raise UserError(
+                f"the checkpoint's run had {key} {saved[key]} where this one has {value}: resume with the "
+                "optim_wrapper of that run, or start a new run with load_from"
+            )
+    if "lr" not in scheduled and "lr" in own and own["lr"] != saved["lr"]:
+        print_log(f"the learning rate is the checkpoint's, {saved['lr']}, and not {own['lr']}", logger="current")
+    return saved
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -23,6 +23,7 @@ from mmengine.hooks import Hook
 from mmengine.registry import Registry
 from torch.utils.data import Dataset, Sampler
 
+from rmoe.errors import UserError
 from rmoe.registry import DATASETS
 
 DATA_SAMPLERS = Registry("data sampler", parent=registry.DATA_SAMPLERS, scope="rmoe")
@@ -55,7 +56,7 @@ class InfiniteSampler(Sampler[int]):
     """
 
     def __init__(self, dataset: Sized, shuffle: bool = True, seed: int = 0) -> None:
-        self._size, self._shuffle, self._seed, self._skipped = len(dataset), shuffle, seed, 0
+        self._size, self._shuffle, self._seed, self._skipped = _counted(dataset), shuffle, seed, 0
 
     def __iter__(self) -> Iterator[Draw]:
         rank, world_size = get_dist_info()
@@ -84,10 +85,22 @@ class InfiniteSampler(Sampler[int]):
 class EpochSampler(DefaultSampler):
     """mmengine's `DefaultSampler`, for loops by epoch, whose indices are `Draw`s."""
 
+    def __init__(self, dataset: Sized, shuffle: bool = True, seed: int | None = None, round_up: bool = True) -> None:
+        _counted(dataset)
+        super().__init__(dataset, shuffle, seed, round_up)
+
     def __iter__(self) -> Iterator[Draw]:
         start = self.epoch * self.total_size + self.rank
         for step, index in enumerate(super().__iter__()):
             yield Draw(index, start + step * self.world_size)
+
+
+def _counted(dataset: Sized) -> int:
+    if not (size := len(dataset)):
+        raise UserError(
+            f"the training data set, a {type(dataset).__name__}, has no samples; check its path and filters"
+        )
+    return size
 
 
 @DATASETS.register_module()

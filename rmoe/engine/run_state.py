@@ -2,17 +2,73 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer, print_log
 from mmengine.optim import BaseOptimWrapper
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, NonNegativeInt, ValidationError
 from torch import Tensor
 
-from rmoe.engine.elastic import change_settings, settings
+from rmoe.engine.optim import change_settings, settings
+from rmoe.errors import UserError
+
+_Number = bool | int | FiniteFloat
+_Settings = dict[str, _Number | str | list[_Number] | None]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+
+class _Progress(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+    epoch: NonNegativeInt
+    iter: NonNegativeInt
+
+
+class _Counters(_Strict):
+    global_steps: NonNegativeInt
+    global_samples: NonNegativeInt
+    skipped_steps: NonNegativeInt
+    micro_steps: NonNegativeInt
+
+
+class _LossScale(_Strict):
+    scale: Annotated[FiniteFloat, Field(gt=0)]
+    growth_factor: FiniteFloat
+    backoff_factor: FiniteFloat
+    growth_interval: NonNegativeInt
+    growth_tracker: Annotated[NonNegativeInt, Field(alias="_growth_tracker")]
+
+
+class _Group(_Strict):
+    parameters: list[str]
+    settings: _Settings
+
+
+class _Engine(_Strict):
+    optimizer: str
+    numbers: list[str]
+    counters: _Counters
+    loss_scale: _LossScale | None
+    groups: list[_Group]
+
+
+class _Run(_Strict):
+    """What `collect` returns, with what `rmoe.engine.elastic.gather` says of the engine."""
+
+    meta: _Progress
+    info: dict[str, Any]
+    base_settings: _Settings | None
+    schedulers: list[dict[str, Any]]
+    engine: _Engine
+
 
 _PLAIN = (str, int, float, bool, type(None))
 _BY_GROUP = ("base_values", "_last_value")  # of a scheduler: lists by group of the optimizer, which can tell
@@ -36,9 +92,7 @@ def collect(
         "meta": _plain_items(state["meta"]),
         "info": _plain_items(hub["runtime_info"]),
         "base_settings": settings(wrapper.base_param_settings) if wrapper.base_param_settings else None,
-        "schedulers": [
-            _plain_items({key: x for key, x in one.state_dict().items() if key not in _BY_GROUP}) for one in schedulers
-        ],
+        "schedulers": [_of_scheduler(one) for one in schedulers],
     }
     history = {
         name: torch.from_numpy(np.stack([np.asarray(x, np.float64) for x in buffer.data]))
@@ -47,21 +101,73 @@ def collect(
     return about, history
 
 
+def check(about: Mapping[str, Any], path: Path) -> None:
+    """Checks that `run.json` of the checkpoint `path` has what `restore` and `rmoe.engine.elastic.restore` read of it.
+
+    Raises:
+        UserError: a key is missing or unknown, or a value of another type or not finite.
+    """
+    try:
+        _Run.model_validate(about)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where, found = ".".join(map(str, first["loc"])), repr(first["input"])[:80]
+        raise UserError(
+            f"{path} has {where} = {found} in run.json: {first['msg']}; give an earlier checkpoint"
+        ) from error
+
+
 def restore(
     about: Mapping[str, Any], history: Mapping[str, Tensor], wrapper: BaseOptimWrapper, schedulers: list[Any]
 ) -> dict[str, Any]:
-    """Sets `wrapper`, whose optimizer has been restored, and `schedulers`; returns what `collect` had as `state`."""
+    """Sets `wrapper`, whose optimizer has been restored, and `schedulers`; returns what `collect` had as `state`.
+
+    Raises:
+        UserError: the run had other schedulers.
+    """
     if about["base_settings"] and wrapper.base_param_settings:
         change_settings(wrapper.base_param_settings, about["base_settings"])
-    for one, saved in zip(schedulers, about["schedulers"], strict=False):
-        name, groups = one.param_name, one.optimizer.param_groups
-        one.load_state_dict(saved)
-        one.base_values = [group[f"initial_{name}"] for group in groups]
-        one._last_value = [group[name] for group in groups]
+    if len(about["schedulers"]) != len(schedulers):
+        raise UserError(
+            f"the checkpoint's run had {len(about['schedulers'])} schedules in param_scheduler, this one has "
+            f"{len(schedulers)}: resume with those of that run, or start a new run with load_from"
+        )
+    for one, saved in zip(schedulers, about["schedulers"], strict=True):
+        _restore_scheduler(one, saved)
     scalars = {name: HistoryBuffer(log.numpy(), count.numpy()) for name, (log, count) in history.items()}
     again = dict.fromkeys((*scalars, *about["info"]), True)  # goes into the next checkpoint too
     hub = {"log_scalars": OrderedDict(scalars), "runtime_info": about["info"], "resumed_keys": again}
     return {"meta": about["meta"], "message_hub": hub}
+
+
+def _of_scheduler(scheduler: Any) -> dict[str, Any]:
+    return _plain_items({key: x for key, x in scheduler.state_dict().items() if key not in _BY_GROUP})
+
+
+def _restore_scheduler(scheduler: Any, saved: Mapping[str, Any]) -> None:
+    """Sets what has changed since the start. What is the config's, such as milestones, keeps the type it has there."""
+    own, given = _of_scheduler(scheduler), _arguments(type(scheduler))
+    changed = {key: value for key, value in saved.items() if own.get(key, ...) != value}
+    other = sorted(own.keys() ^ saved.keys()) or sorted(changed.keys() & given)
+    other = other or [
+        key for key, x in changed.items() if not isinstance(x, (int, float)) and x.__class__ != own[key].__class__
+    ]
+    if other:
+        key = other[0]
+        raise UserError(
+            f"the checkpoint's run had a schedule with {key} {saved.get(key)}, this {type(scheduler).__name__} has "
+            f"{own.get(key)}: resume with the param_scheduler of that run, or start a new run with load_from"
+        )
+    name, groups = scheduler.param_name, scheduler.optimizer.param_groups
+    scheduler.load_state_dict(changed)
+    scheduler.base_values = [group[f"initial_{name}"] for group in groups]
+    scheduler._last_value = [group[name] for group in groups]
+
+
+def _arguments(kind: type) -> set[str]:
+    """The names of what a scheduler is made from."""
+    makers = [cls.__init__ for cls in kind.__mro__ if "__init__" in vars(cls)]  # type: ignore[misc]
+    return {name for maker in makers for name in inspect.signature(maker).parameters} - {"last_step", "verbose"}
 
 
 def _plain_items(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -22,14 +22,15 @@ from torch import Tensor, nn
 from rmoe.cost import Parameters, count_parameters
 from rmoe.engine import checkpoint, elastic, run_state
 from rmoe.engine.checkpoint import Layout
-from rmoe.engine.clipping import mend_clipping
+from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
+from rmoe.engine.weights import load_weights
 from rmoe.errors import UserError
 from rmoe.moe.records import Records, collect
 from rmoe.moe.state import global_state_dict
 
 
 class Diverged(RuntimeError):
-    """The loss or the weights are no longer finite; the message names the step and the last good checkpoint."""
+    """The loss, its gradient or the weights are not finite; the message names the step and the last good checkpoint."""
 
 
 class Engine(MMDeepSpeedEngineWrapper):
@@ -55,7 +56,8 @@ class Engine(MMDeepSpeedEngineWrapper):
             What the model reports, averaged over all processes, and `grad_norm`, before clipping.
 
         Raises:
-            Diverged: the loss of some process is not finite. Nothing has been updated then.
+            Diverged: the loss of some process is not finite. Nothing has been updated then. Or the gradient is not,
+                which under float16 is no fault before the scale of the loss is below 1.
         """
         module = self.model.module
         data = module.data_preprocessor(data, training=True)
@@ -69,6 +71,9 @@ class Engine(MMDeepSpeedEngineWrapper):
         optim_wrapper.update_params(loss)
         if (norm := self.model.get_global_grad_norm()) is not None:
             log_vars["grad_norm"] = torch.as_tensor(float(norm))
+            scaler = loss_scaler(self.model)
+            if not log_vars["grad_norm"].isfinite() and (scaler is None or scaler.cur_scale < 1):
+                raise Diverged("the gradient is not finite")
         return log_vars
 
     def val_step(self, data: Any) -> list[Any]:
@@ -91,7 +96,7 @@ class Strategy(DeepSpeedStrategy):
     Args:
         config: what `rmoe.engine.ds_json.resolve` returned.
         layout: of this run.
-        load_from: whole weights to start from, see `rmoe.engine.checkpoint.load_weights`.
+        load_from: whole weights to start from, see `rmoe.engine.weights.load_weights`.
         **kwargs: of mmengine's `BaseStrategy`.
     """
 
@@ -104,6 +109,7 @@ class Strategy(DeepSpeedStrategy):
         BaseStrategy.__init__(self, **kwargs)
         # Plain data: DeepSpeed writes it into checkpoints, which are read with weights_only=True.
         self.config = json.loads(json.dumps(dict(config, steps_per_print=10**15)))
+        check_precision(self.config)
         self.layout, self._load_from = Layout(**layout), load_from
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
@@ -117,7 +123,7 @@ class Strategy(DeepSpeedStrategy):
         if hasattr(model, "init_weights"):
             model.init_weights()  # type: ignore[operator]
         if self._load_from:
-            checkpoint.load_weights(model, Path(self._load_from))
+            load_weights(model, Path(self._load_from))
         self.parameters = count_parameters(model)
         return model
 
@@ -179,6 +185,7 @@ class Strategy(DeepSpeedStrategy):
         path = Path(filename)
         checkpoint.check_layout(path, self.layout)
         about, history = checkpoint.read_run(path)
+        run_state.check(about, path)
         tensors, averaged = checkpoint.Tensors(path), self.model.averaged
         if any(key.startswith(elastic.AVERAGE) for key in tensors) != (averaged is not None):
             which, todo = ("no", "remove") if averaged is not None else ("an", "keep")
@@ -236,10 +243,11 @@ class Runner(FlexibleRunner):
     strategy: Strategy
 
     def build_train_loop(self, loop: Any) -> Any:
-        """See `FlexibleRunner`; refuses checkpoints in the middle of a gradient accumulation."""
+        """See `FlexibleRunner`; refuses checkpoints that could not be written, found or resumed."""
         with user_errors("train_cfg and train_dataloader"):
             built = super().build_train_loop(loop)
         self._check_accumulation(built)
+        self._check_savers()
         return built
 
     def build_val_loop(self, loop: Any) -> Any:
@@ -317,6 +325,29 @@ class Runner(FlexibleRunner):
                             f"{name}, {iteration}, is not a multiple of gradient_accumulation_steps {steps}: the "
                             "checkpoint would lack half a step; change either"
                         )
+
+    def _check_savers(self) -> None:
+        folder = Path(self.work_dir)
+        for hook in self.hooks:
+            if not isinstance(hook, CheckpointHook):
+                continue
+            for name in ("out_dir", "published_keys"):
+                if (value := getattr(hook, name)) is not None:
+                    raise UserError(
+                        f"default_hooks.checkpoint.{name} is {value!r}; checkpoints are folders of the work dir, where "
+                        "--resume looks for them: leave it out"
+                    )
+            template = hook.filename_tmpl
+            if not isinstance(template, str) or "{}" not in template or "/" in template:
+                raise UserError(
+                    f"default_hooks.checkpoint.filename_tmpl is {template!r}; use one such as 'iter_{{}}.pth'"
+                )
+            same_name = folder.glob(template.replace("{}", "*")) if hook.save_optimizer else ()
+            if foreign := [path for path in sorted(same_name) if path.is_file()]:
+                raise UserError(
+                    f"{foreign[0]} is a file, and in the way of a checkpoint, which is a folder; move it away or give "
+                    "another --work-dir"
+                )
 
 
 @contextmanager

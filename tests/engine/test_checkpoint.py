@@ -21,12 +21,12 @@ from rmoe.engine.checkpoint import (
     Tensors,
     check_layout,
     intact,
-    load_weights,
     read_run,
     whole,
     write,
     write_weights,
 )
+from rmoe.engine.weights import load_weights
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
 

@@ -17,7 +17,7 @@ from mmengine.optim import PolyLR
 from torch import nn
 
 from rmoe.engine import elastic, run_state
-from rmoe.engine.optim import DeepSpeedOptimWrapper
+from rmoe.engine.optim import DeepSpeedOptimWrapper, change_settings, settings
 from rmoe.errors import UserError
 
 
@@ -168,7 +168,7 @@ def test_the_run_as_plain_data() -> None:
     about, history = run_state.collect(state, wrappers[0], schedules[:1])
     about = json.loads(json.dumps(about))
     for group, saved in zip(wrappers[1].optimizer.param_groups, wrappers[0].optimizer.param_groups, strict=True):
-        elastic.change_settings(group, elastic.settings(saved))  # as `elastic.restore` does
+        change_settings(group, settings(saved))  # as `elastic.restore` does
     restored = run_state.restore(about, history, wrappers[1], schedules[1:])
     assert restored["meta"] == {"iter": 4}
     other = MessageHub("other")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
@@ -17,6 +21,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from torch.distributed import distributed_c10d
 
 from rmoe.engine import faults
+from rmoe.errors import UserError
 
 OTHER = {"beat": 9, "step": 7, "host": "b", "process": 2, "waits": True, "at": "x.py:3", "ended": ""}
 
@@ -87,6 +92,78 @@ def test_a_standstill_ends_the_process(watch: faults.Watch, monkeypatch: pytest.
     assert left.wait(5)
     assert "ends after step 8" in said[0]
     assert "no progress for 0.05 s" in said[0]
+
+
+def break_folder(watch: faults.Watch, harm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What befalls the folder of the heartbeats while the run goes on."""
+    if harm in ("removed", "a file", "the work dir a file"):
+        shutil.rmtree(watch._folder if harm != "the work dir a file" else watch._folder.parent)
+    if harm == "a file":
+        watch._folder.write_text("")
+    if harm == "the work dir a file":
+        watch._folder.parent.write_text("")
+    error = {"read-only": OSError(30, "Read-only"), "full": OSError(28, "No space"), "unknown": KeyError("x")}.get(harm)
+    if error:
+        monkeypatch.setattr(os, "write", Mock(side_effect=error))
+    if harm == "a broken search":
+        monkeypatch.setattr(watch, "_cause", Mock(side_effect=KeyError("x")))
+    if harm == "foreign heartbeats":
+        (watch._folder / "1.json").write_text('[1, {"beat": null}]')
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "removed",
+        "a file",
+        "the work dir a file",
+        "read-only",
+        "full",
+        "unknown",
+        "a broken search",
+        "foreign heartbeats",
+    ],
+)
+def test_a_standstill_is_seen_whatever_befalls_the_heartbeats(
+    watch: faults.Watch, harm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, said, warned = threading.Event(), [], []
+    monkeypatch.setattr(faults, "leave", lambda text: (said.append(text), watch.rest(), left.set()))
+    monkeypatch.setattr(faults, "print_log", lambda text, **options: warned.append(text))
+    with watch._lock:
+        break_folder(watch, harm, monkeypatch)
+    time.sleep(0.1)  # some beats
+    assert watch._thread.is_alive()
+    watch.timeout = 0.05
+    watch.step(8)
+    assert left.wait(5)
+    assert "ends after step 8" in said[0]
+    assert len(warned) == (harm not in ("a broken search", "foreign heartbeats"))
+    if harm == "removed":
+        assert "heartbeats was removed while the run goes on; it is made again" in warned[0]
+        assert watch._read()[0]["step"] == 8
+    monkeypatch.undo()
+
+
+def test_heartbeats_that_cannot_be_written_from_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("get_rank", 0), ("get_world_size", 1)):
+        monkeypatch.setattr(dist, name, lambda value=value: value)
+    (tmp_path / faults.HEARTBEATS).write_text("")
+    with pytest.raises(UserError, match=r"heartbeats cannot be written \(.*give a --work-dir"):
+        faults.Watch(tmp_path, 10.0).__enter__()
+
+
+def test_a_run_that_is_over_does_not_mind(watch: faults.Watch, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "unlink", Mock(side_effect=OSError(30, "Read-only")))
+    watch.__exit__(None, None, None)
+
+
+def test_a_process_leaves_without_its_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", Mock(side_effect=SystemExit))
+    monkeypatch.setattr(sys, "stderr", Mock(write=Mock(side_effect=OSError(28, "No space"))))
+    with pytest.raises(SystemExit):
+        faults.leave("why")
+    os._exit.assert_called_once_with(faults.FAULT)  # type: ignore[attr-defined]
 
 
 def test_signals_are_remembered_and_put_back() -> None:
