@@ -225,7 +225,7 @@ def _add_estimate(groups: argparse._SubParsersAction) -> None:
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from rmoe.engine.launch import read_config
+    from rmoe.engine.read_config import read_config
     from rmoe.estimate import Setting, estimate
 
     for name in ("gpus", "ep_size", "micro_batch"):

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from rmoe.errors import UserError
 from rmoe.cost import Parameters, count_parameters, counted_flops
-from rmoe.engine.launch import moe_dicts
+from rmoe.engine.prepare import moe_dicts
 from rmoe.layers.moe import ResidualMoE, collect, moe_layers
 from rmoe.registry import MODELS
 from rmoe.tasks.classification import TimmClassifier

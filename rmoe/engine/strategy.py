@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rmoe.errors import UserError
 from rmoe.cost import Parameters, count_parameters
 from rmoe.engine import checkpoint, elastic, run_state
+from rmoe.engine.building import user_errors
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import mend_clipping
 from rmoe.layers.moe import collect, global_state_dict
@@ -131,7 +132,7 @@ class Strategy(DeepSpeedStrategy):
 
     def _wrap_model(self, model: nn.Module) -> Engine:
         self._scale_lr()
-        with _scalars_sent():
+        with user_errors("the DeepSpeed JSON"), _scalars_sent():
             engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
             )
@@ -315,20 +316,3 @@ class Runner(FlexibleRunner):
                             f"{name}, {iteration}, is not a multiple of gradient_accumulation_steps {steps}: the "
                             "checkpoint would lack half a step; change either"
                         )
-
-
-@contextmanager
-def user_errors(where: str) -> Iterator[None]:
-    """Turns what mmengine raises for a name that it does not know into a `UserError`."""
-    try:
-        yield
-    except KeyError as error:
-        if "registry" in str(error):
-            raise UserError(f"{where}: {error.args[0]}") from error
-        raise
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error) or "required positional argument" in str(error):
-            raise UserError(f"{where}: {error}; see the signature of that class") from error
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: {error}; check the path") from error

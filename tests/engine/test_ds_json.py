@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from rmoe.errors import UserError
 from rmoe.engine.ds_json import precision, read_json, resolve, zero_stage
+from rmoe.errors import UserError
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
