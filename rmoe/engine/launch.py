@@ -22,13 +22,12 @@ from rmoe.engine.faults import Fault, Preempted
 from rmoe.engine.lock import Lock
 from rmoe.engine.prepare import check_unused, prepare
 from rmoe.engine.processes import join, set_place
-from rmoe.engine.read_config import Options, read_config
+from rmoe.engine.read_config import Options, folder_name, read_config, seconds
 from rmoe.engine.strategy import Diverged, Runner
 from rmoe.errors import UserError
 
 _PATIENCE = 20.0  # seconds
 _TIMEOUT = 300.0  # seconds
-_LONGEST = 10 * 24 * 3600.0  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -128,11 +127,11 @@ def parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(prog="train.py", description=__doc__)
     words.add_argument("config", type=Path, metavar="CONFIG", help="OpenMMLab config file")
     words.add_argument("--deepspeed_config", type=Path, required=True, metavar="JSON", help="DeepSpeed's own keys")
-    words.add_argument("--work-dir", type=_folder, metavar="DIR", help="default: work_dirs/ and the config's name")
+    words.add_argument("--work-dir", type=folder_name, metavar="DIR", help="default: work_dirs/ and the config's name")
     words.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if any")
     words.add_argument(
         "--timeout",
-        type=_seconds,
+        type=seconds,
         default=_TIMEOUT,
         metavar="SECONDS",
         help="without progress, after which every process ends; longer than a step, an evaluation's metrics and a "
@@ -145,18 +144,6 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
     words.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     return words
-
-
-def _seconds(text: str) -> float:
-    if not 0 < (seconds := float(text)) <= _LONGEST:
-        raise argparse.ArgumentTypeError(f"{text} is no time; it is more than 0 and at most {_LONGEST:g} seconds")
-    return seconds
-
-
-def _folder(text: str) -> Path:
-    if not text:
-        raise argparse.ArgumentTypeError("the name of the folder is empty")
-    return Path(text)
 
 
 def innermost(message: str) -> str:

@@ -28,6 +28,7 @@ _RENEWED = 3.0  # seconds between two renewals
 _STALE = 20.0  # seconds without one, after which the lock of another machine's process counts for nothing
 _ROOM = 2**20  # bytes that a work dir needs at the very least
 _WAIT = "wait"
+_SHOWN = 200  # characters of a path in a message
 
 
 class Lock:
@@ -140,6 +141,25 @@ class Lock:
             token = self._holder().get("token")
             if token is not None and token != self._about["token"]:
                 faults.leave(f"another run has taken over {self._file.parent}, as this one gave no sign of life")
+
+
+def check_folder(folder: Path, option: str = "--work-dir") -> None:
+    """Sees whether a folder for results can be made and written; nothing is made yet.
+
+    Raises:
+        UserError: it cannot; `option` of the command line names another.
+    """
+    try:
+        if not folder.exists() and folder.is_symlink():
+            raise NotADirectoryError(f"it is a link to {folder.readlink()}, which is not there")
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not there.is_dir():
+            raise NotADirectoryError(f"{there} is a file")
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise PermissionError(f"{there} is read-only")
+    except (OSError, ValueError) as error:
+        text = str(folder) if len(str(folder)) < _SHOWN else f"{str(folder)[:_SHOWN]}…"
+        raise UserError(f"the folder {text} cannot be written: {error}; give another {option}") from error
 
 
 def make_folder(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.engine import changes, checkpoint, ds_json
 from rmoe.engine.check_values import check_values
 from rmoe.engine.checkpoint import Layout
+from rmoe.engine.lock import check_folder
 from rmoe.engine.processes import backend
 from rmoe.errors import UserError, nearest
 
@@ -27,7 +27,6 @@ _SAMPLERS = {
     "EpochSampler": "rmoe.EpochSampler",
 }
 _HOOKS = "rmoe.engine.hooks"
-_SHOWN = 200  # characters of a path in a message
 
 
 def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: Path | None, resume: bool) -> list[str]:
@@ -62,7 +61,7 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
         seed=cfg.randomness["seed"],
     )
     cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename or "run").stem)
-    _check_folder(Path(cfg.work_dir))
+    check_folder(Path(cfg.work_dir))
     cfg.resume, load_from = _start(cfg, resume, layout, notes), cfg.get("load_from")
     cfg.load_from = None if cfg.resume else load_from
     cfg.strategy = {
@@ -137,21 +136,6 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
     )
 
 
-def _check_folder(folder: Path) -> None:
-    """Sees whether the work dir can be made and written; nothing is made yet."""
-    try:
-        if not folder.exists() and folder.is_symlink():
-            raise NotADirectoryError(f"it is a link to {folder.readlink()}, which is not there")
-        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not there.is_dir():
-            raise NotADirectoryError(f"{there} is a file")
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise PermissionError(f"{there} is read-only")
-    except (OSError, ValueError) as error:
-        text = str(folder) if len(str(folder)) < _SHOWN else f"{str(folder)[:_SHOWN]}…"
-        raise UserError(f"the work dir {text} cannot be written: {error}; give another --work-dir") from error
-
-
 def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str | bool:
     """The newest checkpoint of the work dir, or False; which one is intact is found out together."""
     folder = Path(cfg.work_dir)
@@ -178,7 +162,9 @@ def check_unused(cfg: Config) -> None:
         UserError: one is there, and this run is to start anew.
     """
     if not cfg.resume and (found := checkpoint.whole(Path(cfg.work_dir))[0]):
-        raise UserError(f"another run has left {found[0]} meanwhile; start again with --resume, or give another --work-dir")
+        raise UserError(
+            f"another run has left {found[0]} meanwhile; start again with --resume, or give another --work-dir"
+        )
 
 
 def _seed_data(loader: ConfigDict, seed: int, notes: list[str]) -> None:

@@ -16,6 +16,8 @@ from rmoe.engine import safe_config
 from rmoe.engine.building import described, user_errors
 from rmoe.errors import UserError, nearest
 
+_LONGEST = 10 * 24 * 3600.0  # seconds
+
 
 def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> Config:
     """Returns the config with `options` (dotted keys) set in it.
@@ -57,6 +59,20 @@ def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> C
 def _hint(key: str, known: set[str]) -> str:
     close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean '{close[0]}'?" if close else nearest(key, known)
+
+
+def seconds(text: str) -> float:
+    """Returns the time that a word of the command line says."""
+    if not 0 < (value := float(text)) <= _LONGEST:
+        raise argparse.ArgumentTypeError(f"{text} is no time; it is more than 0 and at most {_LONGEST:g} seconds")
+    return value
+
+
+def folder_name(text: str) -> Path:
+    """Returns the folder that a word of the command line names."""
+    if not text:
+        raise argparse.ArgumentTypeError("the name of the folder is empty")
+    return Path(text)
 
 
 class Options(DictAction):

@@ -104,9 +104,7 @@ def _import_of_ours(name: str) -> Any:
 
 
 def _refuse(path: Path, value: object, why: str) -> NoReturn:
-    raise UserError(
-        f"--safe-config: {path} names {str(value)[:200]!r}, {why}; mend the file, or leave it alone"
-    )
+    raise UserError(f"--safe-config: {path} names {str(value)[:200]!r}, {why}; mend the file, or leave it alone")
 
 
 def _modules(content: Mapping[str, Any]) -> list[Any]:
