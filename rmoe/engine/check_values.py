@@ -95,7 +95,6 @@ _PARAMWISE = {
     "custom_keys.*.*": _RATE,
 }
 _SCHEDULER = {
-    "": _MADE,
     "begin": _whole(0),
     "end": _INTERVAL,
     "by_epoch": _FLAG,
@@ -176,6 +175,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
     Raises:
         UserError: naming the first key whose value is of another type or out of range, and what it takes.
     """
+    cfg = dict(cfg.items())  # of a Config, which is no Mapping
     for key in ("model", "train_dataloader", "train_cfg", "optim_wrapper"):
         if cfg.get(key) is None:
             raise UserError(f"the config has no {key}; training needs one")

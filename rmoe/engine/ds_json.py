@@ -101,16 +101,23 @@ def _check_section(path: Path, key: str, value: Any) -> None:
     section = _section(key)
     if section is not None and not isinstance(value, dict):
         raise UserError(f"{path}: {key} is {value!r}; it takes an object, such as {{}}")
-    for name in value if section else ():
-        if name not in section:
-            raise UserError(f"{path}: DeepSpeed has no key '{key}.{name}'{nearest(name, section)}")
-        default = section[name]
-        if isinstance(default, bool) and not isinstance(value[name], bool):
-            raise UserError(f"{path}: {key}.{name} is {value[name]!r}; it takes true or false")
-        if isinstance(default, int | float) and not isinstance(default, bool) and not _is_number(value[name]):
-            raise UserError(f"{path}: {key}.{name} is {value[name]!r}; it takes a number")
+    for name, inner in value.items() if section else ():
+        _check_key(path, f"{key}.{name}", inner, section or {})
     if value != AUTO:
         _ask_deepspeed({key: value}, f"{path}: DeepSpeed refuses {key}")
+
+
+def _check_key(path: Path, key: str, value: Any, section: Mapping[str, Any]) -> None:
+    """Checks a key of a section against what DeepSpeed asks for there, and against the type of its default."""
+    name = key.partition(".")[2]
+    if name not in section:
+        raise UserError(f"{path}: DeepSpeed has no key '{key}'{nearest(name, section)}")
+    default = section[name]
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
+    elif isinstance(default, int | float) and not _is_number(value):
+        raise UserError(f"{path}: {key} is {value!r}; it takes a number")
 
 
 def _check_numbers(path: Path, content: Mapping[str, Any]) -> None:

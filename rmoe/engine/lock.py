@@ -150,6 +150,8 @@ def check_folder(folder: Path, option: str = "--work-dir") -> None:
         UserError: it cannot; `option` of the command line names another.
     """
     try:
+        with contextlib.suppress(FileNotFoundError):
+            folder.lstat()
         if not folder.exists() and folder.is_symlink():
             raise NotADirectoryError(f"it is a link to {folder.readlink()}, which is not there")
         there = next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -43,6 +43,7 @@ _MODULE = re.compile(r"(mmengine|mmcv|mmseg|mmdet|rmoe\.(tasks|backbones))(\.\w+
 _TYPES, _SCOPE_KEYS = ("type", "constructor", "ema_type"), ("default_scope", "_scope_", "scope")
 _PICKLE = re.compile(r"(?i)(.*\.)?(pkl|pickle)")
 _LARGEST, _DEEPEST = 2**22, 64  # bytes of a file, levels in it
+_numpy_load = np.load
 _SCALARS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 
 
@@ -86,11 +87,17 @@ def lock_down() -> None:
         file_handlers[name].load_from_fileobj = _refuse_pickle
     for name in ("yaml", "yml"):
         file_handlers[name].load_from_fileobj = partial(yaml.load, Loader=yaml.CSafeLoader)
-    np.load = partial(np.load, allow_pickle=False) if not isinstance(np.load, partial) else np.load
+    np.load = _load_array
 
 
 def _refuse_pickle(file: Any, **options: Any) -> NoReturn:
-    raise UserError(f"--safe-config: {getattr(file, 'name', file)} is a pickle, and reading a pickle runs it; use JSON")
+    raise UserError(
+        f"--safe-config: {getattr(file, 'name', 'a file')} is read as a pickle, which would run it; use JSON"
+    )
+
+
+def _load_array(file: Any, mmap_mode: Any = None, allow_pickle: bool = False, **options: Any) -> Any:
+    return _numpy_load(file, mmap_mode, allow_pickle=False, **options)
 
 
 def _object_of_ours(name: str) -> Any:
