@@ -104,7 +104,7 @@ def _render(folder: Path) -> None:
 def _train(training: Training) -> None:
     """Runs a training unless it is complete, with its progress on the terminal."""
     if training.folder.exists() and not training.current():
-        print(f"{training.folder} is of another configuration: starting over")
+        print(f"{training.folder} is of another configuration")
     print(f"$ {shlex.join(training.command())}\n  output: {training.folder / 'output.log'}")
     with tqdm(unit="step", mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -17,16 +18,18 @@ from typing import NoReturn
 from rmoe.errors import UserError
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
+_MOST = 65536  # processes, images of one, pixels of a side
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's); returns its exit code: 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="rmoe", description="Residual mixture-of-experts vision transformers.")
+    parser.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
     for add in (_add_configs, _add_data, _add_import, _add_estimate, _add_report, _add_analyze, _add_verify):
         add(groups)
     arguments = parser.parse_args(argv)
-    return _exit_code(lambda: arguments.run(arguments), parser.prog)
+    return _exit_code(lambda: arguments.run(arguments), parser.prog, arguments.debug)
 
 
 def console() -> NoReturn:
@@ -42,15 +45,29 @@ def run_guarded(run: Callable[[], int | None], program: str = "rmoe") -> NoRetur
     sys.exit(_exit_code(run, program))
 
 
-def _exit_code(run: Callable[[], int | None], program: str) -> int:
+def _exit_code(run: Callable[[], int | None], program: str, debug: bool = False) -> int:
     try:
         return run() or 0
     except UserError as error:
+        if debug:
+            traceback.print_exc()
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)
         return 130
+
+
+def _new_file(text: str) -> Path:
+    """Returns the path of a file to write, once it is clear that it can be written when the work is done."""
+    path = Path(text)
+    try:
+        fits = not path.is_dir() and path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)
+    except (OSError, ValueError):
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: its folder must be there; make it first")
+    return path
 
 
 def _add_configs(groups: argparse._SubParsersAction) -> None:
@@ -59,7 +76,7 @@ def _add_configs(groups: argparse._SubParsersAction) -> None:
     )
     parser = groups.add_parser("configs", help="list the shipped configs", description=text)
     parser.add_argument("words", nargs="*", metavar="WORD", help="only those that have all of these in what is told")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the list to FILE as well")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the list to FILE as well")
     parser.set_defaults(run=_configs)
 
 
@@ -157,7 +174,7 @@ def _add_check(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--num-classes", type=int, help="ade20k: classes without void (default: as its class list says)"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found to FILE as well")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write what was found to FILE as well")
     parser.set_defaults(run=_check)
 
 
@@ -220,17 +237,20 @@ def _add_estimate(groups: argparse._SubParsersAction) -> None:
     parser.add_argument("--micro-batch", type=int, metavar="N", help="images of each GPU (default: the config's)")
     parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: the config's)")
     parser.add_argument("--precision", choices=("float32", "bfloat16", "float16"), default="float32")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the numbers to FILE as well")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the numbers to FILE as well")
     parser.set_defaults(run=_estimate)
 
 
 def _estimate(arguments: argparse.Namespace) -> None:
-    from rmoe.engine.launch import read_config
+    from rmoe.engine.building import user_errors
+    from rmoe.engine.read_config import read_config
     from rmoe.estimate import Setting, estimate
 
-    for name in ("gpus", "ep_size", "micro_batch"):
-        if (value := getattr(arguments, name)) is not None and value < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {value}; it is at least 1")
+    for name in ("gpus", "ep_size", "micro_batch", "image_size"):
+        given = getattr(arguments, name)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            if not 1 <= value <= _MOST:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it is at least 1 and at most {_MOST}")
     setting = Setting(
         processes=arguments.gpus,
         ep_size=arguments.ep_size,
@@ -239,7 +259,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         image_size=arguments.image_size and tuple(arguments.image_size),
     )
-    found = estimate(read_config(arguments.config, {}), setting)
+    cfg = read_config(arguments.config, {})
+    with user_errors(str(arguments.config)):
+        found = estimate(cfg, setting)
     print(found)
     if arguments.json:
         arguments.json.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")

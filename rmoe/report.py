@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
@@ -29,6 +28,9 @@ from rmoe.analysis import (
     movement,
     weight_statistics,
 )
+from rmoe.engine.building import user_errors
+from rmoe.engine.lock import check_folder
+from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
 from rmoe.moe.state import load_global_state_dict, moe_layers
 from rmoe.pictures import Scene, draw_detections, draw_experts, draw_load, draw_movement, draw_predictions, draw_weights
@@ -111,27 +113,34 @@ class Run:
         configs = sorted(folder.glob("*.py"))
         if len(configs) != 1:
             raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
-        self.config = Config.fromfile(configs[0])
-        kind = self.config.val_evaluator.type
+        self.config = read_config(configs[0], {})
+        with user_errors(f"{folder} is no finished run's: {configs[0].name} lacks what a report needs"):
+            kind, stage = self.config.val_evaluator.type, self.config.stage
         if kind not in _TASKS:
             raise UserError(f"{folder} was evaluated by {kind}; a report knows {', '.join(_TASKS)}")
         self.task = _TASKS[kind]
-        self.arm: str = self.config.stage
+        self.arm: str = stage
 
     def rows(self, majority: Mapping[str, float]) -> list[Row]:
         """The run in numbers, a row for each metric, with what that gives to the commonest class."""
-        cost = json.loads(self._file("cost.json").read_text())
-        measured = {field.name: cost[field.name] for field in fields(Row) if field.name in cost}
-        return [
-            Row(arm=self.arm, task=self.task.name, metric=metric, value=value, majority=majority[metric], **measured)
-            for metric, value in self.values().items()
-        ]
+        with user_errors(f"{self.folder}: cost.json is damaged, run the training again"):
+            cost = json.loads(self._file("cost.json").read_text())
+            measured = {field.name: cost[field.name] for field in fields(Row) if field.name in cost}
+            return [
+                Row(
+                    arm=self.arm, task=self.task.name, metric=metric, value=value, majority=majority[metric], **measured
+                )
+                for metric, value in self.values().items()
+            ]
 
     def values(self) -> dict[str, float]:
         """By metric, in percent, as it was logged last; only those that were."""
         logged: dict[str, Any] = {}
         for line in self._log():
             logged |= line
+        wrong = [one.logged for one in self.task.measures if not isinstance(logged.get(one.logged, 0.0), int | float)]
+        if wrong:
+            raise UserError(f"{self.folder}: {wrong[0]} is {logged[wrong[0]]!r} in its logs, which is no number")
         found = {one.metric: one.scale * logged[one.logged] for one in self.task.measures if one.logged in logged}
         if not found:
             raise UserError(
@@ -150,8 +159,9 @@ class Run:
 
     def dataset(self, split: str) -> Any:
         """The data set of "train" or "val"."""
-        init_default_scope(self.config.default_scope)
-        return DATASETS.build(self._dataset_config(split))
+        with user_errors(f"{self.folder}: {split}_dataloader.dataset"):
+            init_default_scope(self.config.default_scope)
+            return DATASETS.build(self._dataset_config(split))
 
     def scenes(self, count: int) -> list[Scene]:
         """At most `count` validation images, evenly spread."""
@@ -160,15 +170,20 @@ class Run:
 
     def model(self) -> nn.Module:
         """The trained model on the CPU, in evaluation mode, in one process and without DeepSpeed's engine."""
-        init_default_scope(self.config.default_scope)
-        model = MODELS.build(_in_one_process(self.config.model))
-        load_global_state_dict(model, load_file(self._file("model.safetensors")))
-        return model.eval()
+        with user_errors(f"{self.folder}: its model and model.safetensors"):
+            init_default_scope(self.config.default_scope)
+            model = MODELS.build(_in_one_process(self.config.model))
+            load_global_state_dict(model, load_file(self._file("model.safetensors")))
+            return model.eval()
 
     def _log(self) -> Iterator[dict[str, Any]]:
         """Line by line; a step that a resumed run has done again is there twice."""
         for log in sorted(self.folder.rglob("scalars.json")):
-            yield from map(json.loads, log.read_text().splitlines())
+            with user_errors(f"{log} is damaged"):
+                lines = [json.loads(line) for line in log.read_text().splitlines()]
+                if not all(isinstance(line, dict) for line in lines):
+                    raise ValueError("a line is no JSON object")
+            yield from lines
 
     def _dataset_config(self, split: str) -> Any:
         """Without the wrapper that seeds its augmentations: a report draws none."""
@@ -193,6 +208,7 @@ def report(folders: Sequence[str | Path], out: str | Path) -> list[Row]:
         UserError: a folder that is no finished run's.
     """
     runs, out = [Run(Path(folder)) for folder in folders], Path(out)
+    check_folder(out, "--out")
     rows = [row for run, majority in zip(runs, _majorities(runs), strict=True) for row in run.rows(majority)]
     out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
@@ -227,7 +243,10 @@ def analyze(folder: str | Path, out: str | Path, before: str | Path | None = Non
     Raises:
         UserError: no finished run's work dir, a dense model, or two runs with other experts.
     """
+    if images < 1:
+        raise UserError(f"--images is {images}; it is at least 1")
     run, out = Run(Path(folder)), Path(out)
+    check_folder(out, "--out")
     model = run.model()
     weights = weight_statistics(model)
     moved = movement(Run(Path(before)).model(), model) if before else {}

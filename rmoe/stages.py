@@ -91,18 +91,31 @@ class Training:
 
         Raises:
             Failed: the command failed, or left an incomplete run.
+            UserError: there is something in its work dir that it has not made.
         """
-        if self.folder.exists() and not self.current():
-            shutil.rmtree(self.folder)
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not self.current():
+            self._remove()
         if self.complete():
             return False
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"the work dir {self.folder} cannot be made ({error}); give another") from error
         (self.folder / "fingerprint").write_text(self.fingerprint())
         log = self.folder / "output.log"
         run_logged(self.command(), log, show)
         if not self.complete():  # a launcher that was killed may leave with 0
             raise Failed(f"{self.folder} is not complete; see {log}, and run this again")
         return True
+
+    def _remove(self) -> None:
+        """Removes the work dir of another configuration; a run has left its fingerprint there."""
+        if self.folder.is_symlink() or not (self.folder / "fingerprint").is_file():
+            raise UserError(
+                f"{self.folder} is there already, and no pipeline has made it (it has no file 'fingerprint'); move it "
+                "away, or give another work dir"
+            )
+        shutil.rmtree(self.folder)
 
 
 def run_logged(command: Sequence[str], log: Path, show: Show | None = None) -> None:

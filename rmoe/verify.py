@@ -10,11 +10,13 @@ compared with plain PyTorch on the whole batch. A table says what passed, by how
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -32,10 +34,14 @@ from torch import Tensor, nn
 
 from rmoe.cli import run_guarded
 from rmoe.config import ResidualMoEConfig
-from rmoe.engine import checkpoint, elastic, launch
+from rmoe.engine import checkpoint, elastic
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import mend_clipping
+from rmoe.engine.lock import make_folder
 from rmoe.engine.optim import param_groups
+from rmoe.engine.processes import join, set_place
+from rmoe.engine.read_config import folder_name, seconds
+from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 from rmoe.moe.state import global_state_dict, load_global_state_dict, local_experts, roles
@@ -320,25 +326,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = argparse.ArgumentParser(prog="verify.py", description=__doc__.partition("\n")[0])
     words.add_argument(
         "--work-dir",
-        type=Path,
+        type=folder_name,
         default=Path("work_dirs") / "verify",
         metavar="DIR",
-        help="for a checkpoint, on a file system that all processes share; made and removed (default: %(default)s)",
+        help="for a checkpoint, in a new folder there that is removed again, on a file system that all processes share "
+        "(default: %(default)s)",
     )
-    words.add_argument("--timeout", type=float, default=300, metavar="SECONDS", help="of communication (default: 300)")
+    words.add_argument(
+        "--timeout", type=seconds, default=300, metavar="SECONDS", help="of communication (default: 300)"
+    )
     words.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
     arguments = words.parse_args(argv)
     deepspeed_logger.setLevel(logging.ERROR)
-    launch.set_slurm()
-    launch.set_alone()
-    launch.join(arguments.timeout)
-    results = run(arguments.work_dir)
-    dist.barrier()
+    set_place()
+    join(arguments.timeout)
+    with fresh_folder(arguments.work_dir) as folder:
+        results = run(folder)
+        dist.barrier()
     if dist.get_rank() == 0:
         show(results)
-        shutil.rmtree(arguments.work_dir, ignore_errors=True)
     dist.destroy_process_group()
     return 0 if all(one.passed for one in results) else 1
+
+
+@contextlib.contextmanager
+def fresh_folder(parent: Path) -> Iterator[Path]:
+    """Makes a new folder in `parent`, the same for all processes; removes it afterwards, and `parent` if that is new.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    made, said, existed = "", "", parent.exists()
+    if dist.get_rank() == 0:
+        try:
+            make_folder(parent)
+            made = tempfile.mkdtemp(prefix="verify_", dir=parent)
+        except (OSError, UserError) as error:
+            said = f"no folder can be made in {parent} ({error}); give another --work-dir"
+    found: list[Any] = [(made, said)]
+    dist.broadcast_object_list(found)
+    made, said = found[0]
+    if said:
+        raise UserError(said)
+    try:
+        yield Path(made)
+    finally:
+        if dist.get_rank() == 0:
+            shutil.rmtree(made, ignore_errors=True)
+            if not existed:
+                with contextlib.suppress(OSError):
+                    parent.rmdir()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Block(nn.Module):
         super().__init__()
         self.norm, self.drop_path = nn.LayerNorm(WIDTH), DropPath(drop_path)
         self.mlp: nn.Module = Mlp(WIDTH, 2 * WIDTH)
-        if moe:
+        if moe is not None:
             self.mlp = ResidualMoE(self.mlp, ResidualMoEConfig.from_dict(moe))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -111,7 +111,7 @@ class ToyMetric(BaseMetric):
 CONFIG = """
 custom_imports = dict(imports=["toy"], allow_failed_imports=False)
 stage = "residual"
-model = dict(type="ToyModel", moe=dict(), drop_path=0.2)
+model = dict(type="ToyModel", drop_path=0.2)
 train_dataloader = dict(
     batch_size=4, num_workers=0, sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(type="ToyTokens", length=12, noise=0.1))

@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
+from rmoe.engine.building import described
 from rmoe.errors import UserError, nearest
 
 AUTO = "auto"
 _MICRO, _ACCUMULATION, _GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+_DTYPES = ("bfloat16", "bf16", "float16", "fp16")  # of torch_autocast
+_LARGEST, _DEEPEST = 2**20, 16  # bytes of a file, levels in it
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON file.
+    """Returns the content of a DeepSpeed JSON file.
 
     Raises:
-        UserError: no such file, no JSON object, a top-level key that DeepSpeed does not read, or a section that this
-            project does not leave to it.
+        UserError: no such file, no JSON object, a key at any level that DeepSpeed does not read, a value of another
+            type, or a section that this project does not leave to it.
     """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"there is no DeepSpeed JSON file {path} ({error.strerror}); see ds_configs/") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is not JSON: {error}; see ds_configs/ for examples") from error
+    content = _parsed(path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}; it must hold a JSON object, see ds_configs/")
     known = top_level_keys()
@@ -38,36 +38,160 @@ def read_json(path: Path) -> dict[str, Any]:
     for key in ("optimizer", "scheduler"):
         if key in content:
             raise UserError(f"{path} has the key '{key}'; say it in the config: optim_wrapper, param_scheduler")
+    for key, value in content.items():
+        _check_section(path, key, value)
     for key in ("fp16", "bf16", "bfloat16"):
-        if isinstance(content.get(key), dict) and content[key].get("enabled"):
+        if content.get(key, {}).get("enabled"):
             dtype = "float16" if key == "fp16" else "bfloat16"
             raise UserError(
                 f"{path} enables '{key}', which casts weights but neither inputs nor buffers, and fails in a Swin; use "
                 f'"torch_autocast": {{"enabled": true, "dtype": "{dtype}"}}'
             )
+    _check_numbers(path, content)
     return content
 
 
+def _parsed(path: Path) -> Any:
+    def refuse(constant: str) -> NoReturn:
+        raise UserError(f"{path} has {constant}, which is no number of JSON; give a finite one")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path} has the key '{twice[0]}' twice in one object; remove one")
+        return dict(pairs)
+
+    try:
+        if path.is_file() and path.stat().st_size > _LARGEST:
+            raise UserError(
+                f"{path} has more than {_LARGEST} bytes; DeepSpeed's keys take a few lines, see ds_configs/"
+            )
+        content = json.loads(path.read_text("utf-8"), parse_constant=refuse, object_pairs_hook=unique)
+    except OSError as error:
+        raise UserError(f"there is no DeepSpeed JSON file {path} ({error.strerror}); see ds_configs/") from error
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON in UTF-8: {described(error)}; see ds_configs/ for examples") from error
+    for where, level, value in _values(content):
+        if level > _DEEPEST:
+            raise UserError(f"{path} has more than {_DEEPEST} levels, at '{where}'; see ds_configs/ for examples")
+        if isinstance(value, int | float) and not abs(value) < 2**63:
+            raise UserError(f"{path}: {where} is a number that is too large; give one below 2^63")
+    return content
+
+
+def _values(content: Any) -> Iterator[tuple[str, int, Any]]:
+    """Yields (dotted key, level, value) of everything in it."""
+    todo = [("", 0, content)]
+    while todo:
+        where, level, node = todo.pop()
+        yield where, level, node
+        items: Iterable[Any] = (
+            node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+        )
+        todo += [(f"{where}.{key}".lstrip("."), level + 1, value) for key, value in items]
+
+
+def _check_section(path: Path, key: str, value: Any) -> None:
+    """Checks what stands under a top-level key by asking DeepSpeed itself, for this key alone."""
+    default = _asked_for()[key]
+    if isinstance(default, bool) and not isinstance(value, bool):
+        raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
+    section = _section(key)
+    if section is not None and not isinstance(value, dict):
+        raise UserError(f"{path}: {key} is {value!r}; it takes an object, such as {{}}")
+    for name, inner in value.items() if section else ():
+        _check_key(path, f"{key}.{name}", inner, section or {})
+    if value != AUTO:
+        _ask_deepspeed({key: value}, f"{path}: DeepSpeed refuses {key}")
+
+
+def _check_key(path: Path, key: str, value: Any, section: Mapping[str, Any]) -> None:
+    """Checks a key of a section against what DeepSpeed asks for there, and against the type of its default."""
+    name = key.partition(".")[2]
+    if name not in section:
+        raise UserError(f"{path}: DeepSpeed has no key '{key}'{nearest(name, section)}")
+    default = section[name]
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
+    elif isinstance(default, int | float) and not _is_number(value):
+        raise UserError(f"{path}: {key} is {value!r}; it takes a number")
+
+
+def _check_numbers(path: Path, content: Mapping[str, Any]) -> None:
+    clipping = content.get("gradient_clipping", AUTO)
+    if clipping != AUTO and not (_is_number(clipping) and clipping >= 0):
+        raise UserError(
+            f'{path}: gradient_clipping is {clipping!r}; it is the largest norm of the gradient, 0 for none, or "auto"'
+        )
+    stage = content.get("zero_optimization", {}).get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
+        raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it is one of 0, 1, 2, 3")
+    dtype = content.get("torch_autocast", {}).get("dtype", _DTYPES[0])
+    if dtype not in _DTYPES:
+        raise UserError(f"{path}: torch_autocast.dtype is {dtype!r}; it is one of {', '.join(_DTYPES)}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _ask_deepspeed(content: dict[str, Any], what: str) -> None:
+    """Lets DeepSpeed read `content`; what it refuses becomes a user's error that begins with `what`."""
+    try:
+        DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{what}: {where} = {first.get('input')!r}: {first['msg']}") from error
+    except Exception as error:  # asserts, mostly, of what does not go together
+        raise UserError(f"{what}: {described(error)}; see its documentation of that section") from error
+
+
 def top_level_keys() -> set[str]:
-    """The top-level keys that the installed DeepSpeed reads: those that it asks for in an empty file."""
+    """Returns the top-level keys that the installed DeepSpeed reads."""
+    return set(_asked_for())
+
+
+@cache
+def _asked_for() -> dict[str, Any]:
+    """Returns what DeepSpeed asks for in an empty file, with its defaults."""
     asked = _Asked()
     DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params(asked)
-    return asked.keys_asked_for
+    return asked.asked_for
+
+
+@cache
+def _section(key: str) -> dict[str, Any] | None:
+    """Returns what DeepSpeed asks for in the section `key`, with its defaults; {} where a model of its own checks the
+    keys, None where the key is no section.
+    """
+    asked = _Asked()
+    try:
+        DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params({key: asked})
+        DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params({key: {"no such key": 1}})
+    except ValidationError:
+        return {}
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return asked.asked_for or (_asked_for()[key] if isinstance(_asked_for()[key], dict) else None)
 
 
 class _Asked(dict[str, Any]):
-    """An empty dict that remembers which keys it was asked for."""
+    """An empty dict that remembers which keys it was asked for, and with which defaults."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.keys_asked_for: set[str] = set()
+        self.asked_for: dict[str, Any] = {}
 
     def get(self, key: str, default: Any = None) -> Any:
-        self.keys_asked_for.add(key)
+        self.asked_for[key] = default
         return default
 
     def __contains__(self, key: object) -> bool:
-        self.keys_asked_for.add(str(key))
+        self.asked_for.setdefault(str(key), None)
         return False
 
     def keys(self) -> Any:
@@ -112,12 +236,7 @@ def resolve(
     resolved = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **content}
     resolved |= {_MICRO: micro, _ACCUMULATION: steps, _GLOBAL: total}
     resolved |= {"gradient_clipping": float(max_norm if clipping == AUTO else clipping)}
-    try:
-        DeepSpeedConfig.__new__(DeepSpeedConfig)._initialize_params(resolved)
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"DeepSpeed refuses {where} = {first.get('input')!r}: {first['msg']}") from error
+    _ask_deepspeed(resolved, "DeepSpeed refuses")
     return resolved
 
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from rmoe.cost import Parameters, count_parameters
 from rmoe.engine import checkpoint, elastic, run_state
+from rmoe.engine.building import user_errors
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
 from rmoe.engine.weights import load_weights
@@ -139,7 +140,7 @@ class Strategy(DeepSpeedStrategy):
 
     def _wrap_model(self, model: nn.Module) -> Engine:
         self._scale_lr()
-        with _scalars_sent():
+        with user_errors("the DeepSpeed JSON"), _scalars_sent():
             engine, self.optim_wrapper.optimizer, *_ = deepspeed.initialize(
                 model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
             )
@@ -348,20 +349,3 @@ class Runner(FlexibleRunner):
                     f"{foreign[0]} is a file, and in the way of a checkpoint, which is a folder; move it away or give "
                     "another --work-dir"
                 )
-
-
-@contextmanager
-def user_errors(where: str) -> Iterator[None]:
-    """Turns what mmengine raises for a name that it does not know into a `UserError`."""
-    try:
-        yield
-    except KeyError as error:
-        if "registry" in str(error):
-            raise UserError(f"{where}: {error.args[0]}") from error
-        raise
-    except TypeError as error:
-        if "unexpected keyword argument" in str(error) or "required positional argument" in str(error):
-            raise UserError(f"{where}: {error}; see the signature of that class") from error
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"{where}: {error}; check the path") from error

@@ -113,7 +113,7 @@ def test_the_error_of_another_process_is_passed_on(tmp_path: Path) -> None:
 
 
 def test_a_process_that_never_comes(tmp_path: Path) -> None:
-    start = "import sys; from rmoe.engine import launch; launch._APART = 2.0; launch.main(sys.argv[1:])"
+    start = "import sys; from rmoe.engine import launch, processes; processes._APART = 2.0; launch.main(sys.argv[1:])"
     words = command(tmp_path, "run", None, "--timeout", "2")
     ended = run_processes(tmp_path, ["-c", start, *words], 1, env={"WORLD_SIZE": "2"}, check=False)[0]
     assert ended.returncode == faults.FAULT, ended.stderr[-3000:]

@@ -11,7 +11,7 @@ from conftest import ROOT
 from mmengine.config import Config
 from toy import write_config, write_json
 
-from rmoe.engine import launch
+from rmoe.engine import launch, processes
 from rmoe.engine.checkpoint import RUN, Layout, write_marker
 from rmoe.engine.ds_json import read_json
 from rmoe.errors import UserError
@@ -163,7 +163,7 @@ def test_a_process_without_launcher_is_alone(monkeypatch: pytest.MonkeyPatch) ->
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.setenv(name, "x")
         monkeypatch.delenv(name)
-    launch.set_alone()
+    processes.set_place()
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
     assert int(os.environ["MASTER_PORT"]) > 0
 
@@ -186,7 +186,9 @@ def test_other_processes_let_the_first_one_speak(monkeypatch: pytest.MonkeyPatch
     slept: list[float] = []
     monkeypatch.setattr(launch.time, "sleep", slept.append)
     words = [str(tmp_path / "absent.py"), "--deepspeed_config", str(write_json(tmp_path / "x.json"))]
-    monkeypatch.setenv("RANK", "1")
+    place = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "7"}
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
     assert launch.main(words) == 2
     assert slept
     monkeypatch.setenv("RANK", "0")
@@ -215,7 +217,7 @@ def slurm_step(monkeypatch: pytest.MonkeyPatch, **variables: str) -> None:
 
 def test_srun_starts_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_step(monkeypatch)
-    launch.set_slurm()
+    processes.set_slurm()
     found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")}
     assert list(found.values()) == ["5", "7", "1", "3", "gpu08-a"]
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
@@ -224,14 +226,14 @@ def test_srun_starts_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_on_one_node_they_meet_on_loopback(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_step(monkeypatch, STEP_NUM_NODES="1", NODEID="0")
     monkeypatch.setenv("MASTER_PORT", "77")
-    launch.set_slurm()
+    processes.set_slurm()
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "77")
 
 
 def test_another_launcher_wins_over_srun(monkeypatch: pytest.MonkeyPatch) -> None:
     slurm_step(monkeypatch)
     monkeypatch.setenv("RANK", "0")
-    launch.set_slurm()
+    processes.set_slurm()
     assert "WORLD_SIZE" not in os.environ
 
 
@@ -239,7 +241,7 @@ def test_the_shell_of_an_allocation_is_no_rank(monkeypatch: pytest.MonkeyPatch) 
     """A batch script and salloc's shell have SLURM_NTASKS, even SLURM_PROCID, but no step."""
     slurm_step(monkeypatch, NTASKS="7")
     monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
-    launch.set_slurm()
+    processes.set_slurm()
     assert "RANK" not in os.environ
 
 
@@ -248,7 +250,7 @@ def test_the_shell_of_an_allocation_is_no_rank(monkeypatch: pytest.MonkeyPatch) 
     [("n1", "n1"), ("n1,n2", "n1"), ("n[1-2]", "n1"), ("r[3-4]n[01,07],x", "r3n01"), ("a-b[7]", "a-b7")],
 )
 def test_the_first_host(nodes: str, first: str) -> None:
-    assert launch.first_host(nodes) == first
+    assert processes.first_host(nodes) == first
 
 
 def test_a_safe_config_is_data(tmp_path: Path) -> None:
@@ -275,8 +277,8 @@ def test_a_shipped_config_is_safe_once_it_is_data(name: str, tmp_path: Path) -> 
         ("default_scope: evil", "names 'evil'"),
         ("custom_imports: {imports: [os.path]}", "names 'os.path'"),
         ("model: {type: subprocess.Popen}", "names 'subprocess.Popen'"),
-        ("a: [{b: {type: rmoe.cost.subprocess.Popen}}]", "neither ours nor OpenMMLab's"),
-        ("a: !!python/object/apply:os.system [ls]", "cannot be read as YAML"),
+        ("a: [{b: {type: rmoe.cost.subprocess.Popen}}]", "which no registry"),
+        ("a: !!python/object/apply:os.system [ls]", "has the tag.*os.system"),
         ("a: {type: rmoe.engine.hooks.write_json}", "names 'rmoe.engine.hooks.write_json'"),
         ("default_scope: a.b", "names 'a.b'"),
     ],

@@ -1,0 +1,120 @@
+"""What may change between a checkpoint and the run that goes on from it, and what may not.
+
+A checkpoint says which config it was made with, as text. It is read as data: nothing in it is run.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rmoe.config import ResidualMoEConfig
+from rmoe.engine.checkpoint import RUN
+from rmoe.errors import UserError
+
+_REFUSED = ("model", "optim_wrapper.optimizer", "optim_wrapper.paramwise_cfg", "optim_wrapper.clip_grad")
+_TOLD = ("train_cfg", "param_scheduler", "train_dataloader", "custom_hooks", "val_evaluator")
+# Of a model: where weights come from, how experts are spread and what is kept for backward. None changes the function.
+_FREE = {"core", "init_cfg", "pretrained", "checkpoint", "ep_size", "exchange", "recompute", "with_cp"}
+_NOTED = {
+    "param_scheduler": "the checkpoint's schedule goes on, and the new one is not read",
+    "train_cfg": "the run goes on with the new one",
+}
+
+
+def told(path: Path, cfg: Any) -> list[str]:
+    """Compares a config with that of the checkpoint `path`.
+
+    Returns:
+        One line for every section that differs and may.
+
+    Raises:
+        UserError: the model's function, its losses or the meaning of the optimizer would be others than the
+            checkpoint's, whose state would go on as if nothing had changed.
+    """
+    if not (before := _parsed(_text(path))):
+        return []
+    now = _parsed(cfg.pretty_text)
+    for section in _REFUSED:
+        old, new = (dict(_flat(_section(one, section), section)) for one in (before, now))
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key) and _FREE.isdisjoint(key.split(".")):
+                raise UserError(
+                    f"{path} was made with {key} {_said(old, key)}; this run has {_said(new, key)}. Resume with the "
+                    "former, or start a new run from its weights alone: another --work-dir and --cfg-options "
+                    f"load_from={path}"
+                )
+    notes = []
+    for section in _TOLD:
+        old, new = (dict(_flat(_section(one, section), section)) for one in (before, now))
+        if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
+            which = "; ".join(f"{key} was {_said(old, key)}, is {_said(new, key)}" for key in changed[:3])
+            notes.append(f"resuming with another {section}: {which}; {_NOTED.get(section, _NOTED['train_cfg'])}")
+    return notes
+
+
+def _text(path: Path) -> str:
+    """Returns the config in a checkpoint; nothing, where there is none, as in one that is damaged."""
+    try:
+        return str(json.loads((path / RUN).read_text())["meta"]["cfg"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    """Returns a config's text as data; keys that are no literals are left out."""
+    try:
+        lines = ast.parse(text).body
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    return {
+        line.targets[0].id: _value(line.value)
+        for line in lines
+        if isinstance(line, ast.Assign) and isinstance(line.targets[0], ast.Name)
+    }
+
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict":
+        values = {word.arg: _value(word.value) for word in node.keywords if word.arg}
+        for one in node.keywords:
+            if one.arg is None:  # dict(**{...}), for keys that are no names
+                values |= _value(one.value)
+        return values
+    if isinstance(node, ast.Dict):
+        return {_value(key): _value(value) for key, value in zip(node.keys, node.values, strict=True) if key}
+    if isinstance(node, ast.List | ast.Tuple):
+        return [_value(item) for item in node.elts]
+    try:
+        return ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+
+
+def _section(config: Mapping[str, Any], path: str) -> Any:
+    node: Any = config
+    for name in path.split("."):
+        node = node.get(name) if isinstance(node, Mapping) else None
+    return node
+
+
+def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value); every `moe` with its defaults, so that it does not matter which are written out."""
+    if path.endswith(".moe") and isinstance(node, Mapping):
+        node = dataclasses.asdict(ResidualMoEConfig.from_dict(node))
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _flat(value, f"{path}.{key}")
+    elif isinstance(node, list | tuple) and any(isinstance(item, Mapping) for item in node):
+        for index, value in enumerate(node):
+            yield from _flat(value, f"{path}.{index}")
+    elif node is not None:
+        yield path, list(node) if isinstance(node, tuple) else node
+
+
+def _said(values: Mapping[str, Any], key: str) -> str:
+    return repr(values[key]) if key in values else "not set"

@@ -1,0 +1,222 @@
+"""From a config and a DeepSpeed JSON to what the runner needs: everything is checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, ConfigDict
+
+from rmoe.config import ResidualMoEConfig
+from rmoe.engine import changes, checkpoint, ds_json
+from rmoe.engine.check_values import check_values
+from rmoe.engine.checkpoint import Layout
+from rmoe.engine.lock import check_folder
+from rmoe.engine.processes import backend
+from rmoe.errors import UserError, nearest
+
+_CONSTRUCTORS = (None, "DefaultOptimWrapperConstructor", "rmoe.ParamGroups")
+_WRAPPER_KEYS = {
+    *("type", "optimizer", "constructor", "paramwise_cfg", "clip_grad", "accumulative_counts"),
+    *("dtype", "loss_scale", "use_fp64"),  # of a wrapper without DeepSpeed: the precision is in the JSON
+}
+_SAMPLERS = {
+    "InfiniteSampler": "rmoe.InfiniteSampler",
+    "DefaultSampler": "rmoe.EpochSampler",
+    "EpochSampler": "rmoe.EpochSampler",
+}
+_HOOKS = "rmoe.engine.hooks"
+_BALANCE = "rmoe.GateBalanceHook"
+
+
+def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: Path | None, resume: bool) -> list[str]:
+    """Fills in, in place, what the runner needs: any mmengine config with a train loop will do.
+
+    Args:
+        cfg: the config.
+        content: of the DeepSpeed JSON.
+        processes: number of processes.
+        work_dir: of the command line.
+        resume: of the command line.
+
+    Returns:
+        What to tell the user, once there is a log.
+
+    Raises:
+        UserError: before anything is built or written.
+    """
+    notes: list[str] = []
+    check_values(cfg)
+    moe = [ResidualMoEConfig.from_dict(values) for values in moe_dicts(cfg.model)]
+    _check_experts(moe, ds_json.zero_stage(content), processes)
+    config = _deepspeed_config(cfg, content, processes)
+    cfg.train_dataloader.batch_size = config["train_micro_batch_size_per_gpu"]
+    cfg.randomness = dict(cfg.get("randomness") or {}, seed=(cfg.get("randomness") or {}).get("seed") or 0)
+    layout = Layout(
+        processes=processes,
+        ep_size=max((one.ep_size for one in moe), default=1),
+        num_experts=max((one.num_experts for one in moe), default=0),
+        micro_batch=config["train_micro_batch_size_per_gpu"],
+        accumulation=config["gradient_accumulation_steps"],
+        seed=cfg.randomness["seed"],
+    )
+    cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename or "run").stem)
+    check_folder(Path(cfg.work_dir))
+    cfg.resume, load_from = _start(cfg, resume, layout, notes), cfg.get("load_from")
+    cfg.load_from = None if cfg.resume else load_from
+    cfg.strategy = {
+        "type": "rmoe.engine.strategy.Strategy",
+        "config": config,
+        "layout": vars(layout),
+        "load_from": cfg.load_from,
+    }
+    cfg.launcher = "pytorch"
+    cfg.env_cfg = dict(cfg.get("env_cfg") or {}, dist_cfg={"backend": backend()})
+    _seed_data(cfg.train_dataloader, cfg.randomness["seed"], notes)
+    if "EpochBased" not in str(cfg.train_cfg.get("type")) and not cfg.train_cfg.get("by_epoch"):
+        cfg.log_processor = {"by_epoch": False, **(cfg.get("log_processor") or {})}
+    for loader in ("train_dataloader", "val_dataloader"):
+        if cfg.get(loader):
+            cfg[loader].setdefault("worker_init_fn", {"type": "rmoe.engine.faults.spare_worker"})
+    _add_tensorboard(cfg)
+    _add_hooks(cfg, notes)
+    if cfg.resume:
+        notes += changes.told(Path(cfg.resume), cfg)
+    return notes
+
+
+def moe_dicts(node: Any) -> Iterator[Mapping[str, Any]]:
+    """Yields every dict named `moe`, wherever in a model's config; an empty one is a mixture with the defaults."""
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            if key == "moe" and isinstance(value, Mapping):
+                yield value
+            else:
+                yield from moe_dicts(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from moe_dicts(value)
+
+
+def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> None:
+    if moe and stage == 3:
+        raise UserError(
+            "zero_optimization.stage is 3, which splits every parameter over all processes, and DeepSpeed does not do "
+            "that with experts; use stage 2 (ds_configs/zero2.json) and spread the experts by moe.ep_size"
+        )
+    for one in moe:
+        if processes % one.ep_size:
+            fitting = [n for n in range(1, processes + 1) if processes % n == 0 and one.num_experts % n == 0]
+            raise UserError(
+                f"moe.ep_size {one.ep_size} does not divide the {processes} processes; use one of {fitting}"
+            )
+
+
+def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -> dict[str, Any]:
+    """DeepSpeed's config; what of `cfg.optim_wrapper` is DeepSpeed's business goes there."""
+    wrapper = cfg.optim_wrapper
+    for key in wrapper:
+        if key not in _WRAPPER_KEYS:
+            raise UserError(f"optim_wrapper has no key '{key}'{nearest(key, _WRAPPER_KEYS)}")
+    if wrapper.get("constructor") not in _CONSTRUCTORS:
+        raise UserError(f"optim_wrapper.constructor is {wrapper.constructor!r}; use 'rmoe.ParamGroups', or none")
+    if wrapper.get("constructor") != "rmoe.ParamGroups":
+        # mmengine decays everything that a config does not except.
+        wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), "exempt": False}
+        wrapper.constructor = "rmoe.ParamGroups"
+    clip = wrapper.get("clip_grad") or {}
+    if clip.get("norm_type", 2) != 2 or set(clip) - {"max_norm", "norm_type", "error_if_nonfinite", "foreach"}:
+        raise UserError(f"optim_wrapper.clip_grad is {clip}; DeepSpeed clips by max_norm with norm_type 2 only")
+    return ds_json.resolve(
+        content,
+        batch_size=cfg.train_dataloader.get("batch_size") or 1,
+        accumulation=wrapper.get("accumulative_counts", 1),
+        max_norm=clip.get("max_norm", 0.0),
+        processes=processes,
+    )
+
+
+def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str | bool:
+    """The newest checkpoint of the work dir, or False; which one is intact is found out together."""
+    folder = Path(cfg.work_dir)
+    found, wrong = checkpoint.whole(folder)
+    there = [*found, *(path for path in wrong if (path / checkpoint.MARKER).exists())]
+    if there and not resume:
+        raise UserError(f"{there[0]} is there already; give --resume to go on from it, or another --work-dir")
+    if there and not found:
+        harms = "; ".join(f"{path.name} is {harm}" for path, harm in wrong.items())
+        raise UserError(f"no checkpoint in {folder} can be resumed: {harms}; move them away to start anew")
+    if resume:
+        notes += [f"{path} is {harm}; it is ignored" for path, harm in wrong.items()]
+        notes.append(f"resuming from {found[0]}" if found else f"no complete checkpoint in {folder}: starting anew")
+    if not found:
+        return False
+    checkpoint.check_layout(found[0], layout)
+    return str(found[0])
+
+
+def check_unused(cfg: Config) -> None:
+    """Looks again, once the work dir is this run's alone, whether another one has left a checkpoint there meanwhile.
+
+    Raises:
+        UserError: one is there, and this run is to start anew.
+    """
+    if not cfg.resume and (found := checkpoint.whole(Path(cfg.work_dir))[0]):
+        raise UserError(
+            f"another run has left {found[0]} meanwhile; start again with --resume, or give another --work-dir"
+        )
+
+
+def _seed_data(loader: ConfigDict, seed: int, notes: list[str]) -> None:
+    """Makes what the loader yields a function of the position in the run (see `rmoe.engine.randomness`)."""
+    sampler = loader.get("sampler") or {"type": "InfiniteSampler", "shuffle": True}
+    name = _short(sampler["type"])
+    if name in _SAMPLERS:
+        loader.sampler = dict(sampler, type=_SAMPLERS[name], seed=seed)
+    else:
+        notes.append(f"sampler {name}: a resumed run will not see the same augmentations")
+    inner = loader.dataset.dataset if _short(loader.dataset.type) == "SeededDataset" else loader.dataset
+    loader.dataset = {"type": "rmoe.SeededDataset", "dataset": inner, "seed": seed}
+
+
+def _short(kind: Any) -> str:
+    """The name of a registered class, without its package."""
+    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
+
+
+def _add_tensorboard(cfg: Config) -> None:
+    visualizer = cfg.get("visualizer") or {"type": "Visualizer", "vis_backends": [{"type": "LocalVisBackend"}]}
+    backends = list(visualizer.get("vis_backends") or [])
+    if not any(_short(backend["type"]) == "TensorboardVisBackend" for backend in backends):
+        backends.append({"type": "TensorboardVisBackend"})
+    cfg.visualizer = dict(visualizer, vis_backends=backends)
+
+
+def _add_hooks(cfg: Config, notes: list[str]) -> None:
+    stage = cfg.get("stage")
+    ours = [
+        {"type": f"{_HOOKS}.RunningStatsHook"},
+        {"type": "rmoe.engine.randomness.StepSeedHook", "seed": cfg.randomness["seed"]},
+        {"type": f"{_HOOKS}.LocalExpertsHook"},
+        {"type": f"{_HOOKS}.CostHook", "stage": stage},
+        {"type": f"{_HOOKS}.ExportHook", "stage": stage},
+        {"type": f"{_HOOKS}.ProgressHook"},
+    ]
+    there = {hook["type"] for hook in ours}  # already, in the config that a run has dumped
+    custom = [hook for hook in cfg.get("custom_hooks") or [] if hook["type"] not in there]
+    if not any(hook["type"] == _BALANCE for hook in custom):
+        every = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
+        custom.append({"type": _BALANCE, "interval": every})
+    for hook in custom:
+        if _short(hook["type"]) == "EMAHook" and hook["type"] != "rmoe.EMAHook":
+            ours_is = f"dict(type='rmoe.EMAHook', momentum={hook.get('momentum', 0.0002)})"
+            raise UserError(f"custom_hooks has mmengine's EMAHook, whose average checkpoints lack; write {ours_is}")
+        if hook["type"] == "rmoe.EMAHook" and ds_json.zero_stage(cfg.strategy.config) == 3:
+            raise UserError("rmoe.EMAHook averages whole weights, which zero_optimization.stage 3 splits; use stage 2")
+    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    if saver.get("max_keep_ckpts") == 1:
+        # mmengine removes the old one before it writes the new one.
+        notes.append("max_keep_ckpts 1 could leave no checkpoint when a run is killed: keeping 2")
+        cfg.default_hooks.checkpoint.max_keep_ckpts = 2
+    cfg.custom_hooks = ours[:1] + custom + ours[1:]  # what an average of weights takes along is in order by then
