@@ -87,7 +87,7 @@ def lock_down() -> None:
         file_handlers[name].load_from_fileobj = _refuse_pickle
     for name in ("yaml", "yml"):
         file_handlers[name].load_from_fileobj = partial(yaml.load, Loader=yaml.CSafeLoader)
-    np.load = _load_array
+    np.load = _load_array  # type: ignore[assignment]
 
 
 def _refuse_pickle(file: Any, **options: Any) -> NoReturn:
