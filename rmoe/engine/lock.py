@@ -25,6 +25,7 @@ from rmoe.errors import UserError
 
 NAME = "run.lock"
 _RENEWED = 3.0  # seconds between two renewals
+_POLL = 1.0  # seconds between two looks at it
 _STALE = 20.0  # seconds without one, after which the lock of another machine's process counts for nothing
 _ROOM = 2**20  # bytes that a work dir needs at the very least
 _WAIT = "wait"
@@ -55,7 +56,7 @@ class Lock:
                 break
             if said[0] != _WAIT:
                 raise UserError(said[0])
-            time.sleep(1)
+            time.sleep(_POLL)
         if is_main_process():
             self._thread = threading.Thread(target=self._renew, name="lock", daemon=True)
             self._thread.start()
@@ -82,8 +83,13 @@ class Lock:
         while True:
             with contextlib.suppress(FileExistsError):
                 descriptor = os.open(self._file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-                os.write(descriptor, json.dumps(self._about).encode())
-                os.close(descriptor)
+                try:
+                    os.write(descriptor, json.dumps(self._about).encode())
+                except OSError:
+                    self._file.unlink()
+                    raise
+                finally:
+                    os.close(descriptor)
                 return ""
             holder = self._holder()
             alive = self._alive(holder)
