@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from rmoe.errors import UserError, nearest
 from rmoe.data.glyphs import THINGS, UPSTREAM
+from rmoe.errors import UserError, nearest
 
 STYLES = ("plain", "tinted", "night", "outline")
 _MOST = 99_999  # images of one kind
@@ -54,9 +54,14 @@ class SceneParams:
             "long_tail": (0, 4),
         }
         for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} is {getattr(self, name)}; it is {low} to {high}")
+            value, kinds = getattr(self, name), (int, float) if name == "long_tail" else (int,)
+            if type(value) not in kinds or not low <= value <= high:
+                raise UserError(f"{name} is {value!r:.80}; it is {low} to {high}, a {'whole ' * (kinds == (int,))}number")
+        if not isinstance(self.styles, (tuple, list)):
+            raise UserError(f"styles are {self.styles!r:.80}; name one or more of {', '.join(STYLES)}, in a tuple")
         for style in self.styles:
+            if not isinstance(style, str):
+                raise UserError(f"style {style!r:.80} is no text; known: {', '.join(STYLES)}")
             if style not in STYLES:
                 raise UserError(f"style '{style}' is unknown{nearest(style, STYLES)}")
         if not self.styles or len(set(self.styles)) < len(self.styles):
