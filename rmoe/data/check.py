@@ -244,10 +244,21 @@ def check_ade20k(root: str | Path, num_classes: int | None = None, full: bool = 
     report = Report(check_class_list(lists[0], num_classes) if lists else [], {"classes": num_classes})
     for split, official in _ADE20K.items():
         folders = root / "images" / split, root / "annotations" / split
-        report.add(check_segmentation(*folders, num_classes, reduce_zero_label=True, full=full), split)
+        suffix = _suffix(folders[0])
+        if suffix != ".jpg":
+            report.notes.append(f"{folders[0]} has *{suffix}; the data set in the config needs img_suffix='{suffix}'")
+        report.add(check_segmentation(*folders, num_classes, True, full=full, img_suffix=suffix), split)
         if lists and lists[0].name == "objectInfo150.txt":
             report.compare(f"{split} images", official)
     return report
+
+
+def _suffix(folder: Path) -> str:
+    """The suffix of the images in a folder: .jpg, unless there is none of these but another kind."""
+    if not os.path.isdir(folder):
+        return ".jpg"
+    found = {os.path.splitext(name)[1] for _, names in walk(folder) for name in names if is_image(name)}
+    return ".jpg" if ".jpg" in found or not found else min(found)
 
 
 def check_imagenet(root: str | Path, full: bool = True) -> Report:

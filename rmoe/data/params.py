@@ -54,9 +54,10 @@ class SceneParams:
             "long_tail": (0, 4),
         }
         for name, (low, high) in limits.items():
-            value, kinds = getattr(self, name), (int, float) if name == "long_tail" else (int,)
-            if type(value) not in kinds or not low <= value <= high:
-                raise UserError(f"{name} is {value!r:.80}; it is {low} to {high}, a {'whole ' * (kinds == (int,))}number")
+            value, real = getattr(self, name), name == "long_tail"
+            if type(value) not in ((int, float) if real else (int,)) or not low <= value <= high:
+                kind = "a number" if real else "a whole number"
+                raise UserError(f"{name} is {value!r:.80}; it is {low} to {high}, {kind}")
         if not isinstance(self.styles, (tuple, list)):
             raise UserError(f"styles are {self.styles!r:.80}; name one or more of {', '.join(STYLES)}, in a tuple")
         for style in self.styles:

@@ -47,6 +47,8 @@ class _CheckedFiles(BaseSegDataset):
                 f"{len(lacking)} of {len(images)} images have no label map, first {lacking[0]['img_path']}: "
                 f"there is no {lacking[0]['seg_map_path']}; add the label maps or remove the images"
             )
+        for one in images:
+            one["num_classes"] = len(self.metainfo["classes"])
         return images
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
@@ -98,7 +100,7 @@ class LoadLabels(LoadAnnotations):
     """mmseg's LoadAnnotations, with the label map checked: one class index of 8 bits for each pixel of the image.
 
     Args:
-        num_classes: classes of the model.
+        num_classes: classes of the model; where the data set has fewer, theirs is the number that counts.
         **mmseg: arguments of mmseg's `LoadAnnotations`.
     """
 
@@ -115,12 +117,13 @@ class LoadLabels(LoadAnnotations):
                 f"{path} is {labels.shape}, its image {results['ori_shape']} (rows, columns); they must agree"
             )
         highest = int(labels.max(where=labels != IGNORED, initial=0))
-        if highest >= self.num_classes:
+        classes = min(self.num_classes, results.get("num_classes", self.num_classes))
+        if highest >= classes:
             first = int(results["reduce_zero_label"])
             void = f"0 or {IGNORED}" if first else f"{IGNORED}"
             raise UserError(
-                f"{path} has the label value {highest + first}; allowed are {first} to {self.num_classes - 1 + first} "
-                f"for the {self.num_classes} classes and {void} for void; mend the file or set num_classes"
+                f"{path} has the label value {highest + first}; allowed are {first} to {classes - 1 + first} "
+                f"for the {classes} classes and {void} for void; mend the file or set num_classes"
             )
         return results
 
