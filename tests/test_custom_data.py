@@ -12,6 +12,7 @@ import mmdet
 import mmseg
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import ROOT, run_processes
 from mmdet.structures import DetDataSample
@@ -39,7 +40,8 @@ STOCK = {
     "mmdet": "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py",
 }
 SIDE = 64
-# So that a step takes a second: narrow models, small images, no pretrained core, one process.
+# So that a step takes a second: narrow models, small images, two steps.
+NARROW = {"embed_dim": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2)}
 MODEL = [
     "model.backbone.kwargs.embed_dim=8",
     "model.backbone.kwargs.depths=[1,1,2,2]",
@@ -60,8 +62,6 @@ MASK_RCNN = [
     "model.test_cfg.rpn.max_per_img=20",
 ]
 RUN = [
-    "model.backbone.core=None",
-    "model.backbone.moe.ep_size=1",
     "train_cfg.max_iters=2",
     "train_cfg.val_interval=2",
     *(
@@ -94,7 +94,16 @@ def write_street(root: Path) -> None:
             (root / folder / split).mkdir(parents=True)
         for name in "ab":
             Image.fromarray(labels).save(root / "annotations" / split / f"{name}.png")
-            Image.fromarray(labels * 60).convert("RGB").save(root / "images" / split / f"{name}.jpg")
+            Image.fromarray(labels * 60).convert("RGB").save(root / "images" / split / f"{name}.png")
+
+
+def write_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs the page's own command in the folder of today, with a narrow random network instead of timm's download."""
+    (code,) = [words[2] for words in COMMANDS if words[:2] == ["python", "-c"]]
+    create = timm.create_model
+    with monkeypatch.context() as narrow:
+        narrow.setattr(timm, "create_model", lambda name, pretrained: create(name, **NARROW))
+        exec(code)
 
 
 def write_fruit(root: Path) -> None:
@@ -121,6 +130,7 @@ def test_a_class_list_and_a_few_lines_are_enough(tmp_path, monkeypatch, capsys):
         (tmp_path / name).symlink_to(ROOT / name)
     write_street(tmp_path / "data" / "street")
     write_fruit(tmp_path / "data" / "fruit")
+    write_core(monkeypatch)
     (tmp_path / "street.py").write_text(CONFIGS[0])
     (tmp_path / "fruit.py").write_text(CONFIGS[1])
     checks, trainings = ([words for words in COMMANDS if words[0] == name] for name in ("rmoe", "deepspeed"))
@@ -152,7 +162,10 @@ def sample(library: str) -> Any:
 
 
 @pytest.mark.parametrize(("library", "by_options"), [("mmseg", False), ("mmdet", True)])
-def test_a_config_that_mmseg_or_mmdet_ships_trains_with_experts(tmp_path, library, by_options):
+def test_a_config_that_mmseg_or_mmdet_ships_trains_with_experts(tmp_path, monkeypatch, library, by_options):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    write_core(monkeypatch)
     stock = Path({"mmseg": mmseg, "mmdet": mmdet}[library].__file__).parent / ".mim" / "configs" / STOCK[library]
     path = tmp_path / "mine.py"
     path.write_text(f'_base_ = ["{stock}"]\n{CONFIGS[2]}')
@@ -160,7 +173,8 @@ def test_a_config_that_mmseg_or_mmdet_ships_trains_with_experts(tmp_path, librar
     path = stock if by_options else path
     words = parser().parse_args([str(path), "--deepspeed_config", "unread.json", "--cfg-options", *options])
     config = read_config(path, words.cfg_options)
-    assert set(config.model.backbone) == {"type", "model", "moe", "kwargs"}  # nothing of the stock backbone is left
+    left = {"type", "model", "core", "moe", "kwargs"}  # nothing of the stock backbone
+    assert set(config.model.backbone) == left
     prepare(config, {}, processes=1, work_dir=tmp_path / "run", resume=False)
     init_default_scope(config.get("default_scope"))
     model = revert_sync_batchnorm(MODELS.build(config.model)).train()

@@ -8,6 +8,7 @@ beside the data, and take one that was cut short for a whole one.)
 
 from __future__ import annotations
 
+import lzma
 import os
 import struct
 import tarfile
@@ -20,13 +21,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
+from rmoe.data.files import IMAGE_SUFFIXES, class_folders, is_image, list_folder
+from rmoe.data.images import UnreadableImage, read_image
 from rmoe.errors import UserError
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff")
 ARCHIVES = (".zip", ".tar")
 _OTHER_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
+_MOST_BYTES = 2**28  # of an unpacked image file
 _LOCAL_HEADER = struct.Struct("<8xH16xHH")  # of a zip's member: how it is packed, lengths of its name and extras
 LAYOUTS = "ROOT/SPLIT/CLASS/*.jpg, ROOT/SPLIT.zip with CLASS/*.jpg inside, or ROOT/SPLIT/CLASS.zip or .tar"
 
@@ -51,23 +55,25 @@ def find_split(root: str | Path, split: str) -> Path:
     """The folder ROOT/SPLIT, or else the archive ROOT/SPLIT.zip or .tar; where there is neither, that folder."""
     folder = Path(root, split)
     archives = (Path(root, f"{split}{suffix}") for suffix in ARCHIVES)
-    return folder if folder.is_dir() else next((path for path in archives if path.is_file()), folder)
+    return folder if os.path.isdir(folder) else next((path for path in archives if os.path.isfile(path)), folder)
 
 
 def archives_of(place: Path) -> list[Path]:
     """What `find_split` found as archives: itself, one for each class, or none if it has class folders.
 
     Raises:
-        UserError: class folders and archives side by side, or archives of another kind.
+        UserError: class folders and archives side by side, or archives of another kind; a folder that cannot be read.
     """
-    if not place.is_dir():
+    if not os.path.isdir(place):
         return [place] if place.suffix in ARCHIVES else []
-    entries = sorted(place.iterdir())
-    if other := [path for path in entries if path.suffix.lower() in _OTHER_ARCHIVES]:
-        raise UserError(f"{other[0]} cannot be read image by image; make it a .zip, or a .tar without compression")
-    archives = [path for path in entries if path.suffix.lower() in ARCHIVES and path.is_file()]
-    if archives and (folders := [path for path in entries if path.is_dir()]):
-        raise UserError(f"{place} has the archive {archives[0].name} and the folder {folders[0].name}; keep one kind")
+    folders, files = list_folder(place)
+    if other := [name for name in files if name.lower().endswith(_OTHER_ARCHIVES)]:
+        raise UserError(
+            f"{place / other[0]} cannot be read image by image; make it a .zip, or a .tar without compression"
+        )
+    archives = [place / name for name in files if name.lower().endswith(ARCHIVES) and not name.startswith(".")]
+    if archives and folders:
+        raise UserError(f"{place} has the archive {archives[0].name} and the folder {folders[0]}; keep one kind")
     return archives
 
 
@@ -80,7 +86,7 @@ def class_names(place: Path) -> list[str]:
     archives = archives_of(place)
     if archives == [place]:
         return index(place, place.stem).classes
-    return sorted({path.stem for path in archives} or {path.name for path in place.iterdir() if path.is_dir()})
+    return sorted({path.stem for path in archives}) or class_folders(place)
 
 
 def index(path: Path, split: str | None = None) -> Members:
@@ -171,9 +177,25 @@ class Packed:
                 method, *lengths = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
                 file.seek(sum(lengths), os.SEEK_CUR)
                 content = file.read(size)
-                return content if method == zipfile.ZIP_STORED else zlib.decompress(content, -zlib.MAX_WBITS)
+                return content if method == zipfile.ZIP_STORED else _inflate(content)
             except (struct.error, zlib.error) as error:
                 raise OSError(str(error)) from error
+
+    def image(self, number: int) -> Image.Image:
+        """The decoded image.
+
+        Raises:
+            UserError: it cannot be read, or is no image of 8 bits a channel; archive and member are named.
+        """
+        try:
+            content = self.read(number)
+        except OSError as error:
+            found = f"{self.name(number)} is no readable image ({error})"
+            raise UnreadableImage(f"{found}; fetch the archive again") from error
+        try:
+            return read_image("", content)
+        except UserError:
+            return read_image(self.name(number), content)  # fails again, with a name
 
     def name(self, number: int) -> str:
         """Archive and member, for a message: the archive is read once more."""
@@ -182,14 +204,21 @@ class Packed:
             return next(f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
 
 
+_DAMAGES = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
+    *(EOFError, ValueError, OverflowError, MemoryError, IndexError, KeyError),
+    RuntimeError,  # encrypted, packed in a way or by a version that Python does not know, nested too deeply
+)
+
+
 @contextmanager
 def whole(archive: Path) -> Iterator[None]:
-    """Says which archive cannot be read."""
+    """Says which archive cannot be read, whatever the readers make of its bytes."""
     try:
         yield
     except UserError:
         raise
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, ValueError) as error:
+    except _DAMAGES as error:
         found = f"{archive} cannot be read to its end ({error})"
         raise UserError(f"{found}; it was cut short or is something else: fetch it again") from error
 
@@ -215,13 +244,18 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
     """Name, place and length of each file in an archive."""
     if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as content:
+            length = path.stat().st_size
             for member in content.infolist():
+                if not 0 <= member.header_offset <= length - member.compress_size or member.compress_size < 0:
+                    raise UserError(f"{path} has '{member.filename}' outside of itself; it is damaged: fetch it again")
                 if member.flag_bits & 1 or member.compress_type not in _READABLE:
                     raise UserError(f"{path} has '{member.filename}' encrypted or not deflated; make a plain zip of it")
                 yield member.filename, member.header_offset, member.compress_size
     else:
         with tarfile.open(path, "r:") as content:
             for one in content:
+                if one.size < 0:
+                    raise tarfile.ReadError(f"'{one.name}' has the size {one.size}")
                 if one.isfile():
                     yield one.name, one.offset_data, one.size
             require_end(content)
@@ -234,10 +268,17 @@ def _parts(name: str) -> list[str]:
 def _is_image(path: Path, name: str) -> bool:
     """Files of other kinds are left alone, as in folders; so are hidden ones, such as those that macOS adds."""
     base = name.rpartition("/")[2]
-    suffix = os.path.splitext(base)[1].lower()
-    if suffix in ARCHIVES + _OTHER_ARCHIVES:
+    if base.lower().endswith(ARCHIVES + _OTHER_ARCHIVES):
         raise UserError(
             f"{path} holds the archive '{name}'; unpack {path.name} alone: a folder with an archive for each class is "
             "read as it is"
         )
-    return suffix in IMAGE_SUFFIXES and not base.startswith(".")
+    return is_image(base)
+
+
+def _inflate(content: bytes) -> bytes:
+    inflating = zlib.decompressobj(-zlib.MAX_WBITS)
+    unpacked = inflating.decompress(content, _MOST_BYTES)
+    if not inflating.eof:
+        raise zlib.error(f"it was cut short, or is longer than {_MOST_BYTES} bytes")
+    return unpacked

@@ -5,8 +5,6 @@ Without `full` only folders are listed (cheap enough before every run); with it 
 
 from __future__ import annotations
 
-import io
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -18,19 +16,13 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 from PIL import Image
 
-from rmoe.data.archives import (
-    IMAGE_SUFFIXES,
-    LAYOUTS,
-    Packed,
-    archives_of,
-    class_names,
-    find_split,
-    index_all,
-    looks_whole,
-)
+from rmoe.data.archives import LAYOUTS, Packed, archives_of, class_names, find_split, index_all, looks_whole
+from rmoe.data.arguments import require_count
+from rmoe.data.classes import class_list, read_classes
+from rmoe.data.files import IMAGE_SUFFIXES, class_images, is_image, list_folder, stems, walk
+from rmoe.data.images import IGNORED, OtherMode, is_turned, read_image, read_label_map
 from rmoe.errors import UserError
 
-IGNORED = 255
 _NAMED = 3  # files of one kind that a message names
 _ADE20K = {"training": 20210, "validation": 2000}  # images of the official set
 _CLASS_LISTS = ("classes.json", "classes.txt", "objectInfo150.txt")
@@ -75,6 +67,16 @@ class Report:
         self.counts |= {f"{name} {key}": count for key, count in part.counts.items()}
         self.notes += part.notes
 
+    def read(self, paths: Sequence[str], images: Sequence[Read]) -> None:
+        """Takes in what became of images, which lie at `paths`, if they have any."""
+        self.problems += [one.problem for one in images if one.problem]
+        if turned := [number for number, one in enumerate(images) if one.turned]:
+            first = f" ({some([paths[number] for number in turned])})" if paths else ""
+            self.notes.append(
+                f"{len(turned)} of {len(images)} images{first} have an EXIF orientation, which is not followed: "
+                "images, label maps, boxes and masks are read as they are stored"
+            )
+
     def compare(self, key: str, official: int | None) -> None:
         """Notes that the official set has another number of something."""
         if official is not None and self.counts.get(key) != official:
@@ -84,7 +86,7 @@ class Report:
 def check_segmentation(
     img_dir: str | Path,
     ann_dir: str | Path,
-    num_classes: int,
+    num_classes: int | None,
     reduce_zero_label: bool = False,
     full: bool = False,
     img_suffix: str = ".jpg",
@@ -94,14 +96,16 @@ def check_segmentation(
 
     Args:
         num_classes: classes without void. With `reduce_zero_label` a label map holds 0 (void) and 1 … num_classes,
-            without it 0 … num_classes - 1; 255 is ignored in both.
+            without it 0 … num_classes - 1; 255 is ignored in both. None: no file is read.
         full: read every file as well: unreadable ones, label maps of a wrong mode or size, label values too high.
     """
+    if num_classes is not None:
+        require_count("num_classes", num_classes, most=IGNORED)
     folders = [Path(img_dir), Path(ann_dir)]
-    missing = [missing_folder(folder) for folder in folders if not folder.is_dir()]
+    missing = [missing_folder(folder) for folder in folders if not os.path.isdir(folder)]
     if missing:
         return Report(missing)
-    images, maps = (_stems(*pair) for pair in zip(folders, (img_suffix, seg_map_suffix), strict=True))
+    images, maps = (stems(*pair) for pair in zip(folders, (img_suffix, seg_map_suffix), strict=True))
     if not images:
         found = f"{img_dir} has no {img_suffix} image"
         return Report([Problem("no-images", str(img_dir), f"{found}; name the folder of the images")])
@@ -116,7 +120,7 @@ def check_segmentation(
         todo = f"add the {img_suffix} files or remove the label maps"
         text = f"{found}{some(lonely, seg_map_suffix)}; {todo}"
         report.problems.append(Problem("label-map-without-image", str(ann_dir), text))
-    if full:
+    if full and num_classes is not None:
         both = sorted(images & maps)
         pairs = [(f"{folders[0] / stem}{img_suffix}", f"{folders[1] / stem}{seg_map_suffix}") for stem in both]
         _read_pairs(pairs, num_classes, reduce_zero_label, report)
@@ -128,30 +132,35 @@ def check_image_folder(root: str | Path, full: bool = False) -> Report:
     archives: ROOT itself, or ROOT/CLASS.zip or .tar.
     """
     root = Path(root)
+    if not os.path.exists(root):
+        return Report([missing_folder(root)])
     try:
         archives = archives_of(root)
+        return _check_archives(root, archives, full) if archives else _check_folders(root, full)
     except UserError as error:
         return Report([Problem("archive", str(root), str(error))])
-    if archives:
-        return _check_archives(root, archives, full)
+
+
+def _check_folders(root: Path, full: bool) -> Report:
+    """Looks at class folders; with `full` also reads each image."""
     if not root.is_dir():
         return Report([missing_folder(root)])
     problems, images = [], []
     classes = class_names(root)
-    if stray := sorted(entry.name for entry in root.iterdir() if _is_image(entry)):
+    if stray := [name for name in list_folder(root)[1] if is_image(name)]:
         found = f"{len(stray)} images lie in {root} itself: {some(stray)}"
         problems.append(Problem("stray-file", str(root), f"{found}; put each into the folder of its class"))
     problems += _too_few(root, classes, "class folders")
     for name in classes:
-        folder = root / name
-        inside = sorted(path for path in folder.rglob("*") if _is_image(path))
+        inside = class_images(root, name)
         if not inside:
-            found = f"class folder {folder} has no image ({', '.join(IMAGE_SUFFIXES)})"
-            problems.append(Problem("empty-class", str(folder), f"{found}; add some or remove the folder"))
+            found = f"class folder {root / name} has no image ({', '.join(IMAGE_SUFFIXES)})"
+            problems.append(Problem("empty-class", str(root / name), f"{found}; add some or remove the folder"))
         images += inside
+    report = Report(problems, {"classes": len(classes), "images": len(images)})
     if full:
-        problems += [problem for _, found in each(lambda path: read_image(str(path)), images) for problem in found]
-    return Report(problems, {"classes": len(classes), "images": len(images)})
+        report.read(images, each(try_image, images))
+    return report
 
 
 def _check_archives(root: Path, archives: Sequence[Path], full: bool) -> Report:
@@ -168,19 +177,10 @@ def _check_archives(root: Path, archives: Sequence[Path], full: bool) -> Report:
     classes = sorted({name for one in members for name in one.classes})
     problems += _too_few(root, classes, "classes")
     packed = Packed(sound, members, classes)
+    report = Report(problems, {"classes": len(classes), "images": len(packed), "archives": len(archives)})
     if full:
-        problems += [
-            problem for found in each(lambda i: _check_packed(packed, i), range(len(packed))) for problem in found
-        ]
-    return Report(problems, {"classes": len(classes), "images": len(packed), "archives": len(archives)})
-
-
-def _check_packed(packed: Packed, number: int) -> list[Problem]:
-    try:
-        content = packed.read(number)
-    except OSError:
-        content = b""
-    return read_image(packed.name(number), content)[1] if read_image("", content)[1] else []
+        report.read([], each(lambda number: _try_packed(packed, number), range(len(packed))))
+    return report
 
 
 def _too_few(root: Path, classes: Sequence[str], what: str) -> list[Problem]:
@@ -191,51 +191,23 @@ def _too_few(root: Path, classes: Sequence[str], what: str) -> list[Problem]:
 
 
 def check_split(root: str | Path, split: str) -> list[Problem]:
-    """A look at a split of a classification set: whether it is there, and an archive of it ends as it should."""
+    """Looks at a split of a classification set: whether it is there, and an archive of it ends as it should."""
     place = find_split(root, split)
     try:
         archives = archives_of(place)
     except UserError as error:
         return [Problem("archive", str(place), str(error))]
-    if not archives and not place.is_dir():
+    if not archives and not os.path.isdir(place):
         return [missing_folder(place)]
     if archives == [place] and not looks_whole(place):
         return [Problem("archive", str(place), f"{place} was cut short or is something else; fetch it again")]
     return []
 
 
-def read_classes(path: str | Path) -> list[str]:
-    """Class names of a list file: JSON (a list, `classes` of an object, or a COCO annotation file, whose categories are
-    taken in the order of their ids), ADE20K's objectInfo150.txt, or text, one name in each line.
-
-    Raises:
-        UserError: the file cannot be read or is of none of these forms.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if Path(path).suffix == ".json":
-            content = json.loads(text)
-            if isinstance(content, dict) and "categories" in content:
-                names = [one["name"] for one in sorted(content["categories"], key=lambda one: one["id"])]
-            else:
-                names = content["classes"] if isinstance(content, dict) else content
-        else:
-            lines = [line for line in text.splitlines() if line.strip()]
-            table = bool(lines) and lines[0].split("\t")[0].strip() == "Idx"
-            names = [line.split("\t")[-1].strip() for line in lines[1:]] if table else [line.strip() for line in lines]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"class list {path} cannot be read ({reason(error)}); give JSON or text, one name a line"
-        ) from None
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"class list {path} holds no list of names; give JSON or text, one name a line")
-    return names
-
-
 def check_class_list(path: str | Path, num_classes: int) -> list[Problem]:
     """Checks that the list file can be read and has the `num_classes` names that a model is built for."""
     try:
-        names = read_classes(path)
+        names = class_list(Path(path)).names
     except UserError as error:
         return [Problem("class-list", str(path), str(error))]
     if len(names) == num_classes:
@@ -251,7 +223,9 @@ def check_ade20k(root: str | Path, num_classes: int | None = None, full: bool = 
         num_classes: by default as many as the class list has: classes.json, classes.txt or objectInfo150.txt in ROOT.
     """
     root = Path(root)
-    if not root.is_dir():
+    if num_classes is not None:
+        require_count("num_classes", num_classes, most=IGNORED)
+    if not os.path.isdir(root):
         return Report([missing_folder(root)])
     if _is_full_ade20k(root):
         found = f"{root} is the full ADE20K, with a *_seg.png beside each image, whose labels are not the 150 classes'"
@@ -270,15 +244,28 @@ def check_ade20k(root: str | Path, num_classes: int | None = None, full: bool = 
     report = Report(check_class_list(lists[0], num_classes) if lists else [], {"classes": num_classes})
     for split, official in _ADE20K.items():
         folders = root / "images" / split, root / "annotations" / split
-        report.add(check_segmentation(*folders, num_classes, reduce_zero_label=True, full=full), split)
+        suffix = _suffix(folders[0])
+        if suffix != ".jpg":
+            report.notes.append(f"{folders[0]} has *{suffix}; the data set in the config needs img_suffix='{suffix}'")
+        report.add(check_segmentation(*folders, num_classes, True, full=full, img_suffix=suffix), split)
         if lists and lists[0].name == "objectInfo150.txt":
             report.compare(f"{split} images", official)
     return report
 
 
+def _suffix(folder: Path) -> str:
+    """The suffix of the images in a folder: .jpg, unless there is none of these but another kind."""
+    if not os.path.isdir(folder):
+        return ".jpg"
+    found = {os.path.splitext(name)[1] for _, names in walk(folder) for name in names if is_image(name)}
+    return ".jpg" if ".jpg" in found or not found else min(found)
+
+
 def check_imagenet(root: str | Path, full: bool = True) -> Report:
     """Checks the splits `train` and `val` in ROOT, and that both have the same classes."""
     report, classes = Report(), []
+    if Path(root).is_file():
+        return Report([missing_folder(Path(root))])
     for split, official in _IMAGENET.items():
         place = find_split(root, split)
         found = check_image_folder(place, full)
@@ -305,13 +292,16 @@ def _is_full_ade20k(root: Path) -> bool:
     tell_tales = ("index_ade20k.pkl", "index_ade20k.mat", "images/ADE", "ADE20K_2021_17_01", "ADE20K_2016_07_26")
     if any((root / name).exists() for name in tell_tales):
         return True
-    return next((root / "images" / "training").rglob("*_seg.png"), None) is not None
+    training = root / "images" / "training"
+    return training.is_dir() and any(name.endswith("_seg.png") for _, names in walk(training) for name in names)
 
 
 def _read_pairs(pairs: Sequence[tuple[str, str]], num_classes: int, reduce_zero_label: bool, report: Report) -> None:
     """Reads images and label maps, and adds to the `report` what it finds."""
     seen, empty = np.zeros(256, dtype=bool), []
-    for (_, path), (problems, values) in zip(pairs, each(lambda pair: _check_pair(*pair), pairs), strict=True):
+    results = each(lambda pair: _check_pair(*pair), pairs)
+    report.read([image for image, _ in pairs], [one for one, _, _ in results])
+    for (_, path), (_, problems, values) in zip(pairs, results, strict=True):
         report.problems += problems
         if values is None:
             continue
@@ -332,32 +322,53 @@ def _read_pairs(pairs: Sequence[tuple[str, str]], num_classes: int, reduce_zero_
         report.notes.append(f"{len(empty)} of {len(pairs)} label maps hold nothing but void: {some(empty)}")
 
 
-def _check_pair(image_path: str, map_path: str) -> tuple[list[Problem], np.ndarray | None]:
-    """What is wrong with the files, and the values of the label map, uint8 [N], sorted, if it is one."""
-    image, problems = read_image(image_path)
-    labels, more = read_image(map_path)
-    problems += more
-    if labels is None:
-        return problems, None
-    if labels.mode not in ("L", "P"):
-        found = f"label map {map_path} has mode {labels.mode}; it must be 8-bit with one channel (L or P)"
-        return [*problems, Problem("mode", map_path, f"{found}: save the class indices, not colours")], None
-    if image is not None and image.size != labels.size:
-        sizes = (f"{width}x{height}" for width, height in (labels.size, image.size))
+def _check_pair(image_path: str, map_path: str) -> tuple[Read, list[Problem], np.ndarray | None]:
+    """Reads an image and its label map.
+
+    Returns:
+        What became of the image, what is wrong with the label map, and its values, uint8 [N], sorted, if it is one.
+    """
+    image = try_image(image_path)
+    try:
+        labels = read_label_map(map_path)
+    except UserError as error:
+        return image, [_unusable(error, map_path)], None
+    problems = []
+    if image.size is not None and image.size != labels.shape[::-1]:
+        sizes = (f"{width}x{height}" for width, height in (labels.shape[::-1], image.size))
         found = "label map {} is {} pixels, its image {}".format(map_path, *sizes)
         problems.append(Problem("size", map_path, f"{found}; both must have the same width and height"))
-    return problems, np.unique(np.asarray(labels))
+    return image, problems, np.unique(labels)
 
 
-def read_image(path: str, content: bytes | None = None) -> tuple[Image.Image | None, list[Problem]]:
-    """The decoded image, or None and why not; where `content` is given, `path` is only what to call it."""
+class Read(NamedTuple):
+    """What became of an image: its [width, height] and whether it has an EXIF orientation, or else the problem."""
+
+    size: tuple[int, int] | None
+    turned: bool
+    problem: Problem | None
+
+
+def try_image(path: str) -> Read:
+    """Reads an image."""
+    return _try(lambda: read_image(path), path)
+
+
+def _try_packed(packed: Packed, number: int) -> Read:
+    read = _try(lambda: packed.image(number))
+    return read._replace(problem=read.problem._replace(path=packed.name(number))) if read.problem else read
+
+
+def _try(read: Callable[[], Image.Image], path: str = "") -> Read:
     try:
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
-            image.load()
-        return image, []
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        message = f"{path} cannot be read as an image ({reason(error)}); fetch or write it again"
-        return None, [Problem("unreadable", path, message)]
+        image = read()
+    except UserError as error:
+        return Read(None, False, _unusable(error, path))
+    return Read(image.size, is_turned(image), None)
+
+
+def _unusable(error: UserError, path: str) -> Problem:
+    return Problem("mode" if isinstance(error, OtherMode) else "unreadable", path, str(error))
 
 
 def each(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
@@ -369,36 +380,15 @@ def each(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_
         return list(tqdm(pool.map(function, items), total=len(items), desc="checking", unit="file", disable=None))
 
 
-def _stems(folder: Path, suffix: str) -> set[str]:
-    """Relative paths, without the suffix, of the files below `folder` that end in it; links are followed."""
-    return {
-        os.path.relpath(os.path.join(where, name), folder)[: -len(suffix)]
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.endswith(suffix) and not name.startswith(".")
-    }
-
-
 def missing_folder(folder: Path) -> Problem:
     """What to say of a `folder` that is none."""
-    what = "is a file, not a folder" if folder.exists() else "does not exist"
+    what = "is a file, not a folder" if os.path.exists(folder) else "does not exist"
     return Problem(
         "missing-folder", str(folder), f"folder {folder} {what}; correct the path, or put the data set there"
     )
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
 
 
 def some(names: Sequence[str], suffix: str = "") -> str:
     """The first of the `names`, each with `suffix`, for a message."""
     more = ", …" if len(names) > _NAMED else ""
     return ", ".join(f"{name}{suffix}" for name in names[:_NAMED]) + more
-
-
-def reason(error: Exception) -> str:
-    """The first line of what went wrong."""
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    return (error.strerror if isinstance(error, OSError) and error.strerror else str(error)).splitlines()[0]

@@ -3,34 +3,38 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rmoe.data.check import Problem, Report, each, missing_folder, read_image, reason, some
+from rmoe.data.check import Problem, Read, Report, each, missing_folder, some, try_image
+from rmoe.data.classes import reason
+from rmoe.data.coco_schema import covers, shown, wrong_fields
+from rmoe.data.images import MOST_PIXELS
 from rmoe.errors import UserError
 
 _LISTS = ("images", "annotations", "categories")
-_NUMBER, _ID = (int, float), (int, str)
-_KEYS: dict[str, dict[str, Any]] = {
-    "images": {"id": _ID, "file_name": str, "height": _NUMBER, "width": _NUMBER},
-    "annotations": {"id": _ID, "image_id": _ID, "category_id": int, "bbox": list, "area": _NUMBER},
-    "categories": {"id": int},
-}
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
 _OFFICIAL = {"train2017": 118287, "val2017": 5000}  # images
 _CLASSES = 80
 _SLACK = 1.0  # pixels by which a box may reach over its image: COCO's own are rounded
+_KINDS = {"name": "category-name", "bbox": "box-format", "segmentation": "mask-format", "file_name": "file-name"}
 _ADVICE = {
     "missing-key": "an image has id, file_name, height and width; an annotation id, image_id, category_id, bbox and "
-    "area; a category id and name: add it",
+    "area; a category id and name: add it, ids and sizes as whole numbers",
+    "empty-list": "there is nothing to train on or to evaluate: it needs images, categories and annotations",
+    "file-name": "file_name is the image's path within the folder of the images, without '..': mend it",
+    "image-size": f"an image has at most {MOST_PIXELS} pixels: cut it into tiles",
     "duplicate-id": "ids are unique among the images, among the annotations and among the categories: renumber them",
     "category-name": "every category has a name of its own: add or change it",
     "unknown-image": "image_id is the id of one of the images: add the image or remove the annotation",
     "unknown-category": "category_id is the id of one of the categories: add the category or remove the annotation",
     "box-format": "bbox is [x, y, width, height] in pixels, four finite numbers, no size negative: mend it",
     "box-outside": "bbox is [x, y, width, height] in pixels within the image: mend or remove it",
+    "mask-format": "segmentation is a list of polygons [x, y, x, y, …], each of an even count of at least 6 finite "
+    "numbers, or run lengths {size: [height, width], counts: whole numbers from 0 or text}: mend or remove it",
+    "mask-outside": "a polygon's coordinates are pixels of its image, or a little outside: mend or remove it",
     "mask-size": "a mask's run lengths have its image's [height, width] and cover all of it: mend or remove it",
 }
 
@@ -42,8 +46,8 @@ def check_coco(root: str | Path, full: bool = True) -> Report:
         full: read every image as well.
     """
     root = Path(root)
-    if not (root / "annotations").is_dir():
-        return Report([missing_folder(root / "annotations" if root.is_dir() else root)])
+    if not os.path.isdir(root / "annotations"):
+        return Report([missing_folder(root / "annotations" if os.path.isdir(root) else root)])
     report, categories = Report(), {}
     for kind in ("train", "val"):
         files = sorted((root / "annotations").glob(f"instances_{kind}*.json"))
@@ -57,11 +61,12 @@ def check_coco(root: str | Path, full: bool = True) -> Report:
             except UserError as error:
                 report.problems.append(Problem("annotation-file", str(path), str(error)))
                 continue
-            report.add(check_annotations(content, path), split)
-            report.problems += check_images(content, root / split, full)
+            report.add(checked := check_annotations(content, path), split)
+            report.add(_check_files(content, root / split, full and not checked.problems), split)
             if len(content["categories"]) == _CLASSES:
                 report.compare(f"{split} images", _OFFICIAL.get(split))
-            categories[split] = {(str(one.get("id")), one.get("name")) for one in content["categories"]}
+            if not checked.problems:
+                categories[split] = {(str(one["id"]), one["name"]) for one in content["categories"]}
     first = next(iter(categories), "")
     for split, pairs in categories.items():
         if other := sorted(map(str, pairs ^ categories[first])):
@@ -71,17 +76,31 @@ def check_coco(root: str | Path, full: bool = True) -> Report:
 
 
 def read_annotations(path: str | Path) -> dict[str, Any]:
-    """The content of a COCO annotation file.
+    """Returns the content of a COCO annotation file.
 
     Raises:
-        UserError: the file is missing, is no whole JSON, or holds something else.
+        UserError: the file is missing, is no whole JSON, or holds something else: NaN, say, which JSON does not have,
+            or a key that stands twice.
     """
+
+    def refuse(constant: str) -> None:
+        raise UserError(f"annotation file {path} holds {constant}; numbers in it are finite: mend or remove them")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice = next(key for number, (key, _) in enumerate(pairs) if key in dict(pairs[:number]))
+            raise UserError(f"annotation file {path} has the key {shown(twice)} twice in one object; keep one of them")
+        return content
+
     try:
-        content = json.loads(Path(path).read_bytes())
+        content = json.loads(Path(path).read_bytes(), parse_constant=refuse, object_pairs_hook=unique)
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"annotation file {path} cannot be read ({reason(error)}); correct the path") from None
-    except ValueError as error:
-        found = f"annotation file {path} is no whole JSON ({error})"
+    except (ValueError, RecursionError) as error:
+        found = f"annotation file {path} is no whole JSON ({reason(error)})"
         raise UserError(f"{found}; it was cut short or is something else: fetch it again") from None
     lists = content if isinstance(content, dict) else {}
     lacking = [key for key in _LISTS if not isinstance(lists.get(key), list)]
@@ -102,6 +121,7 @@ def check_annotations(content: Mapping[str, Any], path: str | Path) -> Report:
         _check_ids(content, faults)
         _check_objects(content, faults)
         objects = content["annotations"]
+        _check_masks(content, faults)
         empty = counts["images"] - len({one["image_id"] for one in objects} & {one["id"] for one in content["images"]})
         tiny = sum(one["area"] <= 0 or min(one["bbox"][2:]) < 1 for one in objects) if not faults.first else 0
         counts |= {"images without annotations": empty, "crowds": sum(bool(one.get("iscrowd")) for one in objects)}
@@ -115,17 +135,32 @@ def check_annotations(content: Mapping[str, Any], path: str | Path) -> Report:
 def check_images(content: Mapping[str, Any], folder: str | Path, full: bool) -> list[Problem]:
     """Checks that the images of an annotation file are in `folder`; if `full`, that they can be read and are as large
     as it says."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        return [missing_folder(folder)]
-    images = [one for one in content["images"] if one.get("file_name")]
-    lacking = [one["file_name"] for one in images if not (folder / one["file_name"]).is_file()]
-    if lacking:
-        found = f"{len(lacking)} of {len(images)} images are not in {folder}: {some(lacking)}"
-        return [Problem("missing-image", str(folder), f"{found}; add them, or remove them from the annotation file")]
-    if not full:
-        return []
-    return [problem for found in each(lambda one: _check_image(one, folder), images) for problem in found]
+    return _check_files(content, Path(folder), full).problems
+
+
+def _check_files(content: Mapping[str, Any], folder: Path, full: bool) -> Report:
+    if not os.path.isdir(folder):
+        return Report([missing_folder(folder)])
+    names = [one["file_name"] for one in content["images"] if not wrong_fields("images", one)]
+    if lacking := [name for name in names if not os.path.isfile(folder / name)]:
+        found = f"{len(lacking)} of {len(names)} images are not in {folder}: {some(lacking)}"
+        return Report(
+            [Problem("missing-image", str(folder), f"{found}; add them, or remove them from the annotation file")]
+        )
+    report = Report()
+    if full:
+        wanted = [(str(folder / one["file_name"]), (one["width"], one["height"])) for one in content["images"]]
+        report.read([path for path, _ in wanted], each(lambda one: _check_image(*one), wanted))
+    return report
+
+
+def _check_image(path: str, wanted: tuple[int, int]) -> Read:
+    """Reads an image, which the annotation file says to be of the [width, height] `wanted`."""
+    read = try_image(path)
+    if read.size is None or read.size == wanted:
+        return read
+    found = f"image {path} is {_pixels(read.size[::-1])}, its annotation file says {_pixels(wanted[::-1])}"
+    return read._replace(problem=Problem("size", path, f"{found}; both must have the same width and height"))
 
 
 class _Faults:
@@ -145,15 +180,24 @@ class _Faults:
 
 
 def _check_keys(content: Mapping[str, Any], faults: _Faults) -> None:
-    for key, wanted in _KEYS.items():
+    for key in _LISTS:
+        if not content[key]:
+            faults.add("empty-list", f"the list '{key}' is empty")
         for position, item in enumerate(content[key]):
-            if not isinstance(item, Mapping):
-                faults.add("missing-key", f"{_SINGULAR[key]} number {position} is {item!r}")
-                continue
-            for name, kind in wanted.items():
-                if not isinstance(item.get(name), kind):
-                    what = f"{_SINGULAR[key]} {item.get('id', f'number {position}')}"
-                    faults.add("missing-key", f"{what} has {name} {item.get(name)!r}")
+            for name in wrong_fields(key, item):
+                if not name:
+                    faults.add("missing-key", f"{_SINGULAR[key]} number {position} is {shown(item)}")
+                    continue
+                number, value = item.get("id"), item.get(name)
+                what = f"{_SINGULAR[key]} {shown(number) if type(number) in (int, str) else f'number {position}'}"
+                faults.add(_KINDS.get(name, "missing-key"), f"{what} has {_words(name, value)}")
+
+
+def _words(name: str, value: Any) -> str:
+    """Returns what an item has."""
+    if name == "name" and (value is None or value == "" or (isinstance(value, str) and value.isspace())):
+        return "no name"
+    return f"the box {shown(value)}" if name == "bbox" else f"{name} {shown(value)}"
 
 
 def _check_ids(content: Mapping[str, Any], faults: _Faults) -> None:
@@ -165,59 +209,52 @@ def _check_ids(content: Mapping[str, Any], faults: _Faults) -> None:
             seen.add(item["id"])
     names = set()
     for item in content["categories"]:
-        name = item.get("name")
-        if not isinstance(name, str) or not name.strip():
-            faults.add("category-name", f"category {item['id']} has no name")
-        elif name in names:
-            faults.add("category-name", f"two categories are called '{name}'")
-        names.add(name)
+        if item["name"] in names:
+            faults.add("category-name", f"two categories are called {shown(item['name'])}")
+        names.add(item["name"])
 
 
 def _check_objects(content: Mapping[str, Any], faults: _Faults) -> None:
     sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
     categories = {category["id"] for category in content["categories"]}
+    for image, (height, width) in sizes.items():
+        if height * width > MOST_PIXELS:
+            faults.add("image-size", f"image {image} has {_pixels((height, width))}")
     for one in content["annotations"]:
-        size, box, mask = sizes.get(one["image_id"]), one["bbox"], one.get("segmentation")
+        size, box = sizes.get(one["image_id"]), one["bbox"]
         if size is None:
             faults.add("unknown-image", f"annotation {one['id']} has the image_id {one['image_id']}")
             continue
         if one["category_id"] not in categories:
             faults.add("unknown-category", f"annotation {one['id']} has the category_id {one['category_id']}")
-        if not _is_box(box):
-            faults.add("box-format", f"annotation {one['id']} has the box {box}")
-        elif not _within(box, size):
-            faults.add("box-outside", f"annotation {one['id']} has the box {box} in an image of {_pixels(size)}")
-        if isinstance(mask, Mapping) and not _fits(mask, size):
-            what = f"of size {mask.get('size')}" if mask.get("size") != size else "whose runs do not add up"
-            faults.add("mask-size", f"annotation {one['id']} has a mask {what} in an image of {_pixels(size)}")
+        if not _within(box, size):
+            faults.add("box-outside", f"annotation {one['id']} has the box {shown(box)} in an image of {_pixels(size)}")
 
 
-def _is_box(box: Any) -> bool:
-    try:
-        return len(box) == 4 and all(math.isfinite(number) for number in box) and min(box[2:]) >= 0
-    except TypeError:
-        return False
+def _check_masks(content: Mapping[str, Any], faults: _Faults) -> None:
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for one in content["annotations"]:
+        size, mask = sizes.get(one["image_id"]), one.get("segmentation")
+        if not mask or size is None:
+            continue
+        if isinstance(mask, Mapping):
+            if not covers(mask, size):
+                what = f"of size {mask['size']}" if mask["size"] != size else "whose runs do not add up"
+                faults.add("mask-size", f"annotation {one['id']} has a mask {what} in an image of {_pixels(size)}")
+        elif far := [polygon for polygon in mask if not _near(polygon, size)]:
+            what = f"the polygon {shown(far[0])} in an image of {_pixels(size)}"
+            faults.add("mask-outside", f"annotation {one['id']} has {what}")
+
+
+def _near(polygon: list[float], size: list[int]) -> bool:
+    """Whether a polygon reaches over its image by no more than its size: pycocotools takes memory by its extent."""
+    reach = max(size)
+    return min(polygon) >= -reach and max(polygon) <= 2 * reach
 
 
 def _within(box: list[float], size: list[int]) -> bool:
     (x, y, width, height), (rows, columns) = box, size
     return min(x, y) >= -_SLACK and x + width <= columns + _SLACK and y + height <= rows + _SLACK
-
-
-def _fits(mask: Mapping[str, Any], size: list[int]) -> bool:
-    """Of run lengths; only those written as numbers are added up."""
-    counts = mask.get("counts")
-    return mask.get("size") == size and (not isinstance(counts, list) or sum(counts) == size[0] * size[1])
-
-
-def _check_image(image: Mapping[str, Any], folder: Path) -> list[Problem]:
-    path = str(folder / image["file_name"])
-    read, problems = read_image(path)
-    wanted = image.get("width"), image.get("height")
-    if read is not None and read.size != wanted:
-        found = f"image {path} is {_pixels(read.size[::-1])}, its annotation file says {_pixels(wanted[::-1])}"
-        problems.append(Problem("size", path, f"{found}; both must have the same width and height"))
-    return problems
 
 
 def _pixels(size: Any) -> str:

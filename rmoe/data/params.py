@@ -54,9 +54,15 @@ class SceneParams:
             "long_tail": (0, 4),
         }
         for name, (low, high) in limits.items():
-            if not low <= getattr(self, name) <= high:
-                raise UserError(f"{name} is {getattr(self, name)}; it is {low} to {high}")
+            value, real = getattr(self, name), name == "long_tail"
+            if type(value) not in ((int, float) if real else (int,)) or not low <= value <= high:
+                kind = "a number" if real else "a whole number"
+                raise UserError(f"{name} is {value!r:.80}; it is {low} to {high}, {kind}")
+        if not isinstance(self.styles, (tuple, list)):
+            raise UserError(f"styles are {self.styles!r:.80}; name one or more of {', '.join(STYLES)}, in a tuple")
         for style in self.styles:
+            if not isinstance(style, str):
+                raise UserError(f"style {style!r:.80} is no text; known: {', '.join(STYLES)}")
             if style not in STYLES:
                 raise UserError(f"style '{style}' is unknown{nearest(style, STYLES)}")
         if not self.styles or len(set(self.styles)) < len(self.styles):

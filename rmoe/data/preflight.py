@@ -7,7 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rmoe.data.arguments import check_arguments
 from rmoe.data.check import Problem, check_class_list, check_segmentation, check_split, missing_folder, require
+from rmoe.data.classes import class_list
 from rmoe.data.coco import check_annotations, check_images, read_annotations
 from rmoe.errors import UserError
 
@@ -31,15 +33,18 @@ def preflight(cfg: Mapping[str, Any]) -> None:
     """
     problems: list[Problem] = []
     for name in ("train_dataloader", "val_dataloader"):
-        for dataset in _leaves((cfg.get(name) or {}).get("dataset")):
+        loader = cfg.get(name)
+        for dataset in _leaves(loader.get("dataset") if isinstance(loader, Mapping) else None):
             problems += _check(dataset)
     require(problems)
 
 
 def _leaves(node: Any) -> Iterator[Mapping[str, Any]]:
-    """The data sets inside mmengine's wrappers."""
+    """Yields the data sets inside mmengine's wrappers."""
     if isinstance(node, Mapping):
-        inner = [*([node["dataset"]] if "dataset" in node else []), *node.get("datasets", [])]
+        several = node.get("datasets")
+        inner = [node["dataset"]] if "dataset" in node else []
+        inner += several if isinstance(several, (list, tuple)) else []
         for one in inner:
             yield from _leaves(one)
         if not inner:
@@ -50,6 +55,9 @@ def _check(dataset: Mapping[str, Any]) -> list[Problem]:
     kind, prefix = str(dataset.get("type")).rpartition(".")[2], dataset.get("data_prefix") or {}
     if dataset.get("backend_args") or "://" in str(dataset.get("data_root")):
         return []
+    if kind not in _PAIRS | _COCO | {"ImageFolder"} and not (isinstance(prefix, Mapping) and "img_path" in prefix):
+        return []
+    check_arguments(dataset)
     problems = _check_classes(dataset)
     if kind == "ImageFolder" and {"root", "split"} <= dataset.keys():
         for split in dict.fromkeys(("train", dataset["split"])):
@@ -63,32 +71,35 @@ def _check(dataset: Mapping[str, Any]) -> list[Problem]:
 
 def _check_classes(dataset: Mapping[str, Any]) -> list[Problem]:
     classes, number = dataset.get("classes"), dataset.get("num_classes")
-    return check_class_list(classes, number) if isinstance(classes, str) and number else []
+    if classes is None or number is None:
+        return []
+    if isinstance(classes, (str, Path)):
+        return check_class_list(classes, number)
+    class_list(classes, number)
+    return []
 
 
 def _check_pairs(dataset: Mapping[str, Any], kind: str) -> list[Problem]:
-    """Of mmseg."""
-    folders = [_path(dataset, prefix) for prefix in dataset["data_prefix"].values()]
-    if missing := [missing_folder(Path(folder)) for folder in folders if not Path(folder).is_dir()]:
+    """Checks images and label maps, as mmseg's data sets have them."""
+    folders = [_path(dataset, prefix or "") for prefix in dataset["data_prefix"].values()]
+    if missing := [missing_folder(Path(folder)) for folder in folders if not os.path.isdir(folder)]:
         return missing
     suffixes = {key: dataset[key] for key in ("img_suffix", "seg_map_suffix") if key in dataset}
     if dataset.get("ann_file") or len(folders) != 2 or (kind not in _PAIRS and len(suffixes) != 2):
         return []
     images, maps = (_path(dataset, dataset["data_prefix"][key]) for key in ("img_path", "seg_map_path"))
-    return check_segmentation(images, maps, num_classes=0, **suffixes).problems
+    return check_segmentation(images, maps, num_classes=None, **suffixes).problems
 
 
 def _check_coco(dataset: Mapping[str, Any]) -> list[Problem]:
-    """Of mmdet."""
+    """Checks an annotation file and that its images are there, as mmdet's data sets have them."""
     path = _path(dataset, dataset["ann_file"])
     try:
         content = read_annotations(path)
     except UserError as error:
         return [Problem("annotation-file", path, str(error))]
-    problems = check_annotations(content, path).problems
-    if not problems:
-        problems = check_images(content, _path(dataset, dataset.get("data_prefix", {}).get("img", "")), full=False)
-    return problems
+    images = _path(dataset, (dataset.get("data_prefix") or {}).get("img") or "")
+    return check_annotations(content, path).problems or check_images(content, images, full=False)
 
 
 def _path(dataset: Mapping[str, Any], path: str) -> str:

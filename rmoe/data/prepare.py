@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from rmoe.data.archives import require_end, whole
-from rmoe.data.check import FETCH_ADE20K, reason
+from rmoe.data.check import FETCH_ADE20K
+from rmoe.data.classes import reason
 from rmoe.errors import UserError
 
 _ADE20K = "ADEChallengeData2016"
@@ -198,6 +199,10 @@ def _devkit_synsets(path: Path) -> list[str]:
         if lacking := [name for name in wanted if name not in files]:
             raise UserError(f"{path} has no {lacking[0]}; give {_DEVKIT}, or a text file of synsets")
         table, truth = (content.extractfile(files[name]).read() for name in wanted)  # type: ignore[union-attr]
+    try:
         classes = loadmat(io.BytesIO(table), squeeze_me=True)["synsets"]
-    names = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in classes}
-    return [names[int(number)] for number in truth.split()]
+        names = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in classes}
+        return [names[int(number)] for number in truth.split()]
+    except Exception as error:  # a reader of a foreign format, on whatever bytes are there
+        found = f"{path} has no table of synsets that fits its list of images ({type(error).__name__}: {reason(error)})"
+        raise UserError(f"{found}; give {_DEVKIT}, or a text file of synsets") from error

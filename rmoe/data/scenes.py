@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from rmoe.data.arguments import require_count
 from rmoe.data.dice import Dice
 from rmoe.data.emoji import stamp
 from rmoe.data.glyphs import CREDIT, DISTRACTORS, LICENCE, LICENCE_URL, THINGS, UPSTREAM, class_name
@@ -85,11 +86,12 @@ def render(out: Path, params: SceneParams, *, jobs: int = 1) -> bool:
     Raises:
         UserError: `out` holds something else, or a data set of other parameters, or cannot be written.
     """
+    require_count("jobs", jobs)
     out = Path(os.path.abspath(out))  # "." has no sibling
-    if _is_there(out, params):
-        return False
     partial = out.with_name(f".{out.name}.partial-{os.getpid()}")
     try:
+        if _is_there(out, params):
+            return False
         partial.mkdir(parents=True)
         _write(partial, params, jobs)
         partial.rename(out)
@@ -247,7 +249,7 @@ def _is_there(out: Path, params: SceneParams) -> bool:
     try:
         manifest = json.loads((out / "dataset.json").read_text())
         found, files = {"format": manifest["format"], **manifest["parameters"]}, manifest["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise UserError(
             f"{out} exists and is no data set of this command; choose a folder that does not exist"
         ) from None

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import inspect
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,12 +16,15 @@ from mmengine.dist import all_gather_object, get_dist_info
 from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from PIL import Image
-from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.utils.misc import natural_key
 from torch import Tensor
 
 from rmoe.backbones.build import add_weights, timm_model
 from rmoe.data.archives import LAYOUTS, Packed, archives_of, class_names, find_split, index_all
-from rmoe.errors import UserError
+from rmoe.data.arguments import check_arguments
+from rmoe.data.files import class_images
+from rmoe.data.images import read_image
+from rmoe.errors import UserError, nearest
 from rmoe.registry import DATASETS, METRICS, MODELS
 
 
@@ -110,6 +114,8 @@ class ImageFolder(torch.utils.data.Dataset):
     """
 
     def __init__(self, root: str, split: str, num_classes: int, transform: Mapping[str, Any]) -> None:
+        check_arguments({"root": root, "split": split, "num_classes": num_classes})
+        self.transform = _transform(transform, split == "train")
         train, place = find_split(root, "train"), find_split(root, split)
         classes = _classes(train)
         if len(classes) != num_classes:
@@ -119,45 +125,47 @@ class ImageFolder(torch.utils.data.Dataset):
         archives = archives_of(place)
         self._images = _packed(place, archives, classes) if archives else _Files(place, classes)
         self.labels: Sequence[int] = self._images.labels
-        self.transform = timm.data.create_transform(**transform, is_training=split == "train")
         self.metainfo = {"classes": tuple(classes)}
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"inputs": self.transform(self._read(index)), "labels": int(self.labels[index])}
-
-    def _read(self, index: int) -> Image.Image:
-        try:
-            with Image.open(io.BytesIO(self._images.read(index))) as image:
-                return image.convert("RGB")
-        except OSError as error:
-            raise UserError(
-                f"{self._images.name(index)} is no readable image ({error}); restore or remove it"
-            ) from error
+        image = self._images.image(index).convert("RGB")
+        return {"inputs": self.transform(image), "labels": int(self.labels[index])}
 
 
 class _Files:
     """The images of class folders, as `rmoe.data.archives.Packed` has those of archives."""
 
     def __init__(self, folder: Path, classes: Sequence[str]) -> None:
-        class_map = {name: number for number, name in enumerate(classes)}
-        try:
-            samples = ReaderImageFolder(str(folder), class_map=class_map).samples
-        except RuntimeError as error:
-            raise UserError(f"{folder} holds no image; the layout is {LAYOUTS}") from error
-        self._paths, self.labels = [path for path, _ in samples], [label for _, label in samples]
+        numbers = {name: number for number, name in enumerate(classes)}
+        found = [(path, numbers[name]) for name in _classes(folder) for path in class_images(folder, name)]
+        if not found:
+            raise UserError(f"{folder} holds no image; the layout is {LAYOUTS}")
+        found.sort(key=lambda one: natural_key(one[0]))
+        self._paths, self.labels = [path for path, _ in found], [label for _, label in found]
 
-    def read(self, number: int) -> bytes:
-        return Path(self._paths[number]).read_bytes()
+    def image(self, number: int) -> Image.Image:
+        return read_image(self._paths[number])
 
-    def name(self, number: int) -> str:
-        return self._paths[number]
+
+def _transform(given: Any, is_training: bool) -> Any:
+    """timm's transform of these arguments."""
+    known = inspect.signature(timm.data.create_transform).parameters.keys() - {"is_training"}
+    if not isinstance(given, Mapping):
+        raise UserError(f"transform is {given!r:.80}; it is a dict of arguments of timm.data.create_transform")
+    if unknown := sorted(map(str, given.keys() - known)):
+        raise UserError(f"transform has the unknown argument '{unknown[0]}'{nearest(unknown[0], known)}")
+    try:
+        return timm.data.create_transform(**given, is_training=is_training)
+    except Exception as error:  # timm's own words on whatever a config gives it
+        found = f"timm.data.create_transform refuses transform={dict(given)} ({type(error).__name__}: {error})"
+        raise UserError(f"{found}; see its documentation") from error
 
 
 def _classes(place: Path) -> list[str]:
-    if not place.exists():
+    if not os.path.exists(place):
         raise UserError(f"there is no {place}; the layout is {LAYOUTS}, with a split 'train'")
     return class_names(place)
 

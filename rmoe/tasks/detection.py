@@ -8,10 +8,10 @@ The models, heads, augmentations and the evaluation by pycocotools are mmdet's. 
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,9 @@ from mmengine.structures import InstanceData
 from pycocotools.mask import encode
 from torch import Tensor
 
-from rmoe.data.check import read_classes, require
+from rmoe.data.arguments import check_arguments
+from rmoe.data.check import require
+from rmoe.data.classes import class_list
 from rmoe.data.coco import check_annotations, read_annotations
 from rmoe.errors import UserError, nearest
 from rmoe.registry import DATASETS, METRICS, TRANSFORMS
@@ -49,6 +51,8 @@ class CheckedCOCO(COCO):
         self.dataset = read_annotations(annotation_file)
         require(check_annotations(self.dataset, annotation_file).problems)
         self.dataset["categories"].sort(key=lambda category: category["id"])
+        for one in self.dataset["annotations"]:
+            one.setdefault("iscrowd", 0)  # pycocotools' evaluation fails without
         self.createIndex()
         self.img_ann_map, self.cat_img_map, self._path = self.imgToAnns, self.catToImgs, annotation_file
 
@@ -79,13 +83,17 @@ class Coco(CocoDataset):
 
     COCOAPI = CheckedCOCO
 
+    def __init__(self, **mmdet: Any) -> None:
+        check_arguments(mmdet)
+        super().__init__(**mmdet)
+
     def load_data_list(self) -> list[dict[str, Any]]:
         """See mmdet."""
-        folder = self.data_prefix["img"]
-        if not Path(folder).is_dir():
+        folder = self.data_prefix.get("img") or "."
+        if not os.path.isdir(folder):
             raise UserError(f"there is no folder {folder}; set data_root and data_prefix to the data set's folders")
         images: list[dict[str, Any]] = super().load_data_list()
-        lacking = [image["img_path"] for image in images if not Path(image["img_path"]).is_file()]
+        lacking = [image["img_path"] for image in images if not os.path.isfile(image["img_path"])]
         if lacking:
             raise UserError(
                 f"{len(lacking)} of the {len(images)} images in {self.ann_file} are missing, first {lacking[0]}; "
@@ -99,8 +107,8 @@ class DetDataset(Coco):
     """Images in a folder and a COCO annotation file, with any class list.
 
     Args:
-        classes: names of the classes in the order of their category ids, or a file with them: text, one name in each
-            line, or JSON with the key "classes". Annotations of other categories are left out.
+        classes: names of the classes in the order of their category ids, or a file with them; see
+            `rmoe.data.classes.class_list`. Annotations of other categories are left out.
         num_classes: classes of the model.
         **mmdet: arguments of mmdet's `CocoDataset`.
 
@@ -109,12 +117,8 @@ class DetDataset(Coco):
     """
 
     def __init__(self, classes: str | Sequence[str], num_classes: int, **mmdet: Any) -> None:
-        names = read_classes(classes) if isinstance(classes, str) else list(classes)
-        if len(names) != num_classes:
-            raise UserError(
-                f"the class list has {len(names)} names ({classes}); the config says num_classes={num_classes}"
-            )
-        super().__init__(metainfo={"classes": tuple(names)}, **mmdet)
+        check_arguments({"classes": classes, "num_classes": num_classes})
+        super().__init__(metainfo={"classes": class_list(classes, num_classes).names}, **mmdet)
 
 
 @TRANSFORMS.register_module()

@@ -2,26 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+import mmengine.fileio
+import numpy as np
 from mmcv.transforms import LoadImageFromFile
 
-from rmoe.errors import UserError
+from rmoe.data.images import UnreadableImage, read_image
 from rmoe.registry import TRANSFORMS
 
 
 @TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
-    """mmcv's LoadImageFromFile through Pillow, which does not read a file that was cut short as if it were whole."""
+    """Reads an image as it is stored: mmcv's LoadImageFromFile by way of `rmoe.data.images`, in blue, green, red.
 
-    def __init__(self, **mmcv: Any) -> None:
-        super().__init__(imdecode_backend="pillow", **mmcv)
+    It does not take a file that was cut short for a whole one, and does not turn an image by its EXIF orientation, for
+    label maps, boxes and masks have none.
 
-    def transform(self, results: dict[str, Any]) -> dict[str, Any] | None:
-        """Raises UserError for a file that is no whole image."""
-        try:
-            return super().transform(results)
-        except OSError as error:
-            raise UserError(
-                f"{results['img_path']} is no readable image ({error}); restore or remove the file"
-            ) from error
+    Args:
+        to_float32: give float32 instead of uint8.
+        backend_args: of mmengine's file backend, where files are not on this machine's file system.
+    """
+
+    def __init__(self, to_float32: bool = False, backend_args: Mapping[str, Any] | None = None) -> None:
+        super().__init__(to_float32=to_float32, imdecode_backend="pillow", backend_args=backend_args)
+
+    def transform(self, results: dict[str, Any]) -> dict[str, Any]:
+        """Raises UserError for a file that is no whole image of 8 bits a channel."""
+        path = results["img_path"]
+        image = read_image(path, fetch(path, self.backend_args))
+        pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
+        results["img"] = pixels.astype(np.float32) if self.to_float32 else pixels
+        results["img_shape"] = results["ori_shape"] = pixels.shape[:2]
+        return results
+
+
+def fetch(path: str, backend_args: Mapping[str, Any] | None) -> bytes | None:
+    """Returns the content of a file that mmengine has to fetch, or None for one on this machine's file system."""
+    if not backend_args and "://" not in path:
+        return None
+    try:
+        return mmengine.fileio.get(path, backend_args=backend_args)
+    except OSError as error:
+        raise UnreadableImage(f"{path} is no readable image ({error}); restore or remove the file") from error

@@ -6,9 +6,8 @@ The models, heads, augmentations and the metric are mmseg's. Import this module 
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,40 +16,68 @@ from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
 
+from rmoe.data.arguments import check_arguments, require_count
+from rmoe.data.classes import class_list
+from rmoe.data.files import stems
+from rmoe.data.images import IGNORED, read_label_map
 from rmoe.errors import UserError
 from rmoe.registry import DATASETS, TRANSFORMS
+from rmoe.tasks.images import fetch
 
-IGNORED = 255
 
-
-class _CheckedFiles:
+class _CheckedFiles(BaseSegDataset):
     """Before training begins: folders exist, and every image has its label map."""
 
+    def __init__(self, **mmseg: Any) -> None:
+        check_arguments(mmseg)
+        super().__init__(**mmseg)
+
     def load_data_list(self) -> list[dict[str, Any]]:
-        for folder in filter(None, self.data_prefix.values()):  # type: ignore[attr-defined]
-            if not Path(folder).is_dir():
+        for folder in filter(None, self.data_prefix.values()):
+            if not os.path.isdir(folder):
                 raise UserError(f"there is no folder {folder}; set data_root and data_prefix to the data set's folders")
-        images: list[dict[str, Any]] = super().load_data_list()  # type: ignore[misc]
+        if not (folder := self.data_prefix.get("img_path")):
+            raise UserError("data_prefix has no img_path; set it to the folder of the images")
+        images = self._list(folder)
         if not images:
-            suffix, folder = self.img_suffix, self.data_prefix["img_path"]  # type: ignore[attr-defined]
-            raise UserError(f"{folder} holds no image *{suffix}")
-        lacking = [image for image in images if "seg_map_path" in image and not Path(image["seg_map_path"]).is_file()]
+            raise UserError(f"{folder} holds no image *{self.img_suffix}; set img_suffix or the folder")
+        lacking = [one for one in images if "seg_map_path" in one and not os.path.isfile(one["seg_map_path"])]
         if lacking:
             raise UserError(
                 f"{len(lacking)} of {len(images)} images have no label map, first {lacking[0]['img_path']}: "
                 f"there is no {lacking[0]['seg_map_path']}; add the label maps or remove the images"
             )
+        for one in images:
+            one["num_classes"] = len(self.metainfo["classes"])
         return images
+
+    def _list(self, folder: str) -> list[dict[str, Any]]:
+        """mmseg's list of images and label maps; without a file that names them, each folder is looked into once,
+        whatever links lead to it.
+        """
+        if self.ann_file and not os.path.isfile(self.ann_file):
+            raise UserError(f"there is no list of images {self.ann_file}; correct ann_file")
+        if self.ann_file or self.backend_args:
+            return list(super().load_data_list())
+        names = sorted(stems(folder, self.img_suffix), key=lambda stem: stem + self.img_suffix)
+        return [self._entry(os.path.join(folder, name + self.img_suffix), name) for name in names]
+
+    def _entry(self, path: str, name: str) -> dict[str, Any]:
+        keys = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
+        entry: dict[str, Any] = {"img_path": path, **keys, "seg_fields": []}
+        if maps := self.data_prefix.get("seg_map_path"):
+            entry["seg_map_path"] = os.path.join(maps, name + self.seg_map_suffix)
+        return entry
 
 
 @DATASETS.register_module()
-class SegDataset(_CheckedFiles, BaseSegDataset):
+class SegDataset(_CheckedFiles):
     """Images and index PNGs in two folders, with any class list.
 
     Args:
-        classes: names of the classes in the order of their indices, or a file with them: text, one name in each line,
-            or JSON with the keys "classes" and "palette". With `reduce_zero_label`, the first class is the value 1 of
-            the label maps and 0 is void.
+        classes: names of the classes in the order of their indices, or a file with them; see
+            `rmoe.data.classes.class_list`. With `reduce_zero_label`, the first class is the value 1 of the label maps
+            and 0 is void.
         num_classes: classes of the model.
         **mmseg: arguments of mmseg's `BaseSegDataset`.
 
@@ -59,11 +86,8 @@ class SegDataset(_CheckedFiles, BaseSegDataset):
     """
 
     def __init__(self, classes: str | Sequence[str], num_classes: int, **mmseg: Any) -> None:
-        metainfo = _read_classes(classes) if isinstance(classes, str) else {"classes": tuple(classes)}
-        if len(metainfo["classes"]) != num_classes:
-            found = len(metainfo["classes"])
-            raise UserError(f"the class list has {found} names ({classes}); the config says num_classes={num_classes}")
-        super().__init__(metainfo=metainfo, **mmseg)
+        check_arguments({"classes": classes, "num_classes": num_classes})
+        super().__init__(metainfo=class_list(classes, num_classes).metainfo, **mmseg)
 
 
 @DATASETS.register_module()
@@ -73,42 +97,49 @@ class ADE20K(_CheckedFiles, ADE20KDataset):
 
 @TRANSFORMS.register_module()
 class LoadLabels(LoadAnnotations):
-    """mmseg's LoadAnnotations, with the label map checked: one class index for each pixel of the image.
+    """mmseg's LoadAnnotations, with the label map checked: one class index of 8 bits for each pixel of the image.
 
     Args:
-        num_classes: classes of the model.
+        num_classes: classes of the model; where the data set has fewer, theirs is the number that counts.
         **mmseg: arguments of mmseg's `LoadAnnotations`.
     """
 
     def __init__(self, num_classes: int, **mmseg: Any) -> None:
         super().__init__(**mmseg)
-        self.num_classes = num_classes
+        self.num_classes = require_count("num_classes", num_classes, most=IGNORED)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
         """Raises UserError for a file that is no label map, of another size than its image, or with unknown classes."""
-        path = results["seg_map_path"]
-        try:
-            results = super().transform(results)
-        except OSError as error:
-            raise UserError(f"{path} is no readable label map ({error}); restore it or remove its image") from error
+        results, path = super().transform(results), results["seg_map_path"]
         labels = results["gt_seg_map"]
-        if labels.ndim != 2:
-            raise UserError(
-                f"{path} has the shape {labels.shape}; a label map is an 8-bit PNG with one class index per pixel"
-            )
         if labels.shape != results.get("ori_shape", labels.shape):
             raise UserError(
                 f"{path} is {labels.shape}, its image {results['ori_shape']} (rows, columns); they must agree"
             )
         highest = int(labels.max(where=labels != IGNORED, initial=0))
-        if highest >= self.num_classes:
-            first = int(self.reduce_zero_label)
+        classes = min(self.num_classes, results.get("num_classes", self.num_classes))
+        if highest >= classes:
+            first = int(results["reduce_zero_label"])
             void = f"0 or {IGNORED}" if first else f"{IGNORED}"
             raise UserError(
-                f"{path} has the label value {highest + first}; allowed are {first} to {self.num_classes - 1 + first} "
-                f"for the {self.num_classes} classes and {void} for void; mend the file or set num_classes"
+                f"{path} has the label value {highest + first}; allowed are {first} to {classes - 1 + first} "
+                f"for the {classes} classes and {void} for void; mend the file or set num_classes"
             )
         return results
+
+    def _load_seg_map(self, results: dict[str, Any]) -> None:
+        """Replaces mmseg's, which makes 8 bits of whatever it finds before it can be looked at."""
+        path = results["seg_map_path"]
+        if self.reduce_zero_label not in (None, results["reduce_zero_label"]):
+            raise UserError("reduce_zero_label of LoadLabels is not the data set's; set it in the data set alone")
+        values: np.ndarray = np.arange(IGNORED + 1, dtype=np.uint8)
+        if results["reduce_zero_label"]:
+            values = np.array([IGNORED, *range(IGNORED - 1), IGNORED], dtype=np.uint8)
+        new = values.copy()
+        for old, label in (results.get("label_map") or {}).items():
+            new[values == old] = label
+        results["gt_seg_map"] = new[read_label_map(path, fetch(path, self.backend_args))]
+        results["seg_fields"].append("gt_seg_map")
 
 
 def majority_miou(train: BaseSegDataset, val: BaseSegDataset) -> float:
@@ -130,15 +161,3 @@ def label_maps(dataset: BaseSegDataset) -> Iterator[np.ndarray]:
     load = next(step for step in dataset.pipeline.transforms if isinstance(step, LoadAnnotations))
     for index in range(len(dataset)):
         yield load(dataset.get_data_info(index))["gt_seg_map"]
-
-
-def _read_classes(path: str) -> dict[str, Any]:
-    """mmseg's metainfo from a class list."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-        if path.endswith(".json"):
-            return {key: json.loads(text)[key] for key in ("classes", "palette")}
-    except (OSError, ValueError, KeyError) as error:
-        wanted = "a text file of names or a JSON file with 'classes' and 'palette'"
-        raise UserError(f"the class list {path} cannot be read ({error}); give {wanted}") from error
-    return {"classes": tuple(line.strip() for line in text.splitlines() if line.strip())}

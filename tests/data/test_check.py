@@ -106,7 +106,7 @@ def test_truncated_file(root, kind, suffix):
     problem = only(check(root))
     assert problem.kind == "unreadable"
     assert problem.path == str(path)
-    assert f"{path} cannot be read as an image" in problem.message
+    assert f"{path} is no readable {'image' if kind == 'images' else 'label map'} (" in problem.message
 
 
 def test_file_that_is_no_image(root):

@@ -10,9 +10,11 @@ no figure found.
 Run at full scale: no.
 
 Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
+
+Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
 """
 
 _base_ = ["upernet_cvt_13_dense_ade20k_512_160k.py"]
 
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, ep_size=8)))
+model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))

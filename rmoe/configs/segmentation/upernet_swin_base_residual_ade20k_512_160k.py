@@ -9,9 +9,11 @@ Published: no figure of RMoE; dense: mIoU 47.99, multi-scale 49.57.
 Run at full scale: no.
 
 Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
+
+Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
 """
 
 _base_ = ["upernet_swin_base_dense_ade20k_512_160k.py"]
 
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, ep_size=8)))
+model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))

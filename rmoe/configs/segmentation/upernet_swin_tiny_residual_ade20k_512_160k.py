@@ -11,6 +11,8 @@ Run at full scale: no.
 
 Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
 
+Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
+
 Arms, each by what follows --cfg-options:
     model.backbone.moe.residual=full     each expert has a residual of the core's shape
     model.backbone.moe.residual=experts  sparse upcycling: each expert is a copy of the core, trained whole
@@ -20,4 +22,4 @@ Arms, each by what follows --cfg-options:
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
 
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, ep_size=8)))
+model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))

@@ -15,6 +15,8 @@ Run at full scale: no.
 The core is the work dir of upstream/swin_tiny_core_imagenet1k.py. Residuals and gates are trained, and at the same rate
 what is not in the experts' networks, as in the finetunes; that, the number of epochs and the rate are this project's
 choices.
+
+Every process has all experts; --cfg-options model.moe.ep_size=8 spreads them over 8.
 """
 
 _base_ = ["swin_tiny_core_imagenet1k.py"]
@@ -22,7 +24,7 @@ _base_ = ["swin_tiny_core_imagenet1k.py"]
 stage = "intermediate"
 epoch = 1251  # steps of 1024 images
 
-model = dict(core="work_dirs/swin_tiny_core_imagenet1k", moe=dict(num_experts=8, top_k=1, ep_size=8))
+model = dict(core="work_dirs/swin_tiny_core_imagenet1k", moe=dict(num_experts=8, top_k=1))
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=epoch // 2),
