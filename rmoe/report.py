@@ -29,6 +29,7 @@ from rmoe.analysis import (
     movement,
     weight_statistics,
 )
+from rmoe.backbones.build import allow_random_cores
 from rmoe.errors import UserError
 from rmoe.layers.moe import load_global_state_dict, moe_layers
 from rmoe.pictures import Scene, draw_detections, draw_experts, draw_load, draw_movement, draw_predictions, draw_weights
@@ -299,4 +300,5 @@ def _in_one_process(config: Any) -> Any:
             (part.get("kwargs") or {}).pop("pretrained", None)
             if part.get("moe"):
                 part["moe"]["ep_size"] = 1
+    allow_random_cores(changed)
     return changed

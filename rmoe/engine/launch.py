@@ -27,13 +27,14 @@ from mmengine.dist import all_gather_object
 from mmengine.runner import FlexibleRunner
 from mmengine.utils import import_modules_from_strings
 
+from rmoe.backbones.build import allow_random_cores
 from rmoe.config import ResidualMoEConfig
-from rmoe.errors import UserError, nearest
 from rmoe.data.preflight import preflight
 from rmoe.engine import checkpoint, ds_json, faults, optim  # noqa: F401 (registers 'rmoe.ParamGroups')
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.faults import Fault, Preempted
 from rmoe.engine.strategy import Diverged, Runner, user_errors
+from rmoe.errors import UserError, nearest
 from rmoe.stages import free_port
 
 _CONSTRUCTORS = (None, "DefaultOptimWrapperConstructor", "rmoe.ParamGroups")
@@ -281,6 +282,8 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     cfg.work_dir = str(work_dir or cfg.get("work_dir") or Path("work_dirs") / Path(cfg.filename or "run").stem)
     cfg.resume, load_from = _start(cfg, resume, layout, notes), cfg.get("load_from")
     cfg.load_from = None if cfg.resume else load_from
+    if cfg.resume or cfg.load_from:
+        allow_random_cores(cfg.model)
     cfg.strategy = {
         "type": "rmoe.engine.strategy.Strategy",
         "config": config,
