@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from mmengine.logging import print_log
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rmoe.backbones.core import CoreReport, level_keys, load_core, read_checkpoint
+from rmoe.backbones.core import CoreReport, a_path, level_keys, load_core, read_checkpoint
 from rmoe.backbones.dense_import import translate
 from rmoe.backbones.upcycle import upcycle
 from rmoe.config import ResidualMoEConfig
@@ -146,29 +147,33 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
     Raises:
         UserError: `out` exists or has no folder or another suffix, and what `timm_model` and `load_core` raise.
     """
-    out = Path(out)
+    source, out = a_path(source), a_path(out)
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UserError(
             f"{out} cannot be written; give a file name with the suffix .safetensors in a folder that exists"
         )
     if out.exists():
         raise UserError(f"{out} exists; remove it or give another name")
-    raw = read_checkpoint(Path(source))
+    raw = read_checkpoint(source)
     state = translate(raw).state
     net: Any = timm_model(model, {"num_classes": _num_classes(state)})
     norms = {
         int(match[1]): nn.LayerNorm(len(state[key]))
         for key in state
-        if (match := re.search(r"^norm(\d+)\.weight$", key))
+        if (match := re.search(r"^norm(\d+)\.weight$", key)) and state[key].ndim == 1 and len(state[key])
     }
     report = load_core(net, source, norms, raw)
     absent = {key for keys in report.left_out.values() for key in keys}
     written = {key: x.contiguous() for key, x in (net.state_dict() | level_keys(norms)).items() if key not in absent}
-    partial = out.with_suffix(".partial")
-    save_file(written, partial)
-    partial.replace(out)
+    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        save_file(written, partial)
+        partial.replace(out)
+    except Exception as error:  # whatever safetensors and the system raise
+        partial.unlink(missing_ok=True)
+        raise UserError(f"{out} cannot be written ({error}); give another place") from error
     return report
 
 
 def _num_classes(state: Mapping[str, Tensor]) -> int:
-    return next((len(x) for key, x in state.items() if re.search(r"(^|\.)head\.(fc\.)?bias$", key)), 0)
+    return next((len(x) for key, x in state.items() if x.ndim and re.search(r"(^|\.)head\.(fc\.)?bias$", key)), 0)

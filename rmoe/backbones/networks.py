@@ -133,7 +133,7 @@ def _check_weights(name: str, network: nn.Module) -> None:
     for key, x in weights:
         if not is_weight(x):
             raise UserError(f"'{key}' is {described(x)}; {WEIGHTS}: convert it first, or {_ELSEWHERE}")
-    kinds = sorted({f"{x.dtype} on {x.device}" for _, x in weights})
+    kinds = sorted({f"{described(x)} on {x.device}" for _, x in weights})
     if len(kinds) > 1:
         raise UserError(f"'{name}' has weights of {' and '.join(kinds)}; bring them to one dtype and device")
 
