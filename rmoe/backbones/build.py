@@ -95,12 +95,10 @@ def add_weights(
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {model!r}; give a torch.nn.Module, such as timm.create_model returns")
-    if not isinstance(core, str | Path | None):
-        raise UserError(f"core is {core!r}; it is the path of a checkpoint file or of a finished run's folder, or None")
     config = None if moe is None else ResidualMoEConfig.from_dict(moe)
     if core is None and config is not None and not allow_random_core:
         _check_trained(config)
-    state = None if core is None else read_checkpoint(Path(core))
+    state = None if core is None else read_checkpoint(a_path(core, "core"))
     mixture = state is not None and holds_experts(state)
     if mixture and config is None:
         raise UserError(
@@ -147,7 +145,7 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
     Raises:
         UserError: `out` exists or has no folder or another suffix, and what `timm_model` and `load_core` raise.
     """
-    source, out = a_path(source), a_path(out)
+    source, out = a_path(source, "source"), a_path(out, "out")
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UserError(
             f"{out} cannot be written; give a file name with the suffix .safetensors in a folder that exists"

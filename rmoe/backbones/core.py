@@ -136,22 +136,22 @@ def level_keys(level_norms: Mapping[int, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def a_path(value: Any) -> Path:
-    """Returns the path.
+def a_path(value: Any, name: str = "the checkpoint") -> Path:
+    """Returns `value` as a path.
 
     Raises:
         UserError: neither a string nor a path, or one that the system does not take.
     """
     if not isinstance(value, str | Path) or not str(value):
-        raise UserError(f"the checkpoint is {value!r}; give the path of a file or of a finished run's folder")
+        raise UserError(f"{name} is {value!r}; give the path of a checkpoint file or of a finished run's folder")
     try:
         Path(value).exists()
     except OSError as error:
-        raise UserError(f"the checkpoint cannot be looked for: {error}; give another path") from error
+        raise UserError(f"{name} cannot be looked for: {error}; give another path") from error
     return Path(value)
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file or work dir by name, on the CPU; nothing in the file is executed.
 
     Raises:
