@@ -52,7 +52,7 @@ def config(task: str, moe: dict[str, Any] | None, image_size: int, small: bool) 
     cfg = Config.fromfile(TASKS[task])
     model = cfg.model
     part = model if task == "classification" else model.backbone
-    part.update(core=None, moe=moe)
+    part.update(core=None, moe=moe, allow_random_core=True)
     if task == "classification":
         part.kwargs["img_size"] = image_size
         part.mixup = None

@@ -33,6 +33,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from rmoe.backbones.build import allow_random_cores
 from rmoe.cost import Parameters, count_parameters, counted_flops
 from rmoe.engine.prepare import moe_dicts
 from rmoe.errors import UserError
@@ -395,6 +396,7 @@ def _alone(config: Any) -> Any:
             node["core"] = None
         if node.get("pretrained"):
             node["pretrained"] = False if node["pretrained"] is True else None
+    allow_random_cores(alone)
     for moe in moe_dicts(alone):
         moe["ep_size"] = 1  # type: ignore[index]
     return alone

@@ -28,6 +28,7 @@ from rmoe.analysis import (
     movement,
     weight_statistics,
 )
+from rmoe.backbones.build import allow_random_cores
 from rmoe.engine.building import user_errors
 from rmoe.engine.lock import check_folder
 from rmoe.engine.read_config import read_config
@@ -318,4 +319,5 @@ def _in_one_process(config: Any) -> Any:
             (part.get("kwargs") or {}).pop("pretrained", None)
             if part.get("moe"):
                 part["moe"]["ep_size"] = 1
+    allow_random_cores(changed)
     return changed

@@ -29,7 +29,7 @@ VIT = {"embed_dim": 12, "depth": 2, "num_heads": 2}
     ],
 )
 def test_maps_are_on_the_grids_of_their_layers(model, kwargs, out, grids):
-    pyramid = TimmPyramid(model, kwargs, out, moe={"num_experts": 3}).eval()
+    pyramid = TimmPyramid(model, kwargs, out, moe={"num_experts": 3}, allow_random_core=True).eval()
     maps = routing_maps(pyramid, lambda: pyramid(torch.randn(1, 3, 64, 80)), (64, 80))
     assert [expert_hw.shape for expert_hw in maps.values()] == grids
     assert [f"model.{name}" for name in maps] == list(moe_layers(pyramid))
@@ -39,7 +39,13 @@ def test_maps_are_on_the_grids_of_their_layers(model, kwargs, out, grids):
 def test_a_token_is_where_it_was_in_the_image():
     """Two halves of an image that look different go to two experts, if the gate is made to tell them apart."""
     torch.manual_seed(0)
-    pyramid = TimmPyramid("vit_tiny_patch16_224", {**VIT, "class_token": False, "global_pool": "avg"}, (0, 1), moe={})
+    pyramid = TimmPyramid(
+        "vit_tiny_patch16_224",
+        {**VIT, "class_token": False, "global_pool": "avg"},
+        (0, 1),
+        moe={},
+        allow_random_core=True,
+    )
     (layer,) = moe_layers(pyramid.eval()).values()
     image = torch.zeros(1, 3, 64, 96)
     image[..., 64:] = 5  # the right third: two columns of six

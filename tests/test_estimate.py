@@ -84,6 +84,7 @@ def with_values(cfg: Config) -> tuple[Any, dict[str, Any]]:
         labels: dict[str, Any] = {"data_samples": [sample] * IMAGES}
     else:
         labels = {"labels": torch.arange(IMAGES)}
+    cfg.model.get("backbone", cfg.model).allow_random_core = True
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).train()
     return model, {"inputs": torch.randn(IMAGES, 3, SIZE, SIZE), **labels}
 

@@ -115,7 +115,7 @@ def run_dir(folder: Path, data: Path, stage: str, moe: dict[str, Any] | None) ->
     (logs / "scalars.json").write_text("\n".join(json.dumps(line) for line in lines) + "\n")
     (folder / "cost.json").write_text(json.dumps(COST))
     init_default_scope("mmseg")
-    alone = {**BACKBONE, "core": None, "moe": moe and {**moe, "ep_size": 1}}
+    alone = {**BACKBONE, "core": None, "allow_random_core": True, "moe": moe and {**moe, "ep_size": 1}}
     built = MODELS.build(Config({"model": {**model, "backbone": alone}}).model)
     save_file(global_state_dict(built), folder / "model.safetensors")
     return folder

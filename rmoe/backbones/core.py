@@ -8,6 +8,7 @@ reason; anything else is another model's checkpoint and is refused.
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 from collections import Counter
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from rmoe.backbones.dense_import import NOT_BACKBONE, translate
+from rmoe.backbones.networks import WEIGHTS, described, is_weight
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict, holds_experts, load_global_state_dict
 
@@ -43,6 +44,7 @@ _ADVICE = "give the checkpoint of this architecture"
 _MIXTURE = "give the checkpoint of a run with this architecture and this moe (its model.json says which it had)"
 _CONTAINERS = ("model", "state_dict")
 _LISTED = 3
+_LONGEST = 1000  # characters of a key
 
 
 @dataclass
@@ -91,10 +93,15 @@ def load_core(
         The report to log.
 
     Raises:
-        UserError: no such file, a file cut short, or one that holds more than tensors; values that are not finite; a
-            weight of the model that the file lacks, has in another shape, or holds with nowhere to go.
+        UserError: no such file, a file cut short, or one that holds more than tensors; weights that are no dense
+            floating-point tensors, or not finite in the model's dtype; a weight of the model that the file lacks, has
+            in another shape, or holds with nowhere to go; a model without values, on the meta device.
     """
-    path, level_norms = Path(path), level_norms or {}
+    if not isinstance(model, nn.Module):
+        raise UserError(f"the model is {model!r}; give a torch.nn.Module, such as timm.create_model returns")
+    path, level_norms = a_path(path), level_norms or {}
+    if on_meta := [key for key, x in model.state_dict().items() if x.is_meta]:
+        raise UserError(f"the model has no memory for {_some(on_meta)} (meta device); give it some by to_empty first")
     foreign = translate(read_checkpoint(path) if state is None else state)
     report = CoreReport(
         path, foreign.source, converted=foreign.converted, left_out=dict(foreign.left_out), note=foreign.note
@@ -113,7 +120,7 @@ def load_core(
         if value.shape != wanted[key].shape and _reason(CLASSIFIER, key):
             report.leave(key, "classifier of other classes")
         else:
-            fitted[key] = _fit(model, key, value, wanted[key].shape, report, advice)
+            fitted[key] = _cast(key, _fit(model, key, value, wanted[key].shape, report, advice), wanted[key], path)
     load_global_state_dict(model, {key: fitted.get(key, x) for key, x in own.items()})
     with torch.no_grad():
         for key, value in level_keys(level_norms).items():
@@ -129,12 +136,28 @@ def level_keys(level_norms: Mapping[int, nn.Module]) -> dict[str, Tensor]:
     }
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+def a_path(value: Any, name: str = "the checkpoint") -> Path:
+    """Returns `value` as a path.
+
+    Raises:
+        UserError: neither a string nor a path, or one that the system does not take.
+    """
+    if not isinstance(value, str | Path) or not str(value):
+        raise UserError(f"{name} is {value!r}; give the path of a checkpoint file or of a finished run's folder")
+    try:
+        Path(value).exists()
+    except OSError as error:
+        raise UserError(f"{name} cannot be looked for: {error}; give another path") from error
+    return Path(value)
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint file or work dir by name, on the CPU; nothing in the file is executed.
 
     Raises:
         UserError: see `load_core`.
     """
+    path = a_path(path)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
@@ -150,16 +173,24 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             f"{path} is not a checkpoint, or holds Python objects besides tensors, which are not loaded; "
             "save its state dict alone"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:  # whatever torch, pickle, zipfile and safetensors raise at bytes that are no checkpoint
         raise UserError(
-            f"{path} cannot be read ({_first_line(error)}); it was cut short: copy or save it again"
+            f"{path} cannot be read ({_first_line(error)}); it was cut short or is no checkpoint: copy or save it again"
         ) from error
     for container in _CONTAINERS:
         if isinstance(state, Mapping) and isinstance(state.get(container), Mapping):
             state = state[container]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state dict of tensors, bare or under {' or '.join(map(repr, _CONTAINERS))}")
-    bad = [key for key, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    no_state = f"{path} holds no state dict of tensors, bare or under {' or '.join(map(repr, _CONTAINERS))}"
+    if not isinstance(state, Mapping):
+        raise UserError(f"{no_state}: it is a {type(state).__name__}")
+    for key, value in state.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor) or len(key) > _LONGEST:
+            raise UserError(
+                f"{no_state}: under {str(key)[:_LONGEST]!r} ({type(key).__name__}) is a {type(value).__name__}"
+            )
+        if value.is_meta or value.is_nested or not (is_weight(value) or _is_count(value)):
+            raise UserError(f"'{key}' in {path} is {described(value)}; {WEIGHTS}: convert it")
+    bad = [key for key, value in state.items() if is_weight(value) and not value.isfinite().all()]
     if bad:
         raise UserError(f"{path} holds values that are not finite in {_some(bad)}; use an earlier checkpoint")
     return dict(state)
@@ -179,23 +210,48 @@ def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], r
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
+def _is_count(x: Tensor) -> bool:
+    """Returns whether it is a dense tensor of whole numbers, as counts and indices are, or of truth values."""
+    whole = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
+    return x.layout == torch.strided and x.dtype in whole
+
+
+def _cast(key: str, value: Tensor, wanted: Tensor, path: Path) -> Tensor:
+    """`value` in the model's dtype, of the same kind: weights stay weights, and counts counts."""
+    if is_weight(value) != is_weight(wanted) or (value.dtype == torch.bool) != (wanted.dtype == torch.bool):
+        raise UserError(
+            f"'{key}' is {described(value)} in {path} and {described(wanted)} in the model; {WEIGHTS}: convert it"
+        )
+    cast = value.to(wanted.dtype)
+    if is_weight(cast) and not cast.isfinite().all():
+        raise UserError(f"'{key}' in {path} holds values beyond the model's {described(wanted)}; use a wider dtype")
+    return cast
+
+
 def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: CoreReport, advice: str) -> Tensor:
     """`value` in the model's shape: position tables are interpolated, anything else must have it already."""
     if value.shape == shape:
         return value
     owner, _, name = key.rpartition(".")
     if name == "relative_position_bias_table" and value.ndim == 2 and value.shape[1] == shape[1]:
-        report.resized.append(key)
-        window: Any = model.get_submodule(owner).window_size
-        return resize_rel_pos_bias_table_simple(value, new_window_size=window, new_bias_shape=tuple(shape))
-    if key == "pos_embed" and value.ndim == 3 and value.shape[2] == shape[2]:
-        report.resized.append(key)
+        window: Any = getattr(model.get_submodule(owner), "window_size", None)
+        if window and _is_square(len(value) - shape[0] + math.prod(2 * side - 1 for side in window)):
+            report.resized.append(key)
+            return resize_rel_pos_bias_table_simple(value.float(), new_window_size=window, new_bias_shape=tuple(shape))
+    if key == "pos_embed" and value.ndim == 3 and (len(value), value.shape[2]) == (shape[0], shape[2]):
         vit: Any = model
-        prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else vit.num_prefix_tokens
-        return resample_abs_pos_embed(value, new_size=list(vit.patch_embed.grid_size), num_prefix_tokens=prefix_tokens)
+        grid = getattr(vit.patch_embed, "grid_size", None)
+        prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else getattr(vit, "num_prefix_tokens", 0)
+        if grid and _is_square(value.shape[1] - prefix_tokens):
+            report.resized.append(key)
+            return resample_abs_pos_embed(value, new_size=list(grid), num_prefix_tokens=prefix_tokens)
     raise UserError(
         f"{key} has the shape {tuple(value.shape)} in {report.path} and {tuple(shape)} in the model; {advice}"
     )
+
+
+def _is_square(count: int) -> bool:
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def _reason(rules: Rules, key: str) -> str | None:

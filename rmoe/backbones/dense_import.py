@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rmoe.errors import UserError
+
 Names = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 NOT_BACKBONE = "not part of the backbone"
@@ -65,6 +67,9 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
     """Recognises the format of a checkpoint and brings its keys and values to timm's, those of the backbone alone.
 
     A checkpoint of timm's own names, or of names that nobody knows, is returned as it is.
+
+    Raises:
+        UserError: two keys that become the same.
     """
     for form in FORMATS:
         for key in state:
@@ -83,6 +88,8 @@ def _translated(form: Format, prefix: str, state: Mapping[str, Tensor]) -> Trans
             left_out[reason].append(key)
         elif name == key and prefix:  # not the backbone's, nor its classifier's under another name
             left_out[NOT_BACKBONE].append(key)
+        elif name in renamed:
+            raise UserError(f"two keys of the checkpoint, '{key}' and another one, are timm's '{name}'; remove either")
         else:
             renamed[name] = value
     joined, converted = _joined(renamed)
@@ -100,13 +107,16 @@ def _renamed(names: Names, key: str) -> str:
 
 
 def _joined(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Puts query, key and value together: parts 0, 1, 2 of one weight. A part alone keeps its name, to be refused."""
+    """Puts query, key and value together: parts 0, 1, 2 of one weight. Parts that do not fit keep their names, to be
+    refused.
+    """
     joined = dict(state)
     converted: dict[str, list[str]] = defaultdict(list)
     for first in (name for name in state if name.endswith(".0")):
         whole = first.removesuffix(".0")
         parts = [f"{whole}.{number}" for number in range(3)]
-        if all(part in joined for part in parts):
+        shapes = {joined[part].shape if part in joined else None for part in parts}
+        if len(shapes) == 1 and not shapes & {None, torch.Size()}:
             joined[whole] = torch.cat([joined.pop(part) for part in parts])
             converted["query, key and value joined"].append(whole)
     return joined, converted
@@ -118,7 +128,12 @@ def _numbered(before: str, shift: int, after: str = "") -> Callable[[re.Match[st
 
 
 def _neighbours_outside(x: Tensor) -> Tensor:
-    """[…, C·4] with a pixel's four neighbours innermost, row by row → [..., 4·C], outermost, column by column."""
+    """[…, C·4] with a pixel's four neighbours innermost, row by row → [..., 4·C], outermost, column by column.
+
+    What cannot be such a value stays as it is, to be refused by its shape.
+    """
+    if not x.ndim or not x.numel() or x.shape[-1] % 4:
+        return x
     return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
 
 

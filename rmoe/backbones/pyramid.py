@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm.layers
+import torch
 import torch.nn.functional as F
 from timm.models import model_entrypoint
 from timm.models.swin_transformer import SwinTransformerBlock
+from timm.models.swin_transformer_v2 import SwinTransformerV2Block
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from torch import Tensor, nn
 
-from rmoe.backbones.build import add_weights, timm_model
+from rmoe.backbones.build import add_weights, brings_weights, checked_kwargs, timm_model
 from rmoe.errors import UserError
 from rmoe.registry import MODELS
 
-# What a family needs to take images of any size, by the name of timm's module.
+# What a family needs to take images of any size, by the name of timm's module. Of the others, those that timm marks
+# with a fixed input size take that alone.
+_SWIN = {"strict_img_size": False, "always_partition": True}
+_VIT = {"dynamic_img_size": True}
 _ANY_SIZE: dict[str, dict[str, Any]] = {
-    "swin_transformer": {"strict_img_size": False, "always_partition": True},
-    "vision_transformer": {"dynamic_img_size": True},
+    "swin_transformer": _SWIN,
+    "swin_transformer_v2": _SWIN,
+    "swin_transformer_v2_cr": _SWIN,
+    "vision_transformer": _VIT,
+    "vision_transformer_hybrid": _VIT,
+    "deit": _VIT,
+    "eva": _VIT,
+    "vision_transformer_sam": {},
+    "xcit": {},
+    "twins": {},
 }
+# These bring maps of odd sizes to half their size, rounded up; others get images of whole cells of their last map.
+_ROUNDS_UP = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "cvt")
 
 
 @MODELS.register_module()
@@ -28,8 +44,9 @@ class TimmPyramid(nn.Module):
     """Feature maps of a timm backbone, one LayerNorm for each, for images of any size.
 
     A Swin's maps have the strides 4, 8, 16, 32, and are those of the published Swin for dense tasks. A CvT's three have
-    the strides 4, 8, 16; its class token is split off. A plain ViT's, all of stride 16, are brought to the strides
-    4, 8, 16, 32 as in ViTDet (arXiv 2203.16527, section 3).
+    the strides 4, 8, 16; its class token is split off. A plain ViT's, all of one stride, are brought to the strides
+    4, 8, 16, 32 as in ViTDet (arXiv 2203.16527, section 3); those of stride 14 are interpolated to 16 before. Of other
+    models, some take images of one size only, and say so.
 
     Not an mmengine `BaseModule`, on purpose: mmengine's weight initialisation would run timm's over the loaded core.
 
@@ -41,10 +58,12 @@ class TimmPyramid(nn.Module):
         moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the backbone dense. Blocks are chosen of the whole
             backbone, whatever `out_indices` leave of it, so that upstream and downstream models have the same.
         with_cp: recompute activations in the backward pass, to save memory.
+        allow_random_core: residuals may stand beside a frozen core that no checkpoint filled: for trials, and where
+            weights are loaded later.
 
     Raises:
-        UserError: an unknown model or argument, an index that the model does not have, and what `load_core` and
-            `upcycle` raise.
+        UserError: an unknown model or argument, an index that the model does not have, what `load_core` and `upcycle`
+            raise, and in the forward pass, images of a size that the model does not take.
     """
 
     def __init__(
@@ -55,56 +74,110 @@ class TimmPyramid(nn.Module):
         core: str | None = None,
         moe: Mapping[str, Any] | None = None,
         with_cp: bool = False,
+        allow_random_core: bool = False,
     ) -> None:
         super().__init__()
-        net: Any = timm_model(model, {**_any_size(model), **(kwargs or {}), "num_classes": 0})
+        kwargs, family = checked_kwargs(kwargs), _family(model)
+        net: Any = timm_model(model, {**_ANY_SIZE.get(family, {}), **kwargs, "num_classes": 0})
         levels = _levels(model, net, out_indices)
         norms = [timm.layers.LayerNorm2d(channels, eps=1e-5) for channels, _ in levels]
-        add_weights(net, core, moe, dict(zip(out_indices, norms, strict=True)))
-        self.patch = net.feature_info[0]["reduction"]
+        allow_random_core = allow_random_core or brings_weights(kwargs)
+        weights = dict(zip(out_indices, norms, strict=True))
+        add_weights(net, core, moe, weights, allow_random_core=allow_random_core)
+        self.name, self.size = model, _only_size(family, net, kwargs)
+        self.given = [stride for _, stride in levels]
+        reductions = [info["reduction"] for info in net.feature_info]
+        self.patch = reductions[0] if family in _ROUNDS_UP else max(reductions)
         self.out_indices = net.prune_intermediate_layers(list(out_indices), prune_norm=True)
         _pad_before_shift(net)
         if with_cp:
             timm.layers.set_reentrant_ckpt(False)  # the reentrant kind loses the gate's losses
             net.set_grad_checkpointing(True)
         self.model = net
-        self.strides = _strides([stride for _, stride in levels])
+        self.spread = len({*reductions}) == 1  # a backbone without stages
+        self.strides = [4 * 2**level for level in range(len(levels))] if self.spread else self.given
         self.rescale = nn.ModuleList(
-            _rescale(channels, given, wanted) for (channels, given), wanted in zip(levels, self.strides, strict=True)
+            _rescale(channels, _power_of_two(given) if self.spread else given, wanted)
+            for (channels, given), wanted in zip(levels, self.strides, strict=True)
         )
         self.norms = nn.ModuleList(norms)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """images [B, 3, H, W] → for each level of stride s a map [B, C, ⌈H/s⌉, ⌈W/s⌉]."""
         height, width = images.shape[-2:]
+        if self.size is not None and (height, width) != self.size:
+            raise UserError(
+                f"{self.name} got images of {height} x {width} pixels and takes {self.size[0]} x {self.size[1]} alone; "
+                "resize or crop them, build it for their size where timm can, by kwargs=dict(img_size=…), or use a "
+                "Swin, a CvT or a ViT"
+            )
         images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         maps = self.model.forward_intermediates(images, indices=self.out_indices, intermediates_only=True)
-        levels = zip(maps, self.rescale, self.norms, self.strides, strict=True)
+        levels = zip(maps, self.given, self.rescale, self.norms, self.strides, strict=True)
         # Contiguous: mmcv's RoIAlign, for one, takes memory to be in this order, whatever the strides say.
         return tuple(
-            norm(rescale(level))[..., : math.ceil(height / stride), : math.ceil(width / stride)].contiguous()
-            for level, rescale, norm, stride in levels
+            norm(rescale(self._regular(level, given, images, height, width)))[
+                ..., : math.ceil(height / stride), : math.ceil(width / stride)
+            ].contiguous()
+            for level, given, rescale, norm, stride in levels
         )
 
+    def _regular(self, level: Tensor, given: int, images: Tensor, height: int, width: int) -> Tensor:
+        """Map of padded images of any stride → map of the images, of a stride that doubles or halves to any other."""
+        cells = tuple(math.ceil(side / given) for side in images.shape[-2:])
+        if level.shape[-2:] != cells:
+            raise UserError(
+                f"{self.name} gives a map of {level.shape[-2]} x {level.shape[-1]} cells for a padded image of "
+                f"{images.shape[-2]} x {images.shape[-1]} pixels, where stride {given} makes {cells[0]} x {cells[1]}; "
+                "leave this level out of out_indices, or use a Swin, a CvT or a ViT"
+            )
+        stride = _power_of_two(given) if self.spread else given
+        if stride == given:
+            return level
+        rows, columns = (
+            _interpolation(math.ceil(side / stride), stride / given, cell, level)
+            for side, cell in zip((height, width), cells, strict=True)
+        )
+        return rows @ level @ columns.T
 
-def _any_size(name: str) -> dict[str, Any]:
-    family = model_entrypoint(name).__module__.rpartition(".")[2] if timm.is_model(name) else ""
-    return _ANY_SIZE.get(family, {})
+
+def _family(name: Any) -> str:
+    """Returns the name of timm's module that a model is in."""
+    known = isinstance(name, str) and timm.is_model(name)
+    return model_entrypoint(name).__module__.rpartition(".")[2] if known else ""
+
+
+def _only_size(family: str, net: Any, kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Returns the one size (rows, columns) of images that a model takes, or None if it takes any."""
+    strict = any(kwargs.get(key, value) != value for key, value in _ANY_SIZE.get(family, {}).items())
+    if not strict and (family in _ANY_SIZE or not net.pretrained_cfg.get("fixed_input_size")):
+        return None
+    return timm.layers.to_2tuple(kwargs.get("img_size") or net.pretrained_cfg["input_size"][1:])
 
 
 def _levels(name: str, net: Any, out_indices: Sequence[int]) -> list[tuple[int, int]]:
-    """(channels, stride) of the maps asked for."""
+    """Returns (channels, stride) of the maps asked for."""
     if not hasattr(net, "forward_intermediates"):
         raise UserError(f"timm's {name} has no forward_intermediates; use a Swin, a CvT or a ViT")
     known = net.feature_info
+    numbers = isinstance(out_indices, Sequence) and all(type(index) is int for index in out_indices)
+    if not numbers or not out_indices or sorted({*out_indices}) != [*out_indices]:
+        raise UserError(f"out_indices are {out_indices!r}; they are whole numbers, each larger than the one before")
     if not all(0 <= index < len(known) for index in out_indices):
         raise UserError(f"out_indices are {tuple(out_indices)}; {name} has the levels 0 to {len(known) - 1}")
     return [(known[index]["num_chs"], known[index]["reduction"]) for index in out_indices]
 
 
-def _strides(given: list[int]) -> list[int]:
-    """A backbone without stages gives maps of one stride, which are spread; others keep theirs."""
-    return [4 * 2**level for level in range(len(given))] if len(set(given)) == 1 else given
+def _power_of_two(stride: int) -> int:
+    """Returns the nearest one."""
+    return 2 ** round(math.log2(stride))
+
+
+def _interpolation(cells: int, ratio: float, given: int, like: Tensor) -> Tensor:
+    """Returns the weights [cells, given] of linear interpolation, a new cell being `ratio` times as long as a given."""
+    centre = (torch.arange(cells, device=like.device) + 0.5) * ratio - 0.5
+    distance = centre.clamp(0, given - 1)[:, None] - torch.arange(given, device=like.device)
+    return (1 - distance.abs()).clamp(min=0).to(like.dtype)
 
 
 def _rescale(channels: int, given: int, wanted: int) -> nn.Module:
@@ -118,22 +191,34 @@ def _rescale(channels: int, given: int, wanted: int) -> nn.Module:
     return nn.Sequential(*steps)
 
 
-class _PaddedWindows(SwinTransformerBlock):
-    """A Swin block that pads the map to whole windows before it shifts it, as the published Swin does.
+def _on_whole_windows(attend: Callable[[Tensor], Tensor], x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Pads the map x [B, H, W, C] to whole windows before `attend` shifts it, as the published Swin does.
 
     timm shifts first: then tokens from opposite edges of the image share a window and attend to one another wherever
     the map is not a multiple of the window.
     """
+    height, width = x.shape[1:3]
+    rows, columns = window
+    return attend(F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows)))[:, :height, :width]
 
+
+class _PaddedSwin(SwinTransformerBlock):
     def _attn(self, x: Tensor) -> Tensor:
-        """x [B, H, W, C] → [B, H, W, C]."""
-        height, width = x.shape[1:3]
-        rows, columns = self.window_size
-        padded = F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows))
-        return super()._attn(padded)[:, :height, :width]
+        return _on_whole_windows(super()._attn, x, self.window_size)
+
+
+class _PaddedSwinV2(SwinTransformerV2Block):
+    def _attn(self, x: Tensor) -> Tensor:
+        return _on_whole_windows(super()._attn, x, self.window_size)
+
+
+class _PaddedSwinV2Cr(SwinTransformerV2CrBlock):
+    def _shifted_window_attn(self, x: Tensor) -> Tensor:
+        return _on_whole_windows(super()._shifted_window_attn, x, self.window_size)
 
 
 def _pad_before_shift(net: nn.Module) -> None:
     for module in net.modules():
-        if type(module) is SwinTransformerBlock:
-            module.__class__ = _PaddedWindows  # not a wrapper: names of modules and weights stay timm's
+        for padded in (_PaddedSwin, _PaddedSwinV2, _PaddedSwinV2Cr):
+            if type(module) is padded.__base__:
+                module.__class__ = padded  # not a wrapper: names of modules and weights stay timm's

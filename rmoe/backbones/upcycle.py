@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy as copying
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from rmoe.backbones.networks import agree, check_networks, find_networks, plain, tokens
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError, nearest
 from rmoe.moe.layer import ResidualMoE
@@ -49,8 +52,8 @@ class Upcycled(NamedTuple):
 def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) -> Upcycled:
     """Turns feed-forward networks of a dense model into residual mixtures of experts around themselves.
 
-    Right afterwards the model computes what it computed before (unless config.combine is "softmax"), and the random
-    generators stand where they stood.
+    Right afterwards the model computes what it computed before (unless config.combine is "softmax"), which is checked,
+    and the random generators stand where they stood. All networks are replaced, or none.
 
     Args:
         model: any model whose blocks hold timm-style `Mlp`s (linear `fc1`, activation `act`, linear `fc2`): timm's
@@ -59,55 +62,72 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
         copy: leave `model` as it is and upcycle a copy.
 
     Raises:
-        UserError: no such network in the model, none that `config.blocks` selects, dropout inside one, or one that
-            is a mixture already.
+        UserError: no such network in the model, none that `config.blocks` selects, one that computes more than a
+            mixture would (see `rmoe.backbones.networks.check_networks`), or one that is a mixture already.
     """
-    if copy:
-        model = copying.deepcopy(model)
+    if not isinstance(model, nn.Module):
+        raise UserError(f"upcycle got a {type(model).__name__} as its model; give a torch.nn.Module, such as timm's")
+    if not isinstance(config, ResidualMoEConfig):
+        raise UserError(
+            f"upcycle got a {type(config).__name__} as its config; give an rmoe.ResidualMoEConfig, of a dict by "
+            "ResidualMoEConfig.from_dict"
+        )
+    if not isinstance(copy, bool):
+        raise UserError(f"upcycle got copy={copy!r}; it is True or False")
     networks = find_networks(model)
     selected = _select(list(networks), config)
-    for name in selected:
-        _check_dropout(name, networks[name])
-    with torch.random.fork_rng([]):  # what is drawn after this, a head say, is what the dense model would have drawn
-        for name in selected:
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, ResidualMoE(networks[name], config))
+    gpus = {x.device for x in model.parameters() if x.is_cuda}
+    with torch.random.fork_rng(gpus):  # what is drawn after this, a head say, is what the dense model would have drawn
+        check_networks(model, {name: networks[name] for name in selected})
+        if copy:
+            model = copying.deepcopy(model)
+        with _restored_on_error(model):
+            layers = {name: _mixture(name, model.get_submodule(name), config) for name in selected}
+    for name, layer in layers.items():
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
     return Upcycled(model, _report(model, selected, [name for name in networks if name not in selected]))
 
 
-def find_networks(model: nn.Module) -> dict[str, nn.Module]:
-    """The dense feed-forward networks of a model by name, in its order.
+@contextmanager
+def _restored_on_error(model: nn.Module) -> Iterator[None]:
+    """A mixture freezes the network that it is made of."""
+    trained = [(x, x.requires_grad) for x in model.parameters()]
+    try:
+        yield
+    except BaseException:
+        for x, required in trained:
+            x.requires_grad_(required)
+        raise
 
-    Raises:
-        UserError: there is none, or the model has been upcycled already.
-    """
-    modules = dict(model.named_modules())
-    if done := [name for name, module in modules.items() if isinstance(module, ResidualMoE)]:
-        raise UserError(f"the model is a mixture of experts already ({done[0]}); upcycle the dense model")
-    found = {name: module for name, module in modules.items() if name and _is_network(module)}
-    if not found:
+
+def _mixture(name: str, network: Any, config: ResidualMoEConfig) -> ResidualMoE:
+    layer = ResidualMoE(network, config)
+    preserves = (config.mixes_weights or config.normalises) and not (
+        config.residual == "experts" and config.expert_init == "random"
+    )
+    if preserves and config.ep_size == 1 and not network.fc1.weight.is_meta:
+        _compare(name, network, layer, tokens(network.fc1.in_features, network.fc1.weight))
+    return layer
+
+
+@torch.no_grad()
+def _compare(name: str, network: nn.Module, layer: ResidualMoE, x: torch.Tensor) -> None:
+    modes = {module: module.training for module in layer.modules()}
+    same = agree(layer.eval()(x), plain(network, x))
+    for module, training in modes.items():
+        module.training = training
+    if not same:
         raise UserError(
-            f"no feed-forward network found in {type(model).__name__}: looked for modules with linear layers 'fc1' and "
-            "'fc2' (fc1's outputs being fc2's inputs) and an activation 'act', as timm's Mlp; use a Swin, ViT or CvT"
+            f"the mixture made of '{name}' ({type(network).__name__}) does not compute what it computed; leave it "
+            "dense by naming other blocks, and report this"
         )
-    return found
-
-
-def _is_network(module: nn.Module) -> bool:
-    fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
-    if not (
-        isinstance(fc1, nn.Linear)
-        and isinstance(fc2, nn.Linear)
-        and isinstance(getattr(module, "act", None), nn.Module)
-    ):
-        return False
-    # A gated network (GLU) splits fc1's outputs, one with a norm inside is another function: neither is FFN(x; θ).
-    plain = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
-    return fc1.out_features == fc2.in_features and fc1.in_features == fc2.out_features and plain
 
 
 def _select(names: list[str], config: ResidualMoEConfig) -> list[str]:
     if isinstance(config.blocks, tuple):
+        if twice := [name for name in set(config.blocks) if config.blocks.count(name) > 1]:
+            raise UserError(f"blocks names '{twice[0]}' twice; name each network once")
         for name in config.blocks:
             if name not in names:
                 raise UserError(f"blocks names '{name}', which is no feed-forward network{nearest(name, names)}")
@@ -135,11 +155,6 @@ def _stage(name: str) -> str:
     parts = name.split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=0)
     return ".".join(parts[:last])
-
-
-def _check_dropout(name: str, network: nn.Module) -> None:
-    if any(isinstance(module, nn.Dropout) and module.p for module in network.modules()):
-        raise UserError(f"'{name}' has dropout inside, which experts do not have; build the model with proj_drop=0")
 
 
 def _report(model: nn.Module, blocks: list[str], dense: list[str]) -> Report:

@@ -8,6 +8,7 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
+from rmoe.backbones.build import allow_random_cores
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import changes, checkpoint, ds_json
 from rmoe.engine.check_values import check_values
@@ -65,6 +66,8 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     check_folder(Path(cfg.work_dir))
     cfg.resume, load_from = _start(cfg, resume, layout, notes), cfg.get("load_from")
     cfg.load_from = None if cfg.resume else load_from
+    if cfg.resume or cfg.load_from:
+        allow_random_cores(cfg.model)
     cfg.strategy = {
         "type": "rmoe.engine.strategy.Strategy",
         "config": config,

@@ -19,7 +19,7 @@ from PIL import Image
 from timm.utils.misc import natural_key
 from torch import Tensor
 
-from rmoe.backbones.build import add_weights, timm_model
+from rmoe.backbones.build import add_weights, brings_weights, checked_kwargs, timm_model
 from rmoe.data.archives import LAYOUTS, Packed, archives_of, class_names, find_split, index_all
 from rmoe.data.arguments import check_arguments
 from rmoe.data.files import class_images
@@ -40,6 +40,8 @@ class TimmClassifier(BaseModel):
         moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the model dense.
         label_smoothing: share of the target spread evenly over the classes.
         mixup: arguments of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, …) for training; needs even batches.
+        allow_random_core: residuals may stand beside a frozen core that no checkpoint filled: for trials, and where
+            weights are loaded later.
     """
 
     def __init__(
@@ -51,10 +53,12 @@ class TimmClassifier(BaseModel):
         moe: Mapping[str, Any] | None = None,
         label_smoothing: float = 0.0,
         mixup: Mapping[str, Any] | None = None,
+        allow_random_core: bool = False,
     ) -> None:
         super().__init__()
-        self.model = timm_model(model, {**(kwargs or {}), "num_classes": num_classes})
-        add_weights(self.model, core, moe)
+        kwargs = checked_kwargs(kwargs)
+        self.model = timm_model(model, {**kwargs, "num_classes": num_classes})
+        add_weights(self.model, core, moe, allow_random_core=allow_random_core or brings_weights(kwargs))
         self.label_smoothing = label_smoothing
         self.mixup = None
         if mixup is not None:

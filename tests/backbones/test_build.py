@@ -30,7 +30,9 @@ KINDS: dict[str, dict[str, Any]] = {
 def trained(folder: Path, moe: dict[str, Any]) -> nn.Module:
     """An upstream mixture whose residuals are no longer zero, and its work dir."""
     torch.manual_seed(0)
-    classifier = TimmClassifier(NAME, num_classes=5, kwargs=SMALL | {"img_size": 256}, moe=moe).eval()
+    classifier = TimmClassifier(
+        NAME, num_classes=5, kwargs=SMALL | {"img_size": 256}, moe=moe, allow_random_core=True
+    ).eval()
     with torch.no_grad():
         for parameter in classifier.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.05)
@@ -86,7 +88,10 @@ def test_another_mixture_is_refused(moe, reason, tmp_path):
 
 
 def test_upstream_and_downstream_have_experts_in_the_same_blocks():
-    whole, part = (TimmPyramid(NAME, SMALL, indices, moe=KINDS["low_rank"]) for indices in ((0, 1, 2, 3), (1, 2)))
+    whole, part = (
+        TimmPyramid(NAME, SMALL, indices, moe=KINDS["low_rank"], allow_random_core=True)
+        for indices in ((0, 1, 2, 3), (1, 2))
+    )
     assert [*moe_layers(part)] == [
         name for name in moe_layers(whole) if "layers_3" not in name and "layers.3" not in name
     ]

@@ -28,7 +28,7 @@ CHANNELS = [8, 16, 32, 64]
 
 def swin(**changed: Any) -> TimmPyramid:
     torch.manual_seed(0)
-    return TimmPyramid(**{"model": SWIN, "kwargs": SMALL, **changed}).eval()
+    return TimmPyramid(**{"model": SWIN, "kwargs": SMALL, "allow_random_core": True, **changed}).eval()
 
 
 def without_norms(pyramid: TimmPyramid) -> TimmPyramid:
@@ -101,6 +101,118 @@ def test_a_plain_vit_is_spread_over_the_strides():
             assert level.shape == (2, 12, *(-(-side // stride) for side in size))
 
 
+DINO = "vit_small_patch14_reg4_dinov2"
+SWIN_V2 = {"embed_dim": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4}
+CONVNEXT = {"dims": (8, 8, 16, 16), "depths": (1, 1, 1, 1)}
+HIERA = {"embed_dim": 8, "stages": (1, 1, 1, 1), "num_heads": 1}
+BRIGHT: dict[str, tuple[str, dict[str, Any]]] = {
+    "Swin": (SWIN, SMALL),
+    "SwinV2": ("swinv2_tiny_window8_256", SWIN_V2),
+    "SwinV2-CR": ("swinv2_cr_tiny_224", {key: x for key, x in SWIN_V2.items() if key != "window_size"}),
+    "ViT, patch 16": (VIT, SMALL_VIT),
+    "ViT, patch 8": ("vit_small_patch8_224", SMALL_VIT),
+    "ViT, patch 32": ("vit_small_patch32_224", SMALL_VIT),
+    "DINOv2, patch 14": ("vit_small_patch14_dinov2", SMALL_VIT | {"img_size": 56}),
+    "DINOv2, registers": (DINO, SMALL_VIT | {"img_size": 56}),
+    "DINOv3": ("vit_small_patch16_dinov3", {"embed_dim": 16, "depth": 4, "num_heads": 2}),
+    "EVA-02, patch 14": ("eva02_tiny_patch14_224", {"embed_dim": 16, "depth": 4, "num_heads": 2}),
+    "DeiT, distilled": ("deit_tiny_distilled_patch16_224", SMALL_VIT),
+    "SAM": ("samvit_base_patch16", SMALL_VIT | {"img_size": 64}),
+    "ConvNeXt": ("convnext_tiny", CONVNEXT),
+    "XCiT": ("xcit_nano_12_p16_224", {"depth": 4}),
+    "Hiera": ("hiera_tiny_224", HIERA | {"img_size": (96, 160)}),
+    "BEiT": ("beit_base_patch16_224", SMALL_VIT | {"img_size": (96, 160)}),
+}
+
+
+@pytest.mark.parametrize("name", BRIGHT)
+def test_each_map_answers_where_the_image_changed(name):
+    """A bright patch is moved through the image: what changes most in a map is at the patch's place, edges included."""
+    torch.manual_seed(0)
+    pyramid = TimmPyramid(*BRIGHT[name]).eval()
+    height, width = pyramid.size or (101, 150)
+    images = image(height, width)[:1]
+    places = [(y, x) for y in (8, height // 2, height - 8) for x in (8, width // 2, width - 8)]
+    with torch.no_grad():
+        before = pyramid(images)
+        for y, x in places:
+            bright = images.clone()
+            bright[..., y - 8 : y + 8, x - 8 : x + 8] += 9
+            for stride, old, new in zip((4, 8, 16, 32), before, pyramid(bright), strict=True):
+                assert new.shape[-2:] == (-(-height // stride), -(-width // stride))
+                found = centre((new - old).square().sum(1)[0], stride)
+                assert max(abs(found[0] - y), abs(found[1] - x)) < 6 + max(stride, pyramid.patch) / 2, (stride, y, x)
+
+
+def centre(response: Tensor, stride: int) -> tuple[float, float]:
+    """(row, column) in pixels of the strongest part of a map."""
+    response = response * (response > response.max() / 2)
+    rows, columns = ((torch.arange(side) + 0.5) @ response.sum(1 - axis) for axis, side in enumerate(response.shape))
+    return (stride * rows / response.sum()).item(), (stride * columns / response.sum()).item()
+
+
+def test_maps_of_patch_14_are_interpolated_in_place():
+    """A map that holds each cell's own place, in pixels, holds it still on the grid of stride 16."""
+    pyramid = without_norms(TimmPyramid(DINO, SMALL_VIT | {"img_size": 56}, out_indices=(0, 1, 2)).eval())
+    level = torch.stack(torch.meshgrid(14 * (torch.arange(8) + 0.5), 14 * (torch.arange(11) + 0.5), indexing="ij"))
+    padded = torch.zeros(1, 3, 112, 154)
+    moved = pyramid._regular(level[None], 14, padded, 101, 150)[0]
+    expected = torch.stack(torch.meshgrid(16 * (torch.arange(7) + 0.5), 16 * (torch.arange(10) + 0.5), indexing="ij"))
+    inside = (slice(None), slice(0, 6), slice(0, 9))  # beyond the last centre, its value is repeated
+    torch.testing.assert_close(moved[inside], expected[inside])
+    assert (moved - expected).abs().max() <= 14
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "own"),
+    [
+        ("hiera_tiny_224", HIERA, (224, 224)),
+        ("hiera_tiny_224", HIERA | {"img_size": 64}, (64, 64)),
+        ("beit_base_patch16_224", SMALL_VIT | {"img_size": (32, 64)}, (32, 64)),
+        ("mvitv2_tiny", {}, (224, 224)),
+        ("maxvit_rmlp_pico_rw_256", {"embed_dim": (32, 32, 32, 32), "depths": (1, 1, 1, 1)}, (256, 256)),
+        ("vit_tiny_patch16_224", SMALL_VIT | {"img_size": 32, "dynamic_img_size": False}, (32, 32)),
+        (SWIN, SMALL | {"strict_img_size": True}, (224, 224)),
+    ],
+)
+def test_a_model_of_one_image_size_says_so(model, kwargs, own):
+    pyramid = TimmPyramid(model, kwargs).eval()
+    for size in ((48, 48), (own[0] - 4, own[1]), (256, 288)):
+        message = f"{model} got images of {size[0]} x {size[1]} pixels and takes {own[0]} x {own[1]} alone"
+        with pytest.raises(UserError, match=message):
+            pyramid(image(*size))
+    with torch.no_grad():
+        maps = pyramid(image(*own)[:1])
+    assert [level.shape[-2:] for level in maps] == [
+        (-(-own[0] // stride), -(-own[1] // stride)) for stride in pyramid.strides
+    ]
+
+
+def test_a_map_of_another_size_than_its_stride_says_is_refused():
+    pyramid = swin()
+    pyramid.given = [8, *pyramid.given[1:]]
+    with pytest.raises(UserError, match=rf"{SWIN} gives a map of 16 x 16 cells .* where stride 8 makes 8 x 8"):
+        pyramid(image(64, 64))
+
+
+def test_one_level_of_a_backbone_with_stages_keeps_its_stride():
+    (level,) = swin(out_indices=(1,))(image(64, 64))
+    assert level.shape == (2, 16, 8, 8)
+
+
+@pytest.mark.parametrize(("model", "kwargs"), [("swinv2_tiny_window8_256", SWIN_V2), (SWIN, SMALL)])
+def test_opposite_edges_do_not_see_one_another(model, kwargs):
+    """The map is no multiple of the window: shifted windows must not join its edges. One block pair, no global view."""
+    torch.manual_seed(0)
+    pyramid = TimmPyramid(model, kwargs | {"depths": (2, 1, 1, 1)}, out_indices=(0,)).eval()
+    images = image(72, 72)
+    changed = images.clone()
+    changed[..., :4] += 1
+    (before,), (after,) = pyramid(images), pyramid(changed)
+    assert not torch.equal(before[..., :2], after[..., :2])
+    assert torch.equal(before[..., -4:], after[..., -4:])
+
+
 def test_a_vits_middle_map_is_timms():
     pyramid = without_norms(TimmPyramid(VIT, SMALL_VIT, out_indices=(0, 1, 2, 3)).eval())
     images = image(64, 32)
@@ -154,9 +266,9 @@ def is_moe(model: nn.Module, key: str) -> bool:
 def test_checkpointed_activations_change_nothing(model, kwargs):
     moe = {"num_experts": 2, "noise": 0.0}
     torch.manual_seed(0)
-    plain = TimmPyramid(model, kwargs, moe=moe)
+    plain = TimmPyramid(model, kwargs, moe=moe, allow_random_core=True)
     torch.manual_seed(0)
-    saving = TimmPyramid(model, kwargs, moe=moe, with_cp=True)
+    saving = TimmPyramid(model, kwargs, moe=moe, with_cp=True, allow_random_core=True)
     results = []
     for pyramid in (plain, saving):
         with collect() as records:
@@ -179,7 +291,13 @@ UPERNET = {
     "type": "EncoderDecoder",
     "data_preprocessor": {"type": "SegDataPreProcessor", "size": (64, 64)},
     "test_cfg": {"mode": "whole"},
-    "backbone": {"type": "rmoe.TimmPyramid", "model": SWIN, "kwargs": SMALL, "moe": {"num_experts": 2}},
+    "backbone": {
+        "type": "rmoe.TimmPyramid",
+        "model": SWIN,
+        "kwargs": SMALL,
+        "moe": {"num_experts": 2},
+        "allow_random_core": True,
+    },
     "decode_head": {
         "type": "UPerHead",
         "in_channels": CHANNELS,
@@ -228,6 +346,7 @@ def test_in_an_unmodified_fpn_of_mmdet():
         ({"model": "qqqqqqqqqqqqqqq"}, "timm.list_models"),
         ({"kwargs": {"embed_dims": 8}}, "unexpected keyword argument 'embed_dims'"),
         ({"out_indices": (0, 4)}, "has the levels 0 to 3"),
+        ({"moe": {}, "allow_random_core": False}, "the core of residuals is frozen and there is no core"),
         ({"model": "resnet18", "kwargs": {}, "moe": {}}, "no feed-forward network"),
         ({"moe": {"num_expert": 8}}, "did you mean 'num_experts'"),
         ({"core": "nowhere.pth"}, "there is no checkpoint nowhere.pth"),

@@ -72,7 +72,7 @@ def test_all_parameters_learn(mixup):
 
 
 def test_with_experts_it_computes_the_same_and_gives_a_gate_loss():
-    dense, mixture = build(), build(moe={"num_experts": 2})
+    dense, mixture = build(), build(moe={"num_experts": 2}, allow_random_core=True)
     assert len(moe_layers(mixture)) == 2
     images = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(mixture.eval()(images), dense.eval()(images))

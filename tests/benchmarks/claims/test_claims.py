@@ -63,7 +63,11 @@ def test_every_mixture_is_a_valid_one() -> None:
 def test_choices_of_the_optimizer_are_of_parameters_that_there_are() -> None:
     model = nn.Module()
     model.backbone = TimmPyramid(
-        "cvt_13", {"embed_dims": (4, 4, 8), "depths": (1, 1, 2), "num_heads": (1, 1, 1)}, (0, 1, 2), moe=claims.EXPERTS
+        "cvt_13",
+        {"embed_dims": (4, 4, 8), "depths": (1, 1, 2), "num_heads": (1, 1, 1)},
+        (0, 1, 2),
+        moe=claims.EXPERTS,
+        allow_random_core=True,
     )
 
     def settings(**options: Any) -> dict[int, tuple[float, float]]:

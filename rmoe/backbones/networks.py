@@ -1,0 +1,225 @@
+"""Which modules of a model are feed-forward networks, and whether a mixture can stand in for one.
+
+A mixture computes fc2(act(fc1(x))) with its own arithmetic. Whatever else a network computes would be lost without a
+word, so `check_networks` refuses it by name: by looking at the network's parts, then by trying.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import is_parametrized
+
+from rmoe.errors import UserError
+from rmoe.moe.layer import ResidualMoE
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights of a core may be
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_IMAGES = (
+    "ClassAtt",
+    "AttentionPool",
+)  # beginnings of the names of timm's attentions whose outputs are whole images
+_ELSEWHERE = "leave it dense by naming other blocks"
+
+
+def find_networks(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the dense feed-forward networks of a model by name, in its order.
+
+    Networks behind class attention or attention pooling are left out: they see one token of an image.
+
+    Raises:
+        UserError: there is none, or the model has been upcycled already.
+    """
+    modules = dict(model.named_modules())
+    if done := [name for name, module in modules.items() if isinstance(module, ResidualMoE)]:
+        raise UserError(f"the model is a mixture of experts already ({done[0]}); upcycle the dense model")
+    found = {name: module for name, module in modules.items() if _is_network(module) and not _of_images(modules, name)}
+    if "" in found:
+        raise UserError(
+            f"the model, {type(model).__name__}, is a feed-forward network itself, which cannot be replaced in place; "
+            "give a model that holds it, or build rmoe.ResidualMoE(network, config)"
+        )
+    if not found:
+        raise UserError(
+            f"no feed-forward network found in {type(model).__name__}: looked for modules with linear layers 'fc1' and "
+            "'fc2' (fc1's outputs being fc2's inputs) and an activation 'act', as timm's Mlp; use a Swin, ViT or CvT"
+        )
+    return found
+
+
+def _is_network(module: nn.Module) -> bool:
+    fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
+    if not (
+        isinstance(fc1, nn.Linear)
+        and isinstance(fc2, nn.Linear)
+        and isinstance(getattr(module, "act", None), nn.Module)
+    ):
+        return False
+    # A gated network (GLU) splits fc1's outputs, one with a norm inside is another function: neither is FFN(x; θ).
+    plain_inside = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
+    return fc1.out_features == fc2.in_features and fc1.in_features == fc2.out_features and plain_inside
+
+
+def _of_images(modules: Mapping[str, nn.Module], name: str) -> bool:
+    parent = modules[name.rpartition(".")[0]]
+    return any(type(module).__name__.startswith(_OF_IMAGES) for module in (parent, *parent.children()))
+
+
+@torch.no_grad()
+def check_networks(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
+    """Checks that each of `networks` of `model` computes fc2(act(fc1(x))) and nothing else, with weights of its own.
+
+    Raises:
+        UserError: one that stands in the model twice or shares a weight; dropout, a hook, a parametrization, any part
+            besides fc1, act and fc2, or a forward that computes more; weights that are no dense floating-point tensors
+            of one dtype on one device; an activation that is not elementwise.
+    """
+    _check_shared(model, networks)
+    for name, network in networks.items():
+        _check_parts(name, network)
+        _check_weights(name, network)
+        _check_act(f"{name}.act", network)
+        _check_forward(name, network)
+
+
+def _check_shared(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
+    chosen, names = set(map(id, networks.values())), dict[int, str]()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (before := names.setdefault(id(module), name)) != name and id(module) in chosen:
+            raise UserError(f"'{before}' and '{name}' are one module; give each a network of its own, or {_ELSEWHERE}")
+    holders = dict[Any, str]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        before = holders.setdefault(_place(parameter), name)
+        if before != name and any(one.startswith(f"{network}.") for network in networks for one in (before, name)):
+            raise UserError(
+                f"'{before}' and '{name}' are one weight, which would be a core in one place and not in the other; "
+                f"untie them, or {_ELSEWHERE}"
+            )
+
+
+def _place(x: Tensor) -> Any:
+    """Returns what two parameters have in common that are one weight: the memory of their values, or the object."""
+    return (x.device, x.data_ptr()) if x.layout == torch.strided and not x.is_meta and x.numel() else id(x)
+
+
+def _check_parts(name: str, network: nn.Module) -> None:
+    for where, part in network.named_modules(prefix=name):
+        if (isinstance(part, _DropoutNd) and part.p) or (isinstance(part, DropPath) and part.drop_prob):
+            raise UserError(f"'{name}' has dropout inside, which experts do not have; build the model with proj_drop=0")
+        if is_parametrized(part):
+            raise UserError(f"'{where}' has a parametrization, which a mixture would drop; remove it first")
+        if any(getattr(part, hooks, None) for hooks in _HOOKS):
+            raise UserError(f"'{where}' has a hook (as of weight_norm, pruning), which a mixture would drop; remove it")
+        if "forward" in vars(part):
+            raise UserError(f"'{where}' has another forward than its class, which a mixture would drop; remove it")
+    for child, part in network.named_children():
+        kind = type(part).__name__
+        if child in ("fc1", "fc2") and type(part) is not nn.Linear:
+            raise UserError(f"'{name}.{child}' is a {kind}; a mixture computes torch.nn.Linear alone: {_ELSEWHERE}")
+        if child not in ("fc1", "fc2", "act") and not isinstance(part, (nn.Identity, _DropoutNd, DropPath)):
+            raise UserError(f"'{name}' has '{child}' ({kind}) inside, which experts do not have; {_ELSEWHERE}")
+    for own, _ in (*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)):
+        raise UserError(f"'{name}' has a tensor '{own}' of its own, which experts do not have; {_ELSEWHERE}")
+
+
+def _check_weights(name: str, network: nn.Module) -> None:
+    weights = list(network.named_parameters(prefix=name))
+    for key, x in weights:
+        if not is_weight(x):
+            raise UserError(f"'{key}' is {described(x)}; {WEIGHTS}: convert it first, or {_ELSEWHERE}")
+    kinds = sorted({f"{described(x)} on {x.device}" for _, x in weights})
+    if len(kinds) > 1:
+        raise UserError(f"'{name}' has weights of {' and '.join(kinds)}; bring them to one dtype and device")
+
+
+WEIGHTS = "a core's weights are dense tensors of float64, float32, float16 or bfloat16"
+
+
+def is_weight(x: Tensor) -> bool:
+    """Returns whether a tensor can be a weight of a core: dense, of a dtype that can be trained."""
+    return x.layout == torch.strided and x.dtype in FLOATING
+
+
+def described(x: Tensor) -> str:
+    """Returns the dtype and layout of a tensor in words."""
+    words = str(x.dtype).removeprefix("torch.")
+    return words if x.layout == torch.strided else f"{words}, {str(x.layout).removeprefix('torch.')}"
+
+
+def _check_act(name: str, network: nn.Module) -> None:
+    act: Any = _randomised(name, network.act)  # type: ignore[arg-type]
+    for training in (True, False):
+        act.train(training)
+        h_BTH = tokens(8, network.fc1.weight)  # type: ignore[union-attr,arg-type]
+        whole = _output(name, act, given := h_BTH.clone())
+        if not torch.equal(given, h_BTH):
+            raise UserError(f"'{name}' ({type(act).__name__}) overwrites its input; build it with inplace=False")
+        if not agree(whole[:1, :1, :1], _output(name, act, given[:1, :1, :1])):
+            raise UserError(f"'{name}' ({type(act).__name__}) is not elementwise; use a model with another activation")
+
+
+def _check_forward(name: str, network: nn.Module) -> None:
+    """Runs a copy with random weights, since weights that start at zero could hide a part, in both modes."""
+    kind: Any = type(network)
+    if kind.forward is Mlp.forward and kind.__call__ is nn.Module.__call__:
+        return
+    twin = _randomised(name, network)
+    for training in (True, False):
+        x_BTC = tokens(network.fc1.in_features, network.fc1.weight)  # type: ignore[union-attr,arg-type]
+        if not agree(_output(name, twin.train(training), x_BTC.clone()), plain(twin, x_BTC)):
+            raise UserError(
+                f"'{name}' ({kind.__name__}) computes more than fc2(act(fc1(x))), which a mixture would drop; "
+                f"{_ELSEWHERE}, or use a model with timm's Mlp"
+            )
+
+
+def _randomised(name: str, module: nn.Module) -> nn.Module:
+    try:
+        twin = copy.deepcopy(module)
+    except Exception as error:
+        raise UserError(f"'{name}' cannot be copied, to be compared with a mixture ({_told(error)})") from error
+    if any(x.is_meta for x in (*twin.parameters(), *twin.buffers())):
+        twin = twin.to_empty(device="cpu")
+    for x in twin.parameters():
+        x.copy_(torch.randn(x.shape, device="cpu") / max(1, x.shape[-1] if x.ndim else 1) ** 0.5)
+    return twin
+
+
+def _output(name: str, module: nn.Module, x: Tensor) -> Tensor:
+    try:
+        return module(x)
+    except Exception as error:
+        raise UserError(
+            f"'{name}' ({type(module).__name__}) cannot be run on tokens alone ({_told(error)}), which are all that a "
+            f"mixture gets; {_ELSEWHERE}"
+        ) from error
+
+
+def _told(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
+
+
+def plain(network: nn.Module, x: Tensor) -> Tensor:
+    """Returns fc2(act(fc1(x))), all that a mixture knows of a network."""
+    return network.fc2(network.act(network.fc1(x)))  # type: ignore[operator]
+
+
+def tokens(width: int, like: Tensor) -> Tensor:
+    """Returns tokens [2, 3, width], the same every time, of the dtype of `like`, on its device or else the CPU."""
+    x = torch.randn(2, 3, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
+    return x.to("cpu" if like.is_meta else like.device, like.dtype)
+
+
+def agree(y: Any, expected: Tensor) -> bool:
+    """Returns whether two results are equal but for rounding in their dtype."""
+    if not isinstance(y, Tensor) or y.shape != expected.shape or y.dtype != expected.dtype:
+        return False
+    tolerance = max(1e-4, 8 * torch.finfo(y.dtype).eps)
+    y, expected = y.double().nan_to_num(), expected.double().nan_to_num()
+    return bool((y - expected).abs().max() <= tolerance * expected.abs().max())
