@@ -159,7 +159,7 @@ def in_child(function: str, *, allocator: str, threads: int, processes: int = 1,
 
 
 def _environment(allocator: str, threads: int, processes: int) -> dict[str, str]:
-    from rmoe.stages import free_port
+    from rmoe.engine.ports import free_port
 
     kept = {name: value for name, value in os.environ.items() if name not in _ALLOCATOR_VARIABLES}
     group = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
@@ -232,7 +232,7 @@ def publish(
 ) -> None:
     """Prints `table` and writes NAME.json, or FILE.json: the rows, the config, and all that a number depends on."""
     file = file or arguments.name
-    from rmoe.cost import software
+    from rmoe.engine.cost import software
 
     versions = software()
     commit = versions.pop("commit") or ""
@@ -257,7 +257,7 @@ def publish(
 
 def machine() -> Row:
     """Describes the CPU on which this runs."""
-    from rmoe.cost import device_kind
+    from rmoe.engine.cost import device_kind
 
     return {"cpu": device_kind(), "cores": CORES, "gpu": None}
 

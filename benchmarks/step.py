@@ -8,7 +8,7 @@ Memory: each arm in a process of its own, with an allocator that maps every tens
 so that what is resident is what lives. Two steps create the optimizer's states; then the gradients are dropped, the
 kernel's mark of the highest resident size is reset, and one more step is run. `step` is what that step added to what
 was resident: activations and gradients. `beyond_weights` is that and the bytes of the optimizer's states, `estimated`
-what rmoe.estimate says of it.
+what rmoe.reporting.estimate says of it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 from benchmarks import common, training
 from benchmarks.common import JUDGED, SETTINGS, Row
 from rmoe.engine.optim import param_groups
-from rmoe.estimate import Setting, estimate
+from rmoe.reporting.estimate import Setting, estimate
 
 TASKS, MEASURED = ("segmentation", "detection"), ("dense", "low_rank", "full")
 IMAGES, SIZE, QUICK_SIZE = 2, 224, 64
@@ -98,7 +98,7 @@ def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
 
 
 def _estimated(task: str, arm: str, image_size: int, small: bool) -> int:
-    """Returns what rmoe.estimate says of `beyond_weights`."""
+    """Returns what rmoe.reporting.estimate says of `beyond_weights`."""
     setting = Setting(processes=1, zero=0, micro_batch=IMAGES, image_size=(image_size, image_size))
     memory = estimate(training.config(task, training.ARMS[arm], image_size, small), setting).memory
     return memory.total - memory.weights

@@ -14,8 +14,8 @@ from mmengine.registry import init_default_scope
 from torch import nn
 
 import rmoe
-from rmoe.estimate import training_loss
 from rmoe.registry import MODELS
+from rmoe.reporting.estimate import training_loss
 
 CONFIGS = Path(rmoe.__file__).parent / "configs"
 TASKS = {

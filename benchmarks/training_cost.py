@@ -6,8 +6,8 @@ Measured (`stage`): Swin-T's training steps, AdamW included, upstream and with U
 images/s, FLOPs/s, and their share of the FLOPs/s that this machine reaches in a large matrix product.
 
 Extrapolated (`pipeline`), not measured: images of the published schedules × FLOPs of an image at the published sizes,
-counted by rmoe.estimate, ÷ (a GPU's peak × the share of the peak that the same stage reached here). No GPU was used.
-The absolute hours stand and fall with that share being the same there; the ratios between pipelines do less.
+counted by rmoe.reporting.estimate, ÷ (a GPU's peak × the share of the peak that the same stage reached here). No GPU
+was used. The absolute hours stand and fall with that share being the same there; the ratios between pipelines do less.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 
 from benchmarks import common, training
 from benchmarks.common import Row
-from rmoe.cost import counted_flops
+from rmoe.engine.cost import counted_flops
 from rmoe.engine.optim import param_groups
-from rmoe.estimate import Setting, estimate
+from rmoe.reporting.estimate import Setting, estimate
 
 # Published: Swin's 300 epochs of ImageNet-1k and 160 000 steps of 16 images (arXiv 2103.14030). The length of RMoE-I's
 # intermediate finetune is this project's choice.

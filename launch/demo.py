@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from rmoe.cli import run_guarded
-from rmoe.stages import Failed, Training, installed
+from rmoe.errors import run_guarded
+from rmoe.pipelines import Failed, Training, installed
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = Path("work_dirs/demo")  # as the configs have it
@@ -57,7 +57,7 @@ def main() -> int:
         print(f"\n{error}", file=sys.stderr)
         return 1
     _heading(STEPS, "Report")
-    from rmoe.report import report
+    from rmoe.reporting.report import report
 
     report([training.folder for training in runs.values()], out)
     minutes = (time.monotonic() - started) / 60

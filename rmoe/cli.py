@@ -10,12 +10,11 @@ import dataclasses
 import json
 import os
 import sys
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from rmoe.errors import UserError
+from rmoe.errors import UserError, exit_code
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
 _MOST = 65536  # processes, images of one, pixels of a side
@@ -29,33 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for add in (_add_configs, _add_data, _add_import, _add_estimate, _add_report, _add_analyze, _add_verify):
         add(groups)
     arguments = parser.parse_args(argv)
-    return _exit_code(lambda: arguments.run(arguments), parser.prog, arguments.debug)
+    return exit_code(lambda: arguments.run(arguments), parser.prog, arguments.debug)
 
 
 def console() -> NoReturn:
     """The installed command."""
     sys.exit(main())
-
-
-def run_guarded(run: Callable[[], int | None], program: str = "rmoe") -> NoReturn:
-    """Runs `run` and ends the process with its exit code (None is 0).
-
-    A UserError becomes one line on stderr, without a traceback, and exit code 2.
-    """
-    sys.exit(_exit_code(run, program))
-
-
-def _exit_code(run: Callable[[], int | None], program: str, debug: bool = False) -> int:
-    try:
-        return run() or 0
-    except UserError as error:
-        if debug:
-            traceback.print_exc()
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{program}: interrupted", file=sys.stderr)
-        return 130
 
 
 def _new_file(text: str) -> Path:
@@ -81,7 +59,7 @@ def _add_configs(groups: argparse._SubParsersAction) -> None:
 
 
 def _configs(arguments: argparse.Namespace) -> None:
-    from rmoe.catalogue import entries, show
+    from rmoe.reporting.catalogue import entries, show
 
     found = entries(arguments.words)
     show(found)
@@ -97,7 +75,7 @@ def _add_data(groups: argparse._SubParsersAction) -> None:
 
 
 def _add_scenes(actions: argparse._SubParsersAction) -> None:
-    from rmoe.data.params import STYLES, SceneParams
+    from rmoe.data.emoji_scenes.params import STYLES, SceneParams
 
     text = "Renders the embedded data set (OpenMoji glyphs, CC BY-SA 4.0) in the layouts of ImageNet, ADE20K and COCO."
     parser = actions.add_parser("scenes", help="render the embedded data set", description=text)
@@ -128,8 +106,8 @@ def _add_scenes(actions: argparse._SubParsersAction) -> None:
 
 
 def _scenes(arguments: argparse.Namespace) -> None:
-    from rmoe.data.params import SceneParams
-    from rmoe.data.scenes import render
+    from rmoe.data.emoji_scenes.params import SceneParams
+    from rmoe.data.emoji_scenes.scenes import render
 
     if arguments.jobs < 1:
         raise UserError(f"--jobs is {arguments.jobs}; it is at least 1")
@@ -244,7 +222,7 @@ def _add_estimate(groups: argparse._SubParsersAction) -> None:
 def _estimate(arguments: argparse.Namespace) -> None:
     from rmoe.engine.building import user_errors
     from rmoe.engine.read_config import read_config
-    from rmoe.estimate import Setting, estimate
+    from rmoe.reporting.estimate import Setting, estimate
 
     for name in ("gpus", "ep_size", "micro_batch", "image_size"):
         given = getattr(arguments, name)
@@ -276,7 +254,7 @@ def _add_report(groups: argparse._SubParsersAction) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from rmoe.report import report
+    from rmoe.reporting.report import report
 
     report(arguments.runs, arguments.out)
 
@@ -296,7 +274,7 @@ def _add_analyze(groups: argparse._SubParsersAction) -> None:
 
 
 def _analyze(arguments: argparse.Namespace) -> None:
-    from rmoe.report import analyze
+    from rmoe.reporting.report import analyze
 
     analyze(arguments.work_dir, arguments.out, arguments.before, arguments.images)
 
@@ -309,7 +287,7 @@ def _add_verify(groups: argparse._SubParsersAction) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from rmoe.verify import main as verify
+    from rmoe.engine.verify import main as verify
 
     return verify(["--work-dir", arguments.work_dir])
 

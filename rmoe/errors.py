@@ -1,9 +1,12 @@
-"""The error that a user can cause and mend, and the words that such errors share."""
+"""The error that a user can cause and mend, the words that such errors share, and its one way to an exit code."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from typing import NoReturn
 
 
 class UserError(ValueError):
@@ -19,3 +22,31 @@ def nearest(key: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(key, names, n=1)
     hint = f"; did you mean '{close[0]}'?" if close else ";"
     return f"{hint} known: {', '.join(names)}"
+
+
+def run_guarded(run: Callable[[], int | None], program: str = "rmoe") -> NoReturn:
+    """Runs `run` and ends the process with its exit code (None is 0).
+
+    A UserError becomes one line on stderr, without a traceback, and exit code 2.
+    """
+    sys.exit(exit_code(run, program))
+
+
+def exit_code(run: Callable[[], int | None], program: str, debug: bool = False) -> int:
+    """Runs `run` and returns its exit code: 0 for None, 2 after a user's error, of which one line is said.
+
+    Args:
+        run: what to run.
+        program: the name that the line begins with.
+        debug: also show where in the program the error comes from.
+    """
+    try:
+        return run() or 0
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
+        return 130

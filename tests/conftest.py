@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+from rmoe.engine.ports import free_port
+
 # Examples are the same in every run, and a slow machine is no failure.
 settings.register_profile("rmoe", deadline=None, derandomize=True, database=None)
 settings.load_profile("rmoe")
@@ -24,19 +25,6 @@ settings.load_profile("rmoe")
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 sys.path.append(str(ROOT / "tests"))  # for `import toy`
-
-
-def free_port_number() -> int:
-    """A TCP port on loopback that nobody listens on at the moment."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
-@pytest.fixture
-def free_port() -> int:
-    """A TCP port on loopback that nobody listens on at the moment."""
-    return free_port_number()
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ def run_processes(
         How each rank ended, by rank.
     """
     words = [command] if isinstance(command, (str, Path)) else list(command)
-    port = str(free_port_number())
+    port = str(free_port())
     logs = folder / f"launch_{port}"
     logs.mkdir()
     children: list[subprocess.Popen[bytes]] = []

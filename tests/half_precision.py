@@ -19,7 +19,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.engine import elastic
+from rmoe.engine.checkpoint import resharding
 from rmoe.engine.clipping import loss_scaler, mend_clipping
 from rmoe.engine.optim import param_groups
 from rmoe.moe.layer import ResidualMoE
@@ -109,11 +109,11 @@ def train(
     norms, scales, own = [], [], ROWS // world // accumulation
     for step, (rows, labels) in enumerate(batches()):
         if resume is not None and step == OVERFLOW + 1:
-            tensors, about = elastic.gather(engine)
+            tensors, about = resharding.gather(engine)
             gathered: list[Any] = [None] * world
             dist.all_gather_object(gathered, tensors)
             engine = initialize(resume, moe, clip, accumulation, more)
-            elastic.restore(
+            resharding.restore(
                 engine, {key: x for one in gathered for key, x in one.items()}, json.loads(json.dumps(about))
             )
         scaler = loss_scaler(engine)

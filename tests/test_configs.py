@@ -25,8 +25,8 @@ from mmengine.config import Config
 from safetensors import safe_open
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.data.params import SceneParams
-from rmoe.data.scenes import metainfo, render
+from rmoe.data.emoji_scenes.params import SceneParams
+from rmoe.data.emoji_scenes.scenes import metainfo, render
 from rmoe.engine import launch
 
 FOLDER = ROOT / "rmoe" / "configs"

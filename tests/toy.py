@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.engine import checkpoint
+from rmoe.engine.checkpoint import files
 from rmoe.moe.layer import ResidualMoE
 
 WIDTH = 8
@@ -183,13 +183,13 @@ class KillHook(Hook):
 
     def before_train(self, runner: Any) -> None:
         if self.while_saving:
-            write_marker = checkpoint.write_marker
+            write_marker = files.write_marker
 
             def kill_or_write(path: Path, iteration: int, *rest: Any) -> None:
                 self.kill(iteration)
                 write_marker(path, iteration, *rest)
 
-            checkpoint.write_marker = kill_or_write
+            files.write_marker = kill_or_write
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         if not self.while_saving:

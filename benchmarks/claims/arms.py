@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rmoe.data.textures import STUFF
+from rmoe.data.emoji_scenes.textures import STUFF
 
 SEEDS, HEADLINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
 HEADLINE = ("dense", "residual")

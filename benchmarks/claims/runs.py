@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.claims.arms import ANALYSED, CATEGORIES, HEADLINE, MODEL, TASKS, UPSTREAM, Arm, Size
 from benchmarks.common import Row
-from rmoe.report import Run, analyze
-from rmoe.stages import Training, installed
+from rmoe.pipelines import Training, installed
+from rmoe.reporting.report import Run, analyze
 
 BASES = Path("rmoe/configs/demo")
 JSON = "ds_configs/zero0.json"
@@ -113,7 +113,7 @@ def execute(runs: Sequence[Training], jobs: int) -> None:
     """Runs them all, `jobs` at a time, each on one core, with their progress on the terminal.
 
     Raises:
-        rmoe.stages.Failed: of the first run that failed; the others that had begun are finished first.
+        rmoe.pipelines.Failed: of the first run that failed; the others that had begun are finished first.
     """
     # The same everywhere: on the CPU, whatever the machine has.
     os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")

@@ -12,8 +12,8 @@ from scipy.stats import t as student
 from benchmarks.claims.arms import Arm, Size
 from benchmarks.claims.runs import Key
 from benchmarks.common import Row
-from rmoe.report import Run
-from rmoe.stages import Training
+from rmoe.pipelines import Training
+from rmoe.reporting.report import Run
 
 REFERENCES = ("dense", "moe", "residual", "dense_core_longer")  # what arms are compared with
 

@@ -18,7 +18,7 @@ from benchmarks.claims.arms import INSIDE, LONGER
 from benchmarks.claims.pictures import span, table
 from benchmarks.claims.statistics import difference, ratio
 from benchmarks.common import Row
-from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, layer_means
+from rmoe.reporting.analysis import LayerLoad, LayerMovement, LayerWeights, layer_means
 
 MARGIN = -0.5  # points
 MOST = 0.5

@@ -14,8 +14,8 @@ from mmengine.logging import print_log
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rmoe.backbones.core import CoreReport, a_path, level_keys, load_core, read_checkpoint
-from rmoe.backbones.dense_import import translate
+from rmoe.backbones.checkpoint_formats import translate
+from rmoe.backbones.load_core import CoreReport, a_path, level_keys, load_core, read_checkpoint
 from rmoe.backbones.upcycle import upcycle
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError

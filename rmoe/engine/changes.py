@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.engine.checkpoint import RUN
+from rmoe.engine.checkpoint.files import RUN
 from rmoe.errors import UserError
 
 _REFUSED = ("model", "optim_wrapper.optimizer", "optim_wrapper.paramwise_cfg", "optim_wrapper.clip_grad")

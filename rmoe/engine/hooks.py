@@ -20,8 +20,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
 
-from rmoe import cost
-from rmoe.engine.checkpoint import PARTIAL, all_or_none
+from rmoe.engine import cost
+from rmoe.engine.checkpoint.files import PARTIAL, all_or_none
 from rmoe.engine.ds_json import precision, zero_stage
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers

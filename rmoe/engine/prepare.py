@@ -10,9 +10,10 @@ from mmengine.config import Config, ConfigDict
 
 from rmoe.backbones.build import allow_random_cores
 from rmoe.config import ResidualMoEConfig
-from rmoe.engine import changes, checkpoint, ds_json
+from rmoe.engine import changes, ds_json
 from rmoe.engine.check_values import check_values
-from rmoe.engine.checkpoint import Layout
+from rmoe.engine.checkpoint import files
+from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
 from rmoe.engine.processes import backend
 from rmoe.errors import UserError, nearest
@@ -143,8 +144,8 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
 def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str | bool:
     """The newest checkpoint of the work dir, or False; which one is intact is found out together."""
     folder = Path(cfg.work_dir)
-    found, wrong = checkpoint.whole(folder)
-    there = [*found, *(path for path in wrong if (path / checkpoint.MARKER).exists())]
+    found, wrong = files.whole(folder)
+    there = [*found, *(path for path in wrong if (path / files.MARKER).exists())]
     if there and not resume:
         raise UserError(f"{there[0]} is there already; give --resume to go on from it, or another --work-dir")
     if there and not found:
@@ -155,7 +156,7 @@ def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str |
         notes.append(f"resuming from {found[0]}" if found else f"no complete checkpoint in {folder}: starting anew")
     if not found:
         return False
-    checkpoint.check_layout(found[0], layout)
+    files.check_layout(found[0], layout)
     return str(found[0])
 
 
@@ -165,7 +166,7 @@ def check_unused(cfg: Config) -> None:
     Raises:
         UserError: one is there, and this run is to start anew.
     """
-    if not cfg.resume and (found := checkpoint.whole(Path(cfg.work_dir))[0]):
+    if not cfg.resume and (found := files.whole(Path(cfg.work_dir))[0]):
         raise UserError(
             f"another run has left {found[0]} meanwhile; start again with --resume, or give another --work-dir"
         )

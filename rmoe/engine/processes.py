@@ -17,8 +17,8 @@ import deepspeed.ops
 
 from rmoe.engine import faults
 from rmoe.engine.faults import Fault
+from rmoe.engine.ports import free_port
 from rmoe.errors import UserError
-from rmoe.stages import free_port
 
 _PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _COUNTS = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE")  # some launchers set one of them

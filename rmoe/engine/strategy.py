@@ -19,12 +19,12 @@ from mmengine.optim import BaseOptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 from torch import Tensor, nn
 
-from rmoe.cost import Parameters, count_parameters
-from rmoe.engine import checkpoint, elastic, run_state
 from rmoe.engine.building import user_errors
-from rmoe.engine.checkpoint import Layout
+from rmoe.engine.checkpoint import files, resharding, run_state
+from rmoe.engine.checkpoint.files import Layout
+from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
-from rmoe.engine.weights import load_weights
+from rmoe.engine.cost import Parameters, count_parameters
 from rmoe.errors import UserError
 from rmoe.moe.records import Records, collect
 from rmoe.moe.state import global_state_dict
@@ -97,7 +97,7 @@ class Strategy(DeepSpeedStrategy):
     Args:
         config: what `rmoe.engine.ds_json.resolve` returned.
         layout: of this run.
-        load_from: whole weights to start from, see `rmoe.engine.weights.load_weights`.
+        load_from: whole weights to start from, see `rmoe.engine.checkpoint.weights.load_weights`.
         **kwargs: of mmengine's `BaseStrategy`.
     """
 
@@ -167,14 +167,14 @@ class Strategy(DeepSpeedStrategy):
         path = Path(filename)
         self._require_finite_weights()
         if not save_optimizer:
-            checkpoint.write_weights(path, self.whole_state_dict())
+            files.write_weights(path, self.whole_state_dict())
             return
-        tensors, engine = elastic.gather(self.model.model)
+        tensors, engine = resharding.gather(self.model.model)
         if self.model.averaged is not None:
-            tensors |= elastic.gather_weights(self.model.averaged, elastic.AVERAGE)
+            tensors |= resharding.gather_weights(self.model.averaged, resharding.AVERAGE)
         about, history = run_state.collect(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
         about["engine"] = engine
-        checkpoint.write(path, tensors, about, history, about["meta"]["iter"], self.layout)
+        files.write(path, tensors, about, history, about["meta"]["iter"], self.layout)
 
     def resume(self, filename: str, **kwargs: Any) -> dict[str, Any]:
         """Loads weights, optimizer and schedulers, at whatever layout they were saved; returns the runner's state.
@@ -184,19 +184,19 @@ class Strategy(DeepSpeedStrategy):
                 the other way round.
         """
         path = Path(filename)
-        checkpoint.check_layout(path, self.layout)
-        about, history = checkpoint.read_run(path)
+        files.check_layout(path, self.layout)
+        about, history = files.read_run(path)
         run_state.check(about, path)
-        tensors, averaged = checkpoint.Tensors(path), self.model.averaged
-        if any(key.startswith(elastic.AVERAGE) for key in tensors) != (averaged is not None):
+        tensors, averaged = files.Tensors(path), self.model.averaged
+        if any(key.startswith(resharding.AVERAGE) for key in tensors) != (averaged is not None):
             which, todo = ("no", "remove") if averaged is not None else ("an", "keep")
             raise UserError(
                 f"{path} has {which} average of the weights: {todo} rmoe.EMAHook in custom_hooks to go on from it, or "
                 f"start a new run: another --work-dir and --cfg-options load_from={path}"
             )
-        elastic.restore(self.model.model, tensors, about["engine"])
+        resharding.restore(self.model.model, tensors, about["engine"])
         if averaged is not None:
-            elastic.restore_weights(averaged, tensors, elastic.AVERAGE)
+            resharding.restore_weights(averaged, tensors, resharding.AVERAGE)
         return run_state.restore(about, history, self.optim_wrapper, self._schedulers())
 
     def _schedulers(self) -> list[Any]:
@@ -262,7 +262,7 @@ class Runner(FlexibleRunner):
         """
         self.call_hook("before_resume")
         if self._resume:
-            self.resume(str(checkpoint.intact(Path(self.work_dir), self.logger.warning)))
+            self.resume(str(files.intact(Path(self.work_dir), self.logger.warning)))
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Goes on from the checkpoint folder `filename`."""
@@ -280,7 +280,7 @@ class Runner(FlexibleRunner):
         try:
             return super().train()
         except Diverged as error:
-            found, _ = checkpoint.whole(Path(self.work_dir))
+            found, _ = files.whole(Path(self.work_dir))
             good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
             raise Diverged(
                 f"{error} at step {self.iter + 1}; {good}; lower the learning rate or clip gradients"

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks import scaling, tables, targets, training
 from benchmarks.common import JUDGED, SETTINGS
-from rmoe.estimate import Setting, estimate
+from rmoe.reporting.estimate import Setting, estimate
 
 pytestmark = pytest.mark.slow
 RATIO = {"contender", "ratio", "ratio_low", "ratio_high", "ms", "rounds"}

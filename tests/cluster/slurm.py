@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import packages
-from conftest import free_port_number
+
+from rmoe.engine.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol")
 _CONF = """
@@ -104,7 +105,7 @@ class Slurm:
 def cluster(folder: Path) -> Iterator[Slurm]:
     """Starts the daemons in `folder`, whose path must be short; ends them by their process numbers."""
     slurm = Slurm(folder)
-    ports = [free_port_number() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     (folder / "slurm.conf").write_text(_CONF.format(host=socket.gethostname(), folder=folder, ports=ports))
     for gpu in range(8):  # as far as Slurm is concerned
         os.mknod(folder / f"gpu{gpu}", stat.S_IFCHR | 0o600, os.makedev(1, 3))

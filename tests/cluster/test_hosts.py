@@ -13,11 +13,12 @@ from json import loads
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, free_port_number, process_env, run_processes
-from mishaps import MARK
+from conftest import ROOT, process_env, run_processes
+from fault_injection import MARK
 from toy import write_config, write_json
 
 from rmoe.engine import faults
+from rmoe.engine.ports import free_port
 
 sys.path.append(str(Path(__file__).parent))
 import packages
@@ -64,12 +65,12 @@ def hosts() -> Iterator[list[tuple[str, str, str]]]:
 
 def test_the_link_is_cut(hosts: list[tuple[str, str, str]], tmp_path: Path) -> None:
     """`deepspeed --no_ssh` on each host; five steps are made together, then both ends wait, and end in time."""
-    hooks = [{"type": "mishaps.MishapHook", "kind": "cut", "at": 5}]
+    hooks = [{"type": "fault_injection.MishapHook", "kind": "cut", "at": 5}]
     config = write_config(tmp_path / "run.py", {"model.moe": MOE, "custom_hooks": hooks})
     json = write_json(tmp_path / "run.json", 2)
     (tmp_path / "hostfile").write_text("".join(f"{name} slots=1\n" for name, _, _ in hosts))
     deepspeed = [DEEPSPEED, "--hostfile", tmp_path / "hostfile", "--no_ssh"]
-    deepspeed += ["--master_addr", hosts[0][2], "--master_port", str(free_port_number())]
+    deepspeed += ["--master_addr", hosts[0][2], "--master_port", str(free_port())]
     train = [ROOT / "launch" / "train.py", config, "--deepspeed_config", json, "--work-dir", tmp_path / "run"]
     children: list[subprocess.Popen[bytes]] = []
     try:
@@ -115,7 +116,7 @@ def test_pdsh_starts_the_ranks(hosts: list[tuple[str, str, str]], tmp_path: Path
     passed = ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS", "DS_ACCELERATOR", "TORCH_EXTENSIONS_DIR")
     (tmp_path / ".deepspeed_env").write_text("".join(f"{name}={there[name]}\n" for name in passed))
     words = [DEEPSPEED, "--hostfile", tmp_path / "hostfile", "--master_addr", hosts[0][2]]
-    words += ["--master_port", free_port_number(), ROOT / "launch" / "train.py", config]
+    words += ["--master_port", free_port(), ROOT / "launch" / "train.py", config]
     words += ["--deepspeed_config", json, "--work-dir", tmp_path / "run", "--timeout", TIMEOUT]
     env = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HOME": str(tmp_path)}
     run_processes(tmp_path, list(map(str, words)), 0, env=env, timeout=START)

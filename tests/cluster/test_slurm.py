@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, process_env
-from mishaps import MARK
+from fault_injection import MARK
 from safetensors.torch import load_file
 from toy import write_config, write_json
 
@@ -40,7 +40,7 @@ def slurm() -> Iterator[slurm_here.Slurm]:
 
 def submit(slurm: slurm_here.Slurm, folder: Path, name: str, mishap: dict[str, Any] | None) -> str:
     """Sends a two-node job off, through submit.sh and pretrain_core.sbatch; its number."""
-    hooks = {"custom_hooks": [{"type": "mishaps.MishapHook", **mishap}]} if mishap else {}
+    hooks = {"custom_hooks": [{"type": "fault_injection.MishapHook", **mishap}]} if mishap else {}
     config = write_config(folder / f"{name}.py", {"model.moe": MOE, "model.drop_path": 0.3, **hooks})
     words = [
         SCRIPTS / "submit.sh",

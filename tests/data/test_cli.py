@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from rmoe.cli import main, run_guarded
-from rmoe.errors import UserError
+from rmoe.cli import main
+from rmoe.errors import UserError, run_guarded
 
 _SMALL = {"size": 32, "upstream-size": 16, "upstream-classes": 2, "upstream-train": 1, "upstream-val": 1}
 _SMALL |= {"scenes-train": 2, "scenes-val": 1, "categories": 3, "jobs": 1}

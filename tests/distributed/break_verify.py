@@ -1,4 +1,4 @@
-"""`rmoe.verify` on two processes: as it is, and with something broken on purpose; what failed goes to a file.
+"""`rmoe.engine.verify` on two processes: as it is, and with something broken on purpose; what failed goes to a file.
 
 break_verify.py OUT
 """
@@ -15,8 +15,8 @@ import torch.distributed as dist
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from rmoe import verify
-from rmoe.engine import clipping, elastic, launch
+from rmoe.engine import clipping, launch, verify
+from rmoe.engine.checkpoint import resharding
 
 
 def local_norm(parameters: list[nn.Parameter]) -> Tensor:
@@ -27,7 +27,7 @@ def local_norm(parameters: list[nn.Parameter]) -> Tensor:
 BREAKAGES = {
     "nothing": {},
     "clip norm": {"target": clipping, "attribute": "global_grad_norm", "new": local_norm},
-    "checkpoint": {"target": elastic, "attribute": "_load_states", "new": lambda *given: None},
+    "checkpoint": {"target": resharding, "attribute": "_load_states", "new": lambda *given: None},
     "frozen": {"target": verify, "attribute": "_MOE", "new": {**verify._MOE, "train_core": True}},
     "one process": {
         "target": groups,

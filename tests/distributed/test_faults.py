@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Finished, free_port_number, run_processes
-from mishaps import MARK
+from conftest import ROOT, Finished, run_processes
+from fault_injection import MARK
 from safetensors.torch import load_file
 from toy import write_config, write_json
 
 from rmoe.engine import faults
+from rmoe.engine.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 TRAIN = ROOT / "launch" / "train.py"
@@ -28,7 +29,7 @@ SLACK = 15.0  # seconds that a busy machine may take longer
 
 def command(folder: Path, name: str, mishap: dict[str, Any] | None, *words: str, **options: Any) -> list[str]:
     """The arguments of launch/train.py for the run in `folder / name`, with `mishap` on its way."""
-    hooks = {"custom_hooks": [{"type": "mishaps.MishapHook", **mishap}]} if mishap else {}
+    hooks = {"custom_hooks": [{"type": "fault_injection.MishapHook", **mishap}]} if mishap else {}
     config = write_config(folder / f"{name}_{len(list(folder.iterdir()))}.py", {**WILD, **hooks, **options})
     written = write_json(config.with_suffix(".json"), 2)
     return [str(config), "--deepspeed_config", str(written), "--work-dir", str(folder / name), *words]
@@ -92,7 +93,7 @@ def test_a_hung_process_ends_all(tmp_path: Path) -> None:
     for rank, one in enumerate(ended):
         assert f"rank {rank} on" in only_line(one)
         assert "rank 1 (process" in only_line(one)
-        assert "hangs at mishaps.py" in only_line(one)
+        assert "hangs at fault_injection.py" in only_line(one)
     assert "ends after step 5" in only_line(ended[0])
     assert TIMEOUT < seconds < TIMEOUT + SLACK
 
@@ -135,7 +136,7 @@ def test_torchrun_restarts_a_killed_run(tmp_path: Path, whole: Path) -> None:
 def test_a_killed_run_of_deepspeeds_launcher_is_restarted(tmp_path: Path, whole: Path) -> None:
     """From the last good checkpoint, that of step 4, on; the first attempt is without --resume."""
     words = command(tmp_path, "run", {"kind": "kill", "at": 5}, "--timeout", str(TIMEOUT))
-    deepspeed = [str(DEEPSPEED), "--num_accelerators", "2", "--master_port", str(free_port_number())]
+    deepspeed = [str(DEEPSPEED), "--num_accelerators", "2", "--master_port", str(free_port())]
     restart = [str(ROOT / "launch" / "restart.py"), "--max-restarts", "1"]
     ended = run_processes(tmp_path, [*restart, *deepspeed, str(TRAIN), *words], 0)[0]
     assert "restart.py: code 247, restart 1 of 1: goes on from the last checkpoint" in ended.stderr

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300
 
 def started(folder: Path, seed: int, *words: str) -> subprocess.Popen[str]:
     """A run of one process in `folder / "work"`, which takes a while."""
-    hooks = [{"type": "mishaps.MishapHook", "kind": "hang", "at": 3, "rank": 0}]
+    hooks = [{"type": "fault_injection.MishapHook", "kind": "hang", "at": 3, "rank": 0}]
     options: dict[str, Any] = {"randomness.seed": seed, **({} if words else {"custom_hooks": hooks})}
     config = write_config(folder / f"run_{seed}{len(words)}.py", options)
     command = [sys.executable, str(ROOT / "launch" / "train.py"), str(config), "--work-dir", str(folder / "work")]

@@ -15,7 +15,7 @@ from toy import write_config, write_json
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 MOE = {"num_experts": 4, "rank": 2, "noise": 0.0, "ep_size": 2}
 SHORT = {"train_cfg.max_iters": 3, "optim_wrapper.optimizer.weight_decay": 0.0}
-TO_ONE = SHORT | {"custom_hooks": [{"type": "mishaps.OneExpertHook"}]}
+TO_ONE = SHORT | {"custom_hooks": [{"type": "fault_injection.OneExpertHook"}]}
 ONE_SAMPLE = SHORT | {"train_dataloader.batch_size": 1, "train_dataloader.dataset.length": 1}
 
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         runs[f"to one by {exchange}"] = TO_ONE | moe
         runs[f"one sample by {exchange}"] = ONE_SAMPLE | moe | {"val_dataloader.dataset.length": 1}
         runs[f"uneven by {exchange}"] = SHORT | moe | {"val_dataloader.dataset.length": 5}
-    runs["batch norm"] = SHORT | {"model.norm": True, "custom_hooks": [{"type": "mishaps.SameStatsHook"}]}
+    runs["batch norm"] = SHORT | {"model.norm": True, "custom_hooks": [{"type": "fault_injection.SameStatsHook"}]}
     commands = []
     for name, options in runs.items():
         config = write_config(folder / f"{name.replace(' ', '_')}.py", options)

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Finished, free_port_number, run_processes
+from conftest import ROOT, Finished, run_processes
 from safetensors.torch import load_file
 from torch import Tensor
 from toy import write_config, write_json
+
+from rmoe.engine.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 TRAIN = ROOT / "launch" / "train.py"
@@ -390,7 +392,7 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Fi
     def run(name: str, options: dict[str, Any], stage: int) -> tuple[Finished, Path]:
         folder = tmp_path_factory.mktemp(name)
         words = [Path(sys.executable).parent / "deepspeed", "--num_accelerators", "2"]
-        words += ["--master_port", str(free_port_number()), TRAIN, *command(folder, "work", options, stage)]
+        words += ["--master_port", str(free_port()), TRAIN, *command(folder, "work", options, stage)]
         return run_processes(folder, words, 0, check=False)[0], folder / "work"
 
     return run

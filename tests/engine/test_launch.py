@@ -12,7 +12,7 @@ from mmengine.config import Config
 from toy import write_config, write_json
 
 from rmoe.engine import launch, processes
-from rmoe.engine.checkpoint import RUN, Layout, write_marker
+from rmoe.engine.checkpoint.files import RUN, Layout, write_marker
 from rmoe.engine.ds_json import read_json
 from rmoe.errors import UserError
 
@@ -277,7 +277,7 @@ def test_a_shipped_config_is_safe_once_it_is_data(name: str, tmp_path: Path) -> 
         ("default_scope: evil", "names 'evil'"),
         ("custom_imports: {imports: [os.path]}", "names 'os.path'"),
         ("model: {type: subprocess.Popen}", "names 'subprocess.Popen'"),
-        ("a: [{b: {type: rmoe.cost.subprocess.Popen}}]", "which no registry"),
+        ("a: [{b: {type: rmoe.engine.cost.subprocess.Popen}}]", "which no registry"),
         ("a: !!python/object/apply:os.system [ls]", "has the tag.*os.system"),
         ("a: {type: rmoe.engine.hooks.write_json}", "names 'rmoe.engine.hooks.write_json'"),
         ("default_scope: a.b", "names 'a.b'"),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import rmoe
 from rmoe.backbones.build import add_weights, import_core, timm_model
-from rmoe.backbones.core import load_core
+from rmoe.backbones.load_core import load_core
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError

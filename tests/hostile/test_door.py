@@ -27,7 +27,7 @@ from toy import CONFIG, write_config, write_json
 from rmoe.cli import main as rmoe
 from rmoe.engine import changes, launch, processes, safe_config
 from rmoe.engine.building import user_errors
-from rmoe.engine.checkpoint import RUN
+from rmoe.engine.checkpoint.files import RUN
 from rmoe.engine.ds_json import read_json, resolve
 from rmoe.engine.lock import check_folder
 from rmoe.engine.prepare import prepare
@@ -248,7 +248,7 @@ SAFE_YAML: list[tuple[str, str]] = [
     ("model: {type: mmengine.model.BaseModel}", "no registry"),
     ("model: {type: torch.nn.Linear}", "no registry"),
     ("model: {type: os.system}", "no registry"),
-    ("model: {type: rmoe.cost.counted_flops}", "no registry"),
+    ("model: {type: rmoe.engine.cost.counted_flops}", "no registry"),
     ("model: {type: rmoe.engine.hooks.CostHook.__init__}", "no registry"),
     ("model: {type: builtins.eval}", "no registry"),
     ("model: {type: eval}", "no registry"),

@@ -24,15 +24,15 @@ from timm.layers import Mlp
 from torch import nn
 from toy import ToyModel
 
-from rmoe.engine import checkpoint, elastic, run_state
-from rmoe.engine.checkpoint import HISTORY, MARKER, RUN, Layout, check_layout, intact, put_in_place, whole
+from rmoe.engine.checkpoint import files, resharding, run_state
+from rmoe.engine.checkpoint.files import HISTORY, MARKER, RUN, Layout, check_layout, intact, put_in_place, whole
+from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.engine.clipping import check_precision
 from rmoe.engine.faults import Watch
 from rmoe.engine.hooks import EMAHook, ExportHook
 from rmoe.engine.optim import DeepSpeedOptimWrapper, ParamGroups, checked_settings, param_groups
 from rmoe.engine.randomness import EpochSampler, InfiniteSampler
 from rmoe.engine.strategy import Runner
-from rmoe.engine.weights import load_weights
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
 
@@ -45,7 +45,7 @@ NAN = float("nan")
 def made(folder: Path, iteration: int) -> Path:
     path = folder / f"iter_{iteration}.pth"
     history = {"loss": torch.ones(2, 3, dtype=torch.float64)}
-    checkpoint.write(path, {"weight/a": torch.arange(9.0)}, {"x": 1}, history, iteration, LAYOUT)
+    files.write(path, {"weight/a": torch.arange(9.0)}, {"x": 1}, history, iteration, LAYOUT)
     return path
 
 
@@ -150,7 +150,7 @@ def test_json_of_other_kinds(name: str, harm: str, tmp_path: Path) -> None:
     else:
         (bad / name).write_bytes(BYTES.get(harm, b"{}"))
         if harm == "too large":
-            os.truncate(bad / name, checkpoint._MOST_JSON + 1)  # sparse
+            os.truncate(bad / name, files._MOST_JSON + 1)  # sparse
         if name == RUN:
             seal(bad)
     said = [f"{path} is {text}" for path, text in whole(tmp_path)[1].items()]
@@ -219,7 +219,7 @@ def run_json() -> dict[str, Any]:
     schedule = PolyLR(wrapper, power=1.0, eta_min=0.0, begin=0, end=10, by_epoch=False)
     state = {"meta": {"epoch": 0, "iter": 4}, "message_hub": {"runtime_info": {"best": NAN}, "log_scalars": {}}}
     about, _ = run_state.collect(state, wrapper, [schedule])
-    about["engine"] = elastic.gather(one)[1]
+    about["engine"] = resharding.gather(one)[1]
     return json.loads(json.dumps(about))
 
 
@@ -243,7 +243,7 @@ RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("harm", RUNS)
 def test_runs_of_other_shapes(harm: str, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elastic, "_replicas", lambda parameter: None)
+    monkeypatch.setattr(resharding, "_replicas", lambda parameter: None)
     about, (change, said) = run_json(), RUNS[harm]
     run_state.check(about, Path("iter_4.pth"))
     change(about)
@@ -268,13 +268,13 @@ STATES: dict[str, tuple[str, Any, str]] = {
 
 @pytest.mark.parametrize("harm", STATES)
 def test_tensors_of_another_run(harm: str, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(elastic, "_replicas", lambda parameter: None)
-    tensors, about = elastic.gather(engine())
-    elastic.restore(engine(), tensors, about)
+    monkeypatch.setattr(resharding, "_replicas", lambda parameter: None)
+    tensors, about = resharding.gather(engine())
+    resharding.restore(engine(), tensors, about)
     key, value, said = STATES[harm]
     tensors = {name: x for name, x in tensors.items() if name != key} | ({} if value is None else {key: value})
     with pytest.raises(UserError, match=said):
-        elastic.restore(engine(), tensors, about)
+        resharding.restore(engine(), tensors, about)
 
 
 SETTINGS = {"lr": 0.1, "initial_lr": 0.1, "weight_decay": 0.05, "betas": [0.9, 0.999], "fused": None}
@@ -389,7 +389,7 @@ def test_names_that_are_taken(kind: str, tmp_path: Path) -> None:
     path.parent.mkdir()
     in_the_way(path, kind)
     with pytest.raises(UserError, match=r"iter_1.pth cannot be written: .*--resume"):
-        checkpoint.write(path, {"weight/a": torch.ones(1)}, {}, {}, 1, LAYOUT)
+        files.write(path, {"weight/a": torch.ones(1)}, {}, {}, 1, LAYOUT)
     assert (path if kind == "a file" else path.parent).read_text() == "mine"
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -398,7 +398,7 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
     (tmp_path / "best.pth").mkdir()
     (tmp_path / "best.pth" / "mine").touch()
     with pytest.raises(UserError, match=r"best.pth cannot be written: .*somebody else's; move it away"):
-        checkpoint.write_weights(tmp_path / "best.pth", {"a": torch.ones(1)})
+        files.write_weights(tmp_path / "best.pth", {"a": torch.ones(1)})
     assert (tmp_path / "best.pth" / "mine").exists()
 
 
@@ -409,7 +409,7 @@ def test_what_a_killed_replacement_left_is_no_obstacle(tmp_path: Path) -> None:
     partial = made(tmp_path, 2).rename(tmp_path / "iter_1.pth.partial")
     put_in_place(partial, path)
     assert [one.name for one in tmp_path.iterdir()] == ["iter_1.pth"]
-    assert checkpoint._marker(path).iteration == 2
+    assert files._marker(path).iteration == 2
 
 
 def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from benchmarks.claims.statistics import again, cost, difference, paired, pipeli
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.optim import param_groups
-from rmoe.stages import Training
+from rmoe.pipelines import Training
 
 
 def test_a_paired_interval_by_hand() -> None:

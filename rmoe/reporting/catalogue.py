@@ -19,7 +19,7 @@ from rich.table import Table
 
 from rmoe.errors import UserError
 
-FOLDER = Path(__file__).parent / "configs"
+FOLDER = Path(__file__).parents[1] / "configs"
 _TASKS = {"mmengine": "classification", "mmseg": "segmentation", "mmdet": "detection"}  # by the config's default_scope
 _FIELDS = re.compile(r"\n\nHardware: (.+?)\.\s+Published: (.+?)\.\s+Run at full scale: (.+?)\.(?:\n\n|\n?$)", re.DOTALL)
 _WIDTH = 230  # columns of the table where the output is a file: paths are not cut

@@ -8,7 +8,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.cost import Parameters, count_parameters, counted_flops, device_kind, peak_memory, software
+from rmoe.engine.cost import Parameters, count_parameters, counted_flops, device_kind, peak_memory, software
 from rmoe.moe.layer import ResidualMoE
 
 

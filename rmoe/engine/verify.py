@@ -1,6 +1,6 @@
 """A self-check to run on one's own machines, through the launcher that will train:
 
-    deepspeed [launcher flags] launch/verify.py        or: srun … python launch/verify.py, python -m rmoe.verify
+    deepspeed [launcher flags] launch/verify.py        or: srun … python launch/verify.py, python -m rmoe.engine.verify
 
 A small residual mixture of experts is trained for two steps on every expert placement that the processes allow, and
 compared with plain PyTorch on the whole batch. A table says what passed, by how much; the exit code is 0 if all did,
@@ -32,16 +32,15 @@ from rich.table import Table
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from rmoe.cli import run_guarded
 from rmoe.config import ResidualMoEConfig
-from rmoe.engine import checkpoint, elastic
-from rmoe.engine.checkpoint import Layout
+from rmoe.engine.checkpoint import files, resharding
+from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.clipping import mend_clipping
 from rmoe.engine.lock import make_folder
 from rmoe.engine.optim import param_groups
 from rmoe.engine.processes import join, set_place
 from rmoe.engine.read_config import folder_name, seconds
-from rmoe.errors import UserError
+from rmoe.errors import UserError, run_guarded
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 from rmoe.moe.state import global_state_dict, load_global_state_dict, local_experts, roles
@@ -276,12 +275,12 @@ def check_frozen(trained: Trained) -> str:
 def check_checkpoint(engine: Any, other: Place, path: Path) -> str:
     """What one placement saves, another loads, optimizer included, and both go on alike."""
     layout = Layout(dist.get_world_size(), other.ep_size, EXPERTS, 16, 1, 0)
-    tensors, about = elastic.gather(engine)
-    checkpoint.write(path, tensors, about, {}, STEPS, layout)
-    if checkpoint.intact(path.parent, lambda harm: None) != path:
+    tensors, about = resharding.gather(engine)
+    files.write(path, tensors, about, {}, STEPS, layout)
+    if files.intact(path.parent, lambda harm: None) != path:
         raise Failed(f"{path} is not there")
     resumed = initialise(other)
-    elastic.restore(resumed, checkpoint.Tensors(path), about)
+    resharding.restore(resumed, files.Tensors(path), about)
     for one in (engine, resumed):
         step(one, STEPS)
     return check_weights(global_state_dict(resumed.module), global_state_dict(engine.module))

@@ -8,12 +8,19 @@ import torch
 from timm.layers import Mlp
 from torch import nn
 
-from rmoe.analysis import effective_rank, load_statistics, matched_share, movement, routing_maps, weight_statistics
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.state import moe_layers
+from rmoe.reporting.analysis import (
+    effective_rank,
+    load_statistics,
+    matched_share,
+    movement,
+    routing_maps,
+    weight_statistics,
+)
 
 SWIN = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4}
 CVT = {"embed_dims": (8, 8, 12), "depths": (1, 2, 2), "num_heads": (1, 1, 2)}

@@ -15,10 +15,11 @@ from torch.optim import SGD
 
 from benchmarks import training
 from rmoe.cli import main
-from rmoe.cost import counted_flops
+from rmoe.engine.cost import counted_flops
 from rmoe.engine.optim import param_groups
 from rmoe.errors import UserError
-from rmoe.estimate import (
+from rmoe.registry import MODELS
+from rmoe.reporting.estimate import (
     Estimate,
     Setting,
     Work,
@@ -29,7 +30,6 @@ from rmoe.estimate import (
     trace,
     training_loss,
 )
-from rmoe.registry import MODELS
 
 SIZE, IMAGES = 64, 2
 SWIN = dict(embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8), window_size=4, drop_path_rate=0.1)

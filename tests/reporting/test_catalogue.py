@@ -8,8 +8,8 @@ from pathlib import Path
 from conftest import ROOT
 from setuptools import Distribution
 
-from rmoe.catalogue import FOLDER, Entry, entries
 from rmoe.cli import main
+from rmoe.reporting.catalogue import FOLDER, Entry, entries
 
 PATHS = {path for path in FOLDER.glob("*/*.py") if path.parent.name != "_base_"}
 

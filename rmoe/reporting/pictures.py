@@ -16,8 +16,8 @@ from mmengine.dataset import default_collate, pseudo_collate
 from PIL import Image
 from torch import nn
 
-from rmoe.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
 from rmoe.moe.state import moe_layers
+from rmoe.reporting.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
 
 _SURE = 0.3  # score from which on a detection is drawn
 _CLASSES = 30  # of the commonest, shown with the experts that they go to

@@ -1,7 +1,7 @@
 """Checkpoints on disk: complete or invisible, verified before they are used, read at any layout.
 
-A training checkpoint is a folder: `part_*.safetensors`, the tensors of `rmoe.engine.elastic`, written by as many
-processes as hold different ones; `run.json` and `history.safetensors`, how far the run is and what it has logged; and
+A training checkpoint is a folder: `part_*.safetensors`, the tensors of resharding.py, written by as many processes as
+hold different ones; `run.json` and `history.safetensors`, how far the run is and what it has logged; and
 `complete.json`, written last of all, with the size and the SHA-256 of every other file. It is written aside, under
 another name, and renamed when all of it is on the disk. Nothing in it is pickled.
 """
@@ -144,7 +144,7 @@ def write(
 
     Args:
         path: its name.
-        tensors: this process's share, see `rmoe.engine.elastic.gather`.
+        tensors: this process's share, see `rmoe.engine.checkpoint.resharding.gather`.
         about: what JSON can hold; the first process's is written, as is its `history`.
         history: what has been logged.
         iteration: how many the run has done.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from rmoe import stages
-from rmoe.stages import Failed, Training, run_logged
+from rmoe import pipelines
+from rmoe.pipelines import Failed, Training, run_logged
 
 LINE = "11/22 14:17 - INFO - Iter(train) [ 40/300]  lr: 9.6e-04  eta: 0:06:25  loss: 2.6019  decode.loss_ce: 2.6018"
 FINISHES = (
@@ -19,7 +19,7 @@ FINISHES = (
 
 @pytest.fixture(autouse=True)
 def _as_typed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stages, "installed", list)
+    monkeypatch.setattr(pipelines, "installed", list)
 
 
 def training(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> Training:
@@ -92,7 +92,7 @@ def test_an_interrupted_command_leaves_nothing_running(tmp_path, monkeypatch):
         if note.exists() and note.read_text().endswith(" "):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages, "_tell", interrupt)
+    monkeypatch.setattr(pipelines, "_tell", interrupt)
     with pytest.raises(KeyboardInterrupt):
         run_logged([sys.executable, "-c", code, str(note)], tmp_path / "output.log")
     stat = Path("/proc", note.read_text().strip(), "stat")

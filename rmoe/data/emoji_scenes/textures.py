@@ -12,7 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-from rmoe.data.dice import Dice
+from rmoe.data.emoji_scenes.dice import Dice
 
 Colour = tuple[int, int, int]
 

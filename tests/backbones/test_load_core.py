@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rmoe.backbones.core import load_core
+from rmoe.backbones.load_core import load_core
 from rmoe.errors import UserError
 
 SMALL = {"embed_dim": 8, "depths": (2, 2, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4, "img_size": 128}

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from rmoe.backbones.build import allow_random_cores
-from rmoe.cost import Parameters, count_parameters, counted_flops
+from rmoe.engine.cost import Parameters, count_parameters, counted_flops
 from rmoe.engine.prepare import moe_dicts
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from rmoe.backbones import build
 from rmoe.backbones.build import import_core
-from rmoe.backbones.core import load_core, read_checkpoint
-from rmoe.backbones.dense_import import translate
+from rmoe.backbones.checkpoint_formats import translate
+from rmoe.backbones.load_core import load_core, read_checkpoint
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.cli import main
 from rmoe.errors import UserError

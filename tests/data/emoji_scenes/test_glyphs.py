@@ -3,10 +3,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rmoe.data.dice import Dice
-from rmoe.data.emoji import stamp
-from rmoe.data.glyphs import DISTRACTORS, THINGS, UPSTREAM, class_name
-from rmoe.data.textures import STUFF, colour_matrix, recolour, texture
+from rmoe.data.emoji_scenes.dice import Dice
+from rmoe.data.emoji_scenes.emoji import stamp
+from rmoe.data.emoji_scenes.glyphs import DISTRACTORS, THINGS, UPSTREAM, class_name
+from rmoe.data.emoji_scenes.textures import STUFF, colour_matrix, recolour, texture
 
 OF_THINGS = "".join(thing.glyphs for thing in THINGS)
 

@@ -30,11 +30,11 @@ import numpy as np
 from PIL import Image
 
 from rmoe.data.arguments import require_count
-from rmoe.data.dice import Dice
-from rmoe.data.emoji import stamp
-from rmoe.data.glyphs import CREDIT, DISTRACTORS, LICENCE, LICENCE_URL, THINGS, UPSTREAM, class_name
-from rmoe.data.params import SceneParams, tail
-from rmoe.data.textures import STUFF, colour_matrix, noise, recolour, texture
+from rmoe.data.emoji_scenes.dice import Dice
+from rmoe.data.emoji_scenes.emoji import stamp
+from rmoe.data.emoji_scenes.glyphs import CREDIT, DISTRACTORS, LICENCE, LICENCE_URL, THINGS, UPSTREAM, class_name
+from rmoe.data.emoji_scenes.params import SceneParams, tail
+from rmoe.data.emoji_scenes.textures import STUFF, colour_matrix, noise, recolour, texture
 from rmoe.errors import UserError
 
 FORMAT = 1  # raise it when the bytes of any image change

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from toy import ToyModel
 
-from rmoe.engine import checkpoint
-from rmoe.engine.checkpoint import (
+from rmoe.engine.checkpoint import files
+from rmoe.engine.checkpoint.files import (
     HISTORY,
     MARKER,
     RUN,
@@ -26,7 +26,7 @@ from rmoe.engine.checkpoint import (
     write,
     write_weights,
 )
-from rmoe.engine.weights import load_weights
+from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
 
@@ -80,7 +80,7 @@ def test_an_old_one_lives_until_the_new_one_is_there(tmp_path: Path, monkeypatch
 
     for step in ("save_file", "write_marker", "put_in_place"):
         with monkeypatch.context() as patch:
-            patch.setattr(checkpoint, step, stop)
+            patch.setattr(files, step, stop)
             with pytest.raises(KeyboardInterrupt):
                 made(path, 4, **{"weight/a": torch.ones(3)})
         assert intact(tmp_path, pytest.fail).name.startswith("iter_4.pth")

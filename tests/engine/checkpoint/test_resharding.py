@@ -16,7 +16,7 @@ from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.optim import PolyLR
 from torch import nn
 
-from rmoe.engine import elastic, run_state
+from rmoe.engine.checkpoint import resharding, run_state
 from rmoe.engine.optim import DeepSpeedOptimWrapper, change_settings, settings
 from rmoe.errors import UserError
 
@@ -25,7 +25,7 @@ from rmoe.errors import UserError
 def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A group of one, which DeepSpeed does not know of."""
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    monkeypatch.setattr(elastic, "_replicas", lambda parameter: None)
+    monkeypatch.setattr(resharding, "_replicas", lambda parameter: None)
     yield
     dist.destroy_process_group()
 
@@ -78,7 +78,7 @@ def test_by_hand() -> None:
     step(first, "ab")
     first.optimizer.param_groups[0]["lr"] = 0.025
     first.global_steps = 2
-    tensors, about = elastic.gather(first)
+    tensors, about = resharding.gather(first)
     assert set(tensors) == {
         f"{kind}/{name}.{part}"
         for kind in ("weight", "exp_avg", "exp_avg_sq", "step")
@@ -86,7 +86,7 @@ def test_by_hand() -> None:
         for part in ("weight", "bias")
     }
     assert about["numbers"] == ["step"]
-    elastic.restore(flat, tensors, json.loads(json.dumps(about)))
+    resharding.restore(flat, tensors, json.loads(json.dumps(about)))
     values = flat.optimizer.single_partition_of_fp32_groups[0]
     state = flat.optimizer.optimizer.state[values]
     assert values[:6].equal(first.module["a"].weight.detach().flatten())
@@ -95,7 +95,7 @@ def test_by_hand() -> None:
     assert flat.optimizer.param_groups[0]["lr"] == 0.025
     assert flat.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     assert flat.global_steps == 2
-    elastic.restore(last, *elastic.gather(flat))
+    resharding.restore(last, *resharding.gather(flat))
     for one in (first, last):
         step(one, "ab")
     for name, parameter in first.module.named_parameters():
@@ -105,9 +105,9 @@ def test_by_hand() -> None:
 def test_what_was_never_trained_has_no_state() -> None:
     first, flat = engine(), engine(stage=1)
     step(first, "a")
-    tensors, about = elastic.gather(first)
+    tensors, about = resharding.gather(first)
     assert "exp_avg/b.weight" not in tensors
-    elastic.restore(flat, tensors, about)
+    resharding.restore(flat, tensors, about)
     state = flat.optimizer.optimizer.state[flat.optimizer.single_partition_of_fp32_groups[0]]
     assert not state["exp_avg"][8:].any()
     assert state["step"] == 1
@@ -117,18 +117,18 @@ def test_counts_that_zero_cannot_keep() -> None:
     first = engine()
     step(first, "a")
     step(first, "ab")
-    elastic.restore(engine(), *elastic.gather(first))
+    resharding.restore(engine(), *resharding.gather(first))
     with pytest.raises(UserError, match=r"different values of 'step', from 1 to 2.*stage 0"):
-        elastic.restore(engine(stage=1), *elastic.gather(first))
+        resharding.restore(engine(stage=1), *resharding.gather(first))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RMSprop])
 def test_other_optimizers(kind: Any) -> None:
     first, flat = engine(kind), engine(kind, stage=1)
     step(first, "ab")
-    tensors, about = elastic.gather(first)
-    elastic.restore(flat, tensors, about)
-    again, _ = elastic.gather(flat)
+    tensors, about = resharding.gather(first)
+    resharding.restore(flat, tensors, about)
+    again, _ = resharding.gather(flat)
     assert again.keys() == tensors.keys()
     assert all(again[key].equal(tensors[key]) for key in tensors)
 
@@ -137,16 +137,16 @@ def test_states_that_cannot_be_spread() -> None:
     one = engine(torch.optim.Adafactor)
     step(one, "ab")
     with pytest.raises(UserError, match=r"Adafactor keeps 'col_var' of shape .*a.weight.*AdamW or SGD"):
-        elastic.gather(one)
+        resharding.gather(one)
 
 
 def test_another_optimizer_or_model() -> None:
-    tensors, about = elastic.gather(engine())
+    tensors, about = resharding.gather(engine())
     with pytest.raises(UserError, match="optimizer AdamW, the config's is SGD"):
-        elastic.restore(engine(torch.optim.SGD), tensors, about)
+        resharding.restore(engine(torch.optim.SGD), tensors, about)
     del tensors["weight/a.bias"]
     with pytest.raises(UserError, match=r"another model's: 1 weights differ, such as a.bias"):
-        elastic.restore(engine(), tensors, about)
+        resharding.restore(engine(), tensors, about)
 
 
 def test_the_run_as_plain_data() -> None:
@@ -168,7 +168,7 @@ def test_the_run_as_plain_data() -> None:
     about, history = run_state.collect(state, wrappers[0], schedules[:1])
     about = json.loads(json.dumps(about))
     for group, saved in zip(wrappers[1].optimizer.param_groups, wrappers[0].optimizer.param_groups, strict=True):
-        change_settings(group, settings(saved))  # as `elastic.restore` does
+        change_settings(group, settings(saved))  # as `resharding.restore` does
     restored = run_state.restore(about, history, wrappers[1], schedules[1:])
     assert restored["meta"] == {"iter": 4}
     other = MessageHub("other")

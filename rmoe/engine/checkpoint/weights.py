@@ -8,9 +8,9 @@ import torch
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
-from rmoe.backbones.core import read_checkpoint
-from rmoe.engine.checkpoint import Tensors, damage, is_checkpoint
-from rmoe.engine.elastic import AVERAGE, WEIGHT
+from rmoe.backbones.load_core import read_checkpoint
+from rmoe.engine.checkpoint.files import Tensors, damage, is_checkpoint
+from rmoe.engine.checkpoint.resharding import AVERAGE, WEIGHT
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict, load_global_state_dict
 

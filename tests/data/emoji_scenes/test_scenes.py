@@ -11,10 +11,10 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from rmoe.data.glyphs import THINGS, UPSTREAM, class_name
-from rmoe.data.params import STYLES, SceneParams
-from rmoe.data.scenes import MIN_VISIBLE, metainfo, render, scene, upstream_image
-from rmoe.data.textures import STUFF
+from rmoe.data.emoji_scenes.glyphs import THINGS, UPSTREAM, class_name
+from rmoe.data.emoji_scenes.params import STYLES, SceneParams
+from rmoe.data.emoji_scenes.scenes import MIN_VISIBLE, metainfo, render, scene, upstream_image
+from rmoe.data.emoji_scenes.textures import STUFF
 from rmoe.errors import UserError
 
 TINY = SceneParams(
@@ -276,7 +276,7 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
     def full(*_args):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rmoe.data.scenes._write_jpeg", full)
+    monkeypatch.setattr("rmoe.data.emoji_scenes.scenes._write_jpeg", full)
     with pytest.raises(UserError, match="No space left on device"):
         render(tmp_path / "set", TINY)
     assert not list(tmp_path.iterdir())

@@ -1,6 +1,6 @@
 """Reading a core: from a checkpoint file to the weights of a timm model, with no key lost silently.
 
-Other code bases' names are brought to timm's first (`rmoe.backbones.dense_import`). A file may hold more than the
+Other code bases' names are brought to timm's first (`rmoe.backbones.checkpoint_formats`). A file may hold more than the
 backbone (a segmentation head, say) under any common prefix: the prefix is found by looking which one makes most keys
 meet. What then stays over on either side must be covered by one of the rules below, and is listed with the rule's
 reason; anything else is another model's checkpoint and is refused.
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
-from rmoe.backbones.dense_import import NOT_BACKBONE, translate
+from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, translate
 from rmoe.backbones.networks import WEIGHTS, described, is_weight
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict, holds_experts, load_global_state_dict
@@ -85,7 +85,7 @@ def load_core(
             experts are spread over processes, all of them call it, and each takes its own.
         path: a `.pth` file (a state dict, bare or under "model" or "state_dict"), a `.safetensors` file, or a folder
             with a model.safetensors, such as the work dir of a finished run; of timm's names or those of any format in
-            `rmoe.backbones.dense_import`.
+            `rmoe.backbones.checkpoint_formats`.
         level_norms: a norm for each output level, outside `model`, to be loaded where the file has it.
         state: what `read_checkpoint` made of `path`, where it has been read already.
 

@@ -61,7 +61,7 @@ class _Engine(_Strict):
 
 
 class _Run(_Strict):
-    """What `collect` returns, with what `rmoe.engine.elastic.gather` says of the engine."""
+    """What `collect` returns, with what `rmoe.engine.checkpoint.resharding.gather` says of the engine."""
 
     meta: _Progress
     info: dict[str, Any]
@@ -102,7 +102,7 @@ def collect(
 
 
 def check(about: Mapping[str, Any], path: Path) -> None:
-    """Checks that `run.json` of the checkpoint `path` has what `restore` and `rmoe.engine.elastic.restore` read of it.
+    """Checks that `run.json` of the checkpoint `path` has what `restore`, here and in resharding.py, reads of it.
 
     Raises:
         UserError: a key is missing or unknown, or a value of another type or not finite.

@@ -19,7 +19,13 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import nn
 
-from rmoe.analysis import (
+from rmoe.backbones.build import allow_random_cores
+from rmoe.engine.building import user_errors
+from rmoe.engine.lock import check_folder
+from rmoe.engine.read_config import read_config
+from rmoe.errors import UserError
+from rmoe.moe.state import load_global_state_dict, moe_layers
+from rmoe.reporting.analysis import (
     LayerLoad,
     LayerMovement,
     LayerWeights,
@@ -28,13 +34,15 @@ from rmoe.analysis import (
     movement,
     weight_statistics,
 )
-from rmoe.backbones.build import allow_random_cores
-from rmoe.engine.building import user_errors
-from rmoe.engine.lock import check_folder
-from rmoe.engine.read_config import read_config
-from rmoe.errors import UserError
-from rmoe.moe.state import load_global_state_dict, moe_layers
-from rmoe.pictures import Scene, draw_detections, draw_experts, draw_load, draw_movement, draw_predictions, draw_weights
+from rmoe.reporting.pictures import (
+    Scene,
+    draw_detections,
+    draw_experts,
+    draw_load,
+    draw_movement,
+    draw_predictions,
+    draw_weights,
+)
 
 SCENES = 6
 _TITLES = {"residual": "RMoE"}
@@ -239,7 +247,7 @@ def analyze(folder: str | Path, out: str | Path, before: str | Path | None = Non
         images: validation images that are sent through the gates.
 
     Returns:
-        What analysis.json holds: by layer, see `rmoe.analysis`.
+        What analysis.json holds: by layer, see `rmoe.reporting.analysis`.
 
     Raises:
         UserError: no finished run's work dir, a dense model, or two runs with other experts.

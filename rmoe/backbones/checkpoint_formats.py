@@ -1,7 +1,7 @@
 """Official dense checkpoints: what other code bases call the weights of a backbone, and how they become timm's.
 
 The rules are data, one `Format` for each code base. A file is recognised by its keys; whatever no rule covers is passed
-on as it is, so that `rmoe.backbones.core` refuses it by name.
+on as it is, so that `rmoe.backbones.load_core` refuses it by name.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from rmoe.data.glyphs import THINGS, UPSTREAM
+from rmoe.data.emoji_scenes.glyphs import THINGS, UPSTREAM
 from rmoe.errors import UserError, nearest
 
 STYLES = ("plain", "tinted", "night", "outline")
@@ -18,10 +18,10 @@ class SceneParams:
     Attributes:
         seed: of all random choices.
         upstream_size, scene_size: height and width of the square images in pixels.
-        upstream_classes: number of upstream classes, the first of `rmoe.data.emoji.UPSTREAM`.
+        upstream_classes: number of upstream classes, the first of `rmoe.data.emoji_scenes.emoji.UPSTREAM`.
         upstream_train, upstream_val: images of each upstream class.
         scenes_train, scenes_val: numbers of scenes.
-        categories: number of kinds of things in the scenes, the first of `rmoe.data.emoji.THINGS`.
+        categories: number of kinds of things in the scenes, the first of `rmoe.data.emoji_scenes.emoji.THINGS`.
         styles: how pictures are drawn, one of these for each image, by chance: `plain`; `tinted`, a strong colour cast;
             `night`, dark, bluish and grainy; `outline`, grey, objects as strokes on white.
         long_tail: exponent a ≥ 0: the r-th category of the scenes is drawn in proportion to r^-a, and the r-th upstream

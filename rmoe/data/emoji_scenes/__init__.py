@@ -1,0 +1,1 @@
+"""The embedded data set: scenes of emoji, rendered alike on every machine."""
