@@ -10,6 +10,8 @@ from types import ModuleType
 import pytest
 from mmengine.config import Config
 
+from rmoe.errors import UserError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -44,3 +46,17 @@ def test_elsewhere_every_path_of_the_configs_is_changed(demo):
         assert "elsewhere/data" in used
         assert "work_dirs" not in used
         assert ("'residual': 'full'" in used) == one.folder.name.endswith("residual_full")
+
+
+def test_a_folder_of_somebody_else_is_refused(demo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "ROOT", ROOT)
+    monkeypatch.setattr(demo, "_render", lambda folder: None)
+    monkeypatch.setattr(demo.sys, "argv", ["demo.py", "--work-dir", str(tmp_path)])
+    monkeypatch.setattr(demo.os.environ, "update", lambda **words: None)
+    monkeypatch.setattr(demo.signal, "signal", lambda number, handler: None)
+    (tmp_path / "core").mkdir()
+    (tmp_path / "core" / "mine.txt").write_text("years of work")
+    with pytest.raises(UserError, match="core is there already, and no pipeline has made it"):
+        demo.main()
+    assert (tmp_path / "core" / "mine.txt").read_text() == "years of work"

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rmoe import pipelines
+from rmoe.errors import UserError
 from rmoe.pipelines import Failed, Training, run_logged
 
 LINE = "11/22 14:17 - INFO - Iter(train) [ 40/300]  lr: 9.6e-04  eta: 0:06:25  loss: 2.6019  decode.loss_ce: 2.6018"
@@ -101,3 +102,25 @@ def test_an_interrupted_command_leaves_nothing_running(tmp_path, monkeypatch):
             return
         time.sleep(0.1)
     pytest.fail("the grandchild still runs")
+
+
+def test_what_it_has_not_made_is_left_alone(tmp_path, monkeypatch):
+    one = training(tmp_path, monkeypatch, FINISHES)
+    one.folder.mkdir()
+    assert one.run()  # an empty folder is fine
+    (one.folder / "fingerprint").unlink()
+    (one.folder / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="run is there already, and no pipeline has made it.*move it away"):
+        one.run()
+    assert (one.folder / "thesis.tex").read_text() == "years of work"
+    elsewhere = tmp_path / "elsewhere"
+    one.folder.rename(elsewhere)
+    (elsewhere / "fingerprint").write_text("another's")
+    one.folder.symlink_to(elsewhere)
+    with pytest.raises(UserError, match="move it away"):
+        one.run()
+    assert (elsewhere / "thesis.tex").exists()
+    one.folder.unlink()
+    one.folder.write_text("")
+    with pytest.raises(UserError, match="cannot be made"):
+        one.run()

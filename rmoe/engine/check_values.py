@@ -62,7 +62,7 @@ _NEVER = Rule("-1", lambda value: value == -1 and not isinstance(value, bool))
 
 _LOADER = {
     "": _SECTION,
-    "dataset": _SECTION,
+    "dataset": _MADE,
     "batch_size": _INTERVAL,
     "num_workers": _whole(0, 4096),
     "persistent_workers": _FLAG,
@@ -70,7 +70,7 @@ _LOADER = {
     "pin_memory": _FLAG,
     "drop_last": _FLAG,
     "timeout": _RATE,
-    "sampler": _SECTION | _NOTHING,
+    "sampler": _MADE | _NOTHING,
     "batch_sampler": _SECTION | _NOTHING,
     "collate_fn": _SECTION,
 }
@@ -126,6 +126,7 @@ _TABLES = {
         "randomness.diff_rank_seed": _FLAG,
         "env_cfg": _SECTION | _NOTHING,
         "visualizer": _MADE | _NOTHING,
+        "visualizer.vis_backends": _list_of(_MADE) | _NOTHING,
         "log_processor": _SECTION | _NOTHING,
         "custom_imports": _SECTION | _NOTHING,
         "load_from": _TEXT | _NOTHING,
@@ -193,6 +194,8 @@ def check_values(cfg: Mapping[str, Any]) -> None:
             and not (_MIXTURE | _NOTHING).accepts(value)
         ):
             raise UserError(f"{where} is {_shown(value)}; it takes a dict ({{}}: a mixture with the defaults) or None")
+    if "dataset" not in cfg["train_dataloader"]:
+        raise UserError("train_dataloader has no dataset; give one, such as dict(type='rmoe.ImageFolder', …)")
     _check_loop(cfg["train_cfg"])
     _check_optimizer(cfg["optim_wrapper"])
     for name in ("train_dataloader", "val_dataloader", "test_dataloader"):

@@ -84,7 +84,8 @@ def train(arguments: argparse.Namespace) -> None:
             safe_config.lock_down()
         content = ds_json.read_json(arguments.deepspeed_config)
         cfg = read_config(arguments.config, arguments.cfg_options or {}, arguments.safe_config)
-        notes = prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
+        with user_errors("the config"):
+            notes = prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
         join(arguments.timeout)
         folder = Path(cfg.work_dir)
         with Lock(folder), faults.Watch(folder, arguments.timeout) as watch:

@@ -41,6 +41,7 @@ _FORMATS = (".json", ".yaml", ".yml")
 _SCOPES = ("mmengine", "mmcv", "mmseg", "mmdet", "rmoe")
 _MODULE = re.compile(r"(mmengine|mmcv|mmseg|mmdet|rmoe\.(tasks|backbones))(\.\w+)*")
 _TYPES, _SCOPE_KEYS = ("type", "constructor", "ema_type"), ("default_scope", "_scope_", "scope")
+_START_KEYS = ("mp_start_method", "multiprocessing_context")
 _PICKLE = re.compile(r"(?i)(.*\.)?(pkl|pickle)")
 _LARGEST, _DEEPEST = 2**22, 64  # bytes of a file, levels in it
 _numpy_load = np.load
@@ -67,6 +68,8 @@ def read(path: Path) -> dict[str, Any]:
     for key, value in _items(content):
         if key in _SCOPE_KEYS and value is not None and value not in _SCOPES:
             _refuse(path, value, f"which is no scope: {', '.join(_SCOPES)}")
+        if key in _START_KEYS and value not in (None, "fork"):
+            _refuse(path, value, f"and {key} must be 'fork': other workers would not be locked down")
         if key == "sys_path":
             _refuse(path, value, "a folder to import from (sys_path)")
         if isinstance(value, str) and _PICKLE.fullmatch(value):
@@ -76,7 +79,7 @@ def read(path: Path) -> dict[str, Any]:
     for key, value in _items(content):
         if key in _TYPES and value is not None:
             _check_name(path, value)
-    return content
+    return _with_pairs(content)
 
 
 def lock_down() -> None:
@@ -88,6 +91,16 @@ def lock_down() -> None:
     for name in ("yaml", "yml"):
         file_handlers[name].load_from_fileobj = partial(yaml.load, Loader=yaml.CSafeLoader)
     np.load = _load_array  # type: ignore[assignment]
+
+
+def _with_pairs(node: Any, transforms: bool = False) -> Any:
+    """Turns pairs of numbers among the arguments of transforms into tuples, which those insist on and data has not."""
+    if isinstance(node, dict):
+        return {key: _with_pairs(value, transforms or key == "pipeline") for key, value in node.items()}
+    if isinstance(node, list):
+        pair = transforms and len(node) == 2 and all(isinstance(item, int | float) for item in node)
+        return (tuple if pair else list)(_with_pairs(item, transforms) for item in node)
+    return node
 
 
 def _refuse_pickle(file: Any, **options: Any) -> NoReturn:

@@ -75,6 +75,8 @@ def test_what_does_not_fit(content: dict[str, Any], message: str) -> None:
         ('{"zero_optimisation": {"stage": 2}}', "no key 'zero_optimisation'; did you mean 'zero_optimization'"),
         ('{"optimizer": {"type": "Adam"}}', "optim_wrapper"),
         ('{"bf16": {"enabled": true}}', 'torch_autocast.*"bfloat16"'),
+        ('{"torch_autocast": {"enabledd": true}}', "no key 'torch_autocast.enabledd'; did you mean 'enabled'"),
+        ('{"gradient_clipping": -3}', "gradient_clipping is -3; it is the largest norm"),
         ("{", "not JSON"),
         ("[]", "JSON object"),
     ],

@@ -100,6 +100,10 @@ VALUES: list[tuple[str, Any]] = [
     *(("val_evaluator", value) for value in ("ToyMetric", 3, ["ToyMetric"])),
     *(("train_dataloader", value) for value in ([], "x", 3, None)),
     ("train_dataloader.dataset", "ToyTokens"),
+    ("train_dataloader.dataset", {"length": 3}),
+    ("train_dataloader", {"batch_size": 2}),
+    ("train_dataloader.sampler", {"shuffle": True}),
+    ("visualizer", {"type": "Visualizer", "vis_backends": ["LocalVisBackend"]}),
     ("train_dataloader.sampler", "InfiniteSampler"),
     ("train_cfg", 6),
     ("optim_wrapper", "AdamW"),
@@ -295,6 +299,8 @@ SAFE_YAML: list[tuple[str, str]] = [
     ("a: {file: /tmp/X.PICKLE}", "a pickle"),
     ("a: {file_format: pkl}", "a pickle"),
     ("a: {decode_backend: pickle}", "a pickle"),
+    ("env_cfg: {mp_cfg: {mp_start_method: spawn}}", "must be 'fork'"),
+    ("train_dataloader: {multiprocessing_context: spawn}", "must be 'fork'"),
     ("a: {backend_args: {backend: memcached, sys_path: /tmp}}", "sys_path"),
 ]
 
