@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from rmoe.data.classes import reason
 from rmoe.data.files import IMAGE_SUFFIXES, class_folders, is_image, list_folder
 from rmoe.data.images import UnreadableImage, read_image
 from rmoe.errors import UserError
@@ -219,7 +220,7 @@ def whole(archive: Path) -> Iterator[None]:
     except UserError:
         raise
     except _DAMAGES as error:
-        found = f"{archive} cannot be read to its end ({error})"
+        found = f"{archive} cannot be read to its end ({reason(error)})"
         raise UserError(f"{found}; it was cut short or is something else: fetch it again") from error
 
 

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rmoe.errors import UserError
 from rmoe.data.archives import Packed, archives_of, class_names, find_split, index, index_all
 from rmoe.data.check import check_image_folder, check_imagenet
 from rmoe.data.preflight import preflight
+from rmoe.errors import UserError
 
 
 def picture(shade: int) -> bytes:

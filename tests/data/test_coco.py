@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rmoe.errors import UserError
 from rmoe.data.coco import check_annotations, check_coco, read_annotations
+from rmoe.errors import UserError
 
 
 def content() -> dict[str, Any]:

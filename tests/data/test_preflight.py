@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from rmoe.errors import UserError
 from rmoe.data.preflight import preflight
+from rmoe.errors import UserError
 
 
 @pytest.fixture
@@ -97,6 +97,13 @@ def test_detection(root):
         (root / "boxes.json").write_text((root / "boxes.json").read_text().replace("[1, 1, 4, 3]", "[1, 1, 40, 3]"))
         refused(r"annotation 1 has the box \[1, 1, 40, 3\]", detection(root, type=kind))
     preflight(config(detection(root, type="LVISV1Dataset")))
+
+
+@pytest.mark.parametrize("number", ["1e300", "1e400", "NaN"])
+def test_polygons_are_looked_at_before_training(root, number):
+    mask = f'"segmentation": [[1, 1, 4, 1, 4, {number}]], "area"'
+    (root / "boxes.json").write_text((root / "boxes.json").read_text().replace('"area"', mask))
+    refused(f"{root}/boxes.json.*(finite|polygon)", detection(root))
 
 
 def test_detection_without_its_images(root):

@@ -14,8 +14,8 @@ from PIL import Image
 from scipy.io import savemat
 
 from rmoe.cli import main
-from rmoe.errors import UserError
 from rmoe.data.prepare import prepare
+from rmoe.errors import UserError
 
 SYNSETS = ("n01440764", "n01443537")
 

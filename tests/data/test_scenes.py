@@ -11,11 +11,11 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 
-from rmoe.errors import UserError
 from rmoe.data.glyphs import THINGS, UPSTREAM, class_name
 from rmoe.data.params import STYLES, SceneParams
 from rmoe.data.scenes import MIN_VISIBLE, metainfo, render, scene, upstream_image
 from rmoe.data.textures import STUFF
+from rmoe.errors import UserError
 
 TINY = SceneParams(
     upstream_size=24,
