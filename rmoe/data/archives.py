@@ -202,7 +202,8 @@ class Packed:
         """Archive and member, for a message: the archive is read once more."""
         path, offset = Path(self._archives[self._archive[number]]), self._offset[number]
         with whole(path):
-            return next(f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
+            found = (f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
+            return next(found, f"an image in {path}, which has changed since,")
 
 
 _DAMAGES = (

@@ -420,8 +420,9 @@ def test_an_archive_that_changed_after_it_was_indexed(tmp_path: Path) -> None:
     path = tmp_path / "ant.zip"
     path.write_bytes(zipped("1.jpg"))
     packed = Packed([path], [index(path)], ["ant"])
-    path.write_bytes(b"")
-    refused(lambda: packed.image(0), "ant.zip")
+    for other in (b"", zipped("a/longer/name.jpg", "1.jpg")[200:]):
+        path.write_bytes(other)
+        refused(lambda: packed.image(0), "ant.zip")
 
 
 MATLAB = {
@@ -616,5 +617,8 @@ def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeyp
         (tmp_path / folder).mkdir(parents=True)
     unreadable(tmp_path / "images" / "a", monkeypatch)
     refused(lambda: check_segmentation(tmp_path / "images", tmp_path / "maps", 3), "images/a cannot be read .*denied")
+    (tmp_path / "annotations").mkdir()
+    unreadable(tmp_path / "annotations", monkeypatch)
+    refused(lambda: check_coco(tmp_path), "annotations cannot be read .*denied")
     unreadable(tmp_path / "train" / "ant", monkeypatch)
     refused(lambda: require(check_image_folder(tmp_path / "train").problems), "train/ant cannot be read .*denied")
