@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from rmoe.data.classes import reason
 from rmoe.data.files import IMAGE_SUFFIXES, class_folders, is_image, list_folder
 from rmoe.data.images import UnreadableImage, read_image
 from rmoe.errors import UserError
@@ -201,7 +202,8 @@ class Packed:
         """Archive and member, for a message: the archive is read once more."""
         path, offset = Path(self._archives[self._archive[number]]), self._offset[number]
         with whole(path):
-            return next(f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
+            found = (f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
+            return next(found, f"an image in {path}, which has changed since,")
 
 
 _DAMAGES = (
@@ -219,7 +221,7 @@ def whole(archive: Path) -> Iterator[None]:
     except UserError:
         raise
     except _DAMAGES as error:
-        found = f"{archive} cannot be read to its end ({error})"
+        found = f"{archive} cannot be read to its end ({reason(error)})"
         raise UserError(f"{found}; it was cut short or is something else: fetch it again") from error
 
 

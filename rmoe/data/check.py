@@ -264,7 +264,7 @@ def _suffix(folder: Path) -> str:
 def check_imagenet(root: str | Path, full: bool = True) -> Report:
     """Checks the splits `train` and `val` in ROOT, and that both have the same classes."""
     report, classes = Report(), []
-    if Path(root).is_file():
+    if os.path.isfile(root):
         return Report([missing_folder(Path(root))])
     for split, official in _IMAGENET.items():
         place = find_split(root, split)

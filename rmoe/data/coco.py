@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 from collections.abc import Mapping
@@ -11,6 +12,7 @@ from typing import Any
 from rmoe.data.check import Problem, Read, Report, each, missing_folder, some, try_image
 from rmoe.data.classes import reason
 from rmoe.data.coco_schema import covers, shown, wrong_fields
+from rmoe.data.files import list_folder
 from rmoe.data.images import MOST_PIXELS
 from rmoe.errors import UserError
 
@@ -50,7 +52,8 @@ def check_coco(root: str | Path, full: bool = True) -> Report:
         return Report([missing_folder(root / "annotations" if os.path.isdir(root) else root)])
     report, categories = Report(), {}
     for kind in ("train", "val"):
-        files = sorted((root / "annotations").glob(f"instances_{kind}*.json"))
+        names = fnmatch.filter(list_folder(root / "annotations")[1], f"instances_{kind}*.json")
+        files = [root / "annotations" / name for name in names]
         if not files:
             found = f"{root}/annotations has no instances_{kind}*.json"
             report.problems.append(Problem("annotation-file", str(root), f"{found}; put the {kind} annotations there"))
@@ -62,7 +65,7 @@ def check_coco(root: str | Path, full: bool = True) -> Report:
                 report.problems.append(Problem("annotation-file", str(path), str(error)))
                 continue
             report.add(checked := check_annotations(content, path), split)
-            report.add(_check_files(content, root / split, full and not checked.problems), split)
+            report.add(_check_files(content, root / split, full), split)
             if len(content["categories"]) == _CLASSES:
                 report.compare(f"{split} images", _OFFICIAL.get(split))
             if not checked.problems:
@@ -141,7 +144,8 @@ def check_images(content: Mapping[str, Any], folder: str | Path, full: bool) -> 
 def _check_files(content: Mapping[str, Any], folder: Path, full: bool) -> Report:
     if not os.path.isdir(folder):
         return Report([missing_folder(folder)])
-    names = [one["file_name"] for one in content["images"] if not wrong_fields("images", one)]
+    images = [one for one in content["images"] if not wrong_fields("images", one)]
+    names = [one["file_name"] for one in images]
     if lacking := [name for name in names if not os.path.isfile(folder / name)]:
         found = f"{len(lacking)} of {len(names)} images are not in {folder}: {some(lacking)}"
         return Report(
@@ -149,7 +153,7 @@ def _check_files(content: Mapping[str, Any], folder: Path, full: bool) -> Report
         )
     report = Report()
     if full:
-        wanted = [(str(folder / one["file_name"]), (one["width"], one["height"])) for one in content["images"]]
+        wanted = [(str(folder / one["file_name"]), (one["width"], one["height"])) for one in images]
         report.read([path for path, _ in wanted], each(lambda one: _check_image(*one), wanted))
     return report
 

@@ -51,9 +51,9 @@ def prepare(kind: str, source: Path, out: Path, synsets: Path | None = None) -> 
             `out` holds something; the disk is full.
     """
     out = Path(os.path.abspath(out))
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if os.path.lexists(out) and (not os.path.isdir(out) or any(out.iterdir())):
         raise UserError(f"{out} holds something already; name a folder that does not exist or is empty")
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise UserError(f"there is no folder {source}; name the one with {_SOURCES[kind]}")
     partial = out.with_name(f".{out.name}.partial")
     try:
@@ -106,6 +106,8 @@ def _unpack_zip(archive: Path, out: Path, folders: Sequence[str], advice: str, s
     from tqdm import tqdm
 
     with whole(archive), zipfile.ZipFile(archive) as content:
+        if not content.infolist():
+            raise UserError(f"{archive} holds nothing; {advice}")
         for member in tqdm(content.infolist(), desc=archive.name, unit="file", disable=None):
             parts = _safe(member.filename, archive).parts
             if parts[0] not in folders:

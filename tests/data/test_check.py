@@ -154,6 +154,59 @@ def test_palette_label_maps_are_read_as_indices(root):
     assert check(root) == []
 
 
+@pytest.mark.parametrize("value", [257, 65_535])
+def test_label_maps_of_16_bits_are_refused(root, value):
+    Image.fromarray(np.full((8, 6), value, dtype=np.uint16)).save(root / "annotations" / "training" / "ADE_1.png")
+    problem = only(check(root))
+    assert problem.kind == "mode"
+    assert "has mode I;16; it must be 8-bit with one channel (L or P)" in problem.message
+
+
+def test_images_of_16_bits_are_refused(root):
+    Image.fromarray(np.full((8, 6), 40_000, np.uint16)).save(root / "images" / "training" / "ADE_1.jpg", "PNG")
+    problem = only(check(root))
+    assert problem.kind == "mode"
+    assert "has mode I;16, of more than 8 bits a channel" in problem.message
+
+
+def test_orientations_are_counted_and_not_followed(root):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = root / "images" / "training" / "ADE_1.jpg"
+    Image.new("RGB", (6, 8)).save(path, exif=exif)
+    report = check_ade20k(root)
+    assert report.problems == []
+    assert f"1 of 5 images ({path}) have an EXIF orientation, which is not followed" in report.notes[0]
+    Image.new("RGB", (8, 6)).save(path, exif=exif)  # turned, it would be as large as its label map
+    assert only(check_ade20k(root).problems).kind == "size"
+
+
+@pytest.mark.timeout(20)
+def test_links_that_lead_back_are_followed_once(root, folder):
+    for place in (root / "images" / "training", root / "annotations" / "training", folder / "train" / "cat"):
+        for name in ("a", "b"):
+            (place / name).symlink_to(".")
+    assert check_ade20k(root).problems == []
+    for name in ("a", "b"):
+        (folder / "train" / name).symlink_to(".")
+    report = check_imagenet(folder)
+    assert report.problems == []
+    assert report.counts["train images"] == 2
+
+
+def test_a_link_to_nowhere_is_no_image(folder):
+    (folder / "train" / "cat" / "2.jpg").symlink_to("nowhere.jpg")
+    assert only(check_imagenet(folder).problems).kind == "unreadable"
+
+
+def test_images_with_another_suffix_are_found_and_noted(root):
+    for path in (root / "images").rglob("*.jpg"):
+        path.rename(path.with_suffix(".webp"))
+    report = check_ade20k(root)
+    assert report.problems == []
+    assert "the data set in the config needs img_suffix='.webp'" in report.notes[0]
+
+
 def test_require_raises_one_line():
     with pytest.raises(UserError, match=r"^folder /nowhere/a does not exist; .* \(and 1 more problems\)$"):
         require(check_segmentation("/nowhere/a", "/nowhere/b", 3).problems)

@@ -168,6 +168,22 @@ def test_images_are_read(root):
     assert unreadable.kind == "unreadable"
 
 
+def test_orientations_are_noted_and_not_followed(root):
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (8, 6)).save(root / "train2017" / "1.jpg", exif=exif)
+    report = check_coco(root)
+    assert report.problems == []
+    assert any(f"1 of 3 images ({root}/train2017/1.jpg) have an EXIF orientation" in note for note in report.notes)
+
+
+def test_images_are_read_even_if_annotations_are_wrong(root):
+    path = root / "annotations" / "instances_train2017.json"
+    path.write_text(json.dumps(faulty("annotations", 0, segmentation=[[1, 1, 5]])))
+    (root / "train2017" / "2.jpg").write_bytes(b"")
+    assert [problem.kind for problem in check_coco(root).problems] == ["mask-format", "unreadable"]
+
+
 def test_splits_with_other_categories(root):
     other = faulty("categories", 0, name="wolf")
     (root / "annotations" / "instances_val2017.json").write_text(json.dumps(other))

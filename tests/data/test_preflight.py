@@ -99,6 +99,13 @@ def test_detection(root):
     preflight(config(detection(root, type="LVISV1Dataset")))
 
 
+@pytest.mark.parametrize("number", ["1e300", "1e400", "NaN"])
+def test_polygons_are_looked_at_before_training(root, number):
+    mask = f'"segmentation": [[1, 1, 4, 1, 4, {number}]], "area"'
+    (root / "boxes.json").write_text((root / "boxes.json").read_text().replace('"area"', mask))
+    refused(f"{root}/boxes.json.*(finite|polygon)", detection(root))
+
+
 def test_detection_without_its_images(root):
     (root / "images" / "2.jpg").unlink()
     refused(f"1 of 2 images are not in {root}/images: 2.jpg", detection(root))

@@ -15,6 +15,7 @@ from mmengine.registry import DATASETS, METRICS, MODELS, init_default_scope
 from mmengine.runner import Runner
 from PIL import Image
 
+from rmoe.data.check import check_image_folder
 from rmoe.errors import UserError
 from rmoe.moe.records import collect
 from rmoe.moe.state import moe_layers
@@ -193,6 +194,76 @@ def test_what_a_user_can_get_wrong(root):
     cut = packed / "val" / "cat.tar"
     cut.write_bytes(cut.read_bytes()[:700])
     refused("cat.tar cannot be read to its end", folder=packed)
+
+
+def test_images_of_other_depths_and_orientations(root):
+    path = root / "val" / "ant" / "0.jpg"
+    Image.fromarray(np.full((40, 50), 40_000, dtype=np.uint16)).save(path, "PNG")
+    with pytest.raises(UserError, match="ant/0.jpg has mode I;16, of more than 8 bits a channel"):
+        ImageFolder(str(root), "val", 3, TRANSFORM)[0]
+    image, exif = Image.fromarray(np.arange(32 * 32 * 3, dtype=np.uint8).reshape(32, 32, 3)), Image.Exif()
+    exif[0x0112] = 3
+    image.save(path, "PNG", exif=exif)
+    val = ImageFolder(str(root), "val", 3, TRANSFORM)
+    val.transform = np.asarray
+    assert val[0]["inputs"].tolist() == np.asarray(image).tolist()
+
+
+@pytest.mark.parametrize("damage", [b"IDAT", b"IHDR"])
+def test_an_image_with_damaged_chunks(root, damage):
+    """Pillow raises SyntaxError and others here."""
+    path = root / "val" / "ant" / "0.jpg"
+    Image.new("RGB", (40, 50)).save(path, "PNG")
+    path.write_bytes(path.read_bytes().replace(damage, b"\xff\xff\xff\xff"))
+    with pytest.raises(UserError, match="ant/0.jpg is no readable image"):
+        ImageFolder(str(root), "val", 3, TRANSFORM)[0]
+
+
+@pytest.mark.timeout(20)
+def test_links_that_lead_back_are_followed_once(root):
+    plain = ImageFolder(str(root), "train", 3, TRANSFORM)
+    for folder in ("train", "train/ant"):
+        for name in ("x", "y"):
+            (root / folder / name).symlink_to(".")
+    (root / "train" / "bee" / "up").symlink_to("..")
+    again = ImageFolder(str(root), "train", 3, TRANSFORM)
+    assert (list(again.labels), again.metainfo) == (list(plain.labels), plain.metainfo)
+
+
+def test_what_the_check_counts_is_what_is_trained_on(root):
+    """Images in folders within a class, and of every kind that the check knows; hidden ones are left out by both."""
+    (root / "train" / "ant" / "more").mkdir()
+    for name in ("more/a.jpg", "b.webp", "c.BMP", ".hidden.jpg"):
+        Image.new("RGB", (40, 50)).save(root / "train" / "ant" / name)
+    train = ImageFolder(str(root), "train", 3, TRANSFORM)
+    assert len(train) == 10 == check_image_folder(root / "train").counts["images"]
+    assert list(train.labels).count(0) == 5
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"num_classes": 0}, "num_classes is 0; it is a whole number from 1"),
+        ({"num_classes": "3"}, "num_classes is '3'"),
+        ({"num_classes": 3.0}, "num_classes is 3.0"),
+        ({"root": None}, "root is None; it is a path"),
+        ({"split": 1}, "split is 1; it is text"),
+        ({"transform": None}, "transform is None; it is a dict"),
+        ({"transform": {"input_sise": 32}}, "unknown argument 'input_sise'; did you mean 'input_size'"),
+        ({"transform": {"input_size": 32, "is_training": True}}, "unknown argument 'is_training'"),
+        ({"transform": {"input_size": 32, "auto_augment": "nonsense"}}, "create_transform refuses transform="),
+    ],
+)
+def test_arguments(root, changed, message):
+    given = {"root": str(root), "split": "train", "num_classes": 3, "transform": TRANSFORM, **changed}
+    with pytest.raises(UserError, match=message):
+        ImageFolder(**given)
+
+
+def test_a_file_for_a_root(root):
+    (root / "file").write_text("")
+    with pytest.raises(UserError, match="there is no .*file/train; the layout is"):
+        ImageFolder(str(root / "file"), "train", 3, TRANSFORM)
 
 
 def test_accuracy_by_hand():

@@ -195,6 +195,42 @@ def test_bad_annotations_and_files(tmp_path):
     refused("is no whole JSON .*; it was cut short")
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), 1e300])
+def test_polygons_that_would_take_all_memory(tmp_path, number):
+    content = instances()
+    content["annotations"][1]["segmentation"][0][0] = number
+    write(tmp_path, content)
+    for use in (dataset, metric):
+        with pytest.raises(UserError, match="finite|the polygon"):
+            use(tmp_path)
+
+
+def test_annotations_may_leave_out_iscrowd(tmp_path):
+    content = instances()
+    for one in content["annotations"]:
+        del one["iscrowd"]
+    assert evaluated(metric(write(tmp_path, content)), [0, 1])["coco/segm_mAP"] == 1
+
+
+def test_boxes_and_masks_refer_to_the_stored_image(tmp_path):
+    write(tmp_path, instances())
+    image, exif = Image.new("RGB", (COLUMNS, ROWS)), Image.Exif()
+    image.putpixel((0, 0), (255, 255, 255))
+    exif[0x0112] = 6
+    image.save(tmp_path / "train2017" / "1.jpg", "PNG", exif=exif)
+    inputs = dataset(tmp_path)[0]["inputs"]
+    assert inputs.shape == (3, ROWS, COLUMNS)
+    assert inputs[:, 0, 0].tolist() == [255, 255, 255]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"num_classes": 0}, {"num_classes": True}, {"ann_file": 7}, {"data_prefix": {"img": 3}}]
+)
+def test_arguments_of_other_types(tmp_path, changed):
+    with pytest.raises(UserError, match=f"{next(iter(changed))} is "):
+        dataset(write(tmp_path, instances()), **changed)
+
+
 def test_masks_are_needed_where_they_are_asked_for(tmp_path):
     content = instances()
     del content["annotations"][0]["segmentation"]

@@ -124,3 +124,65 @@ def test_majority_by_hand(tmp_path):
     assert [labels.tolist() for labels in label_maps(val)] == [[[255, 1, 1, 1]] * 2, [[0, 0, 0, 0]] * 2]
     # sky 0 of 4, grass 3 of 7; "dog" is neither there nor answered and does not count
     assert majority_miou(train, val) == pytest.approx(100 * (0 + 3 / 7) / 2)
+
+
+def test_pixels_of_more_than_8_bits_are_refused(tmp_path):
+    write(tmp_path, "training", [1, 1, 1, 1])
+    labels, image = tmp_path / "annotations/training/0.png", tmp_path / "images/training/0.jpg"
+    Image.fromarray(np.full((2, 4), 257, dtype=np.uint16)).save(labels)  # 257 - 256 is class 1
+    with pytest.raises(UserError, match="0.png has mode I;16; it must be 8-bit with one channel"):
+        dataset(tmp_path)[0]
+    write(tmp_path, "training", [1, 1, 1, 1])
+    Image.fromarray(np.full((2, 4), 40_000, dtype=np.uint16)).save(image, "PNG")
+    with pytest.raises(UserError, match="0.jpg has mode I;16, of more than 8 bits a channel"):
+        dataset(tmp_path)[0]
+
+
+def test_palettes_are_indices(tmp_path):
+    write(tmp_path, "training", [0, 1, 2, 3])
+    labels = Image.fromarray(np.array([[0, 1, 2, 3]] * 2, dtype=np.uint8))
+    labels.putpalette([200, 10, 10] * 256)
+    labels.save(tmp_path / "annotations/training/0.png")
+    assert dataset(tmp_path)[0]["data_samples"].gt_sem_seg.data.tolist() == [[[255, 0, 1, 2]] * 2]
+
+
+@pytest.mark.parametrize("orientation", [3, 6])
+def test_images_and_label_maps_are_read_as_they_are_stored(tmp_path, orientation):
+    write(tmp_path, "training", [0, 1, 2, 3])
+    image, exif = Image.fromarray(np.arange(24, dtype=np.uint8).reshape(2, 4, 3) * 10), Image.Exif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "images/training/0.jpg", "PNG", exif=exif)
+    inputs = dataset(tmp_path)[0]["inputs"]
+    assert inputs.permute(1, 2, 0).flip(-1).tolist() == np.asarray(image).tolist()
+
+
+@pytest.mark.timeout(20)
+def test_links_that_lead_back_are_followed_once(tmp_path):
+    write(tmp_path, "training", [1, 1, 1, 1])
+    for kind in ("images", "annotations"):
+        for name in ("a", "b"):
+            (tmp_path / kind / "training" / name).symlink_to(".")
+    assert [Path(one["img_path"]).name for one in dataset(tmp_path).load_data_list()] == ["0.jpg"]
+
+
+def test_a_class_list_without_colours_may_be_json(tmp_path):
+    write(tmp_path, "training", [1, 1, 1, 1])
+    for text in ('["sky", "grass", "dog"]', '{"classes": ["sky", "grass", "dog"]}'):
+        (tmp_path / "classes.json").write_text(text)
+        assert dataset(tmp_path, classes=str(tmp_path / "classes.json")).metainfo["classes"] == CLASSES
+
+
+def test_the_classes_of_the_data_set_count(tmp_path):
+    """A config keeps the pipeline of its base, which was made for 150 classes."""
+    write(tmp_path, "training", [0, 1, 2, 7])
+    load = [{"type": "rmoe.LoadImage"}, {"type": "rmoe.LoadLabels", "num_classes": 150}, {"type": "PackSegInputs"}]
+    with pytest.raises(UserError, match="label value 7; allowed are 1 to 3 for the 3 classes"):
+        dataset(tmp_path, pipeline=load)[0]
+
+
+@pytest.mark.parametrize(
+    "changed", [{"num_classes": "3"}, {"data_root": 7}, {"classes": [1, 2, 3]}, {"data_prefix": {}}]
+)
+def test_arguments_of_other_types(tmp_path, changed):
+    with pytest.raises(UserError, match=next(iter(changed)) if "classes" not in changed else "has the name 1"):
+        dataset(write(tmp_path, "training", [1, 1, 1, 1]), **changed)

@@ -244,7 +244,7 @@ def _lit(image: np.ndarray, dice: Dice, style: str) -> np.ndarray:
 
 
 def _is_there(out: Path, params: SceneParams) -> bool:
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not os.path.lexists(out) or (out.is_dir() and not any(out.iterdir())):
         return False
     try:
         manifest = json.loads((out / "dataset.json").read_text())
