@@ -223,7 +223,7 @@ def _cast(key: str, value: Tensor, wanted: Tensor, path: Path) -> Tensor:
             f"'{key}' is {described(value)} in {path} and {described(wanted)} in the model; {WEIGHTS}: convert it"
         )
     cast = value.to(wanted.dtype)
-    if is_weight(cast) and not cast.isfinite().all():
+    if cast.dtype != value.dtype and is_weight(cast) and not cast.isfinite().all():
         raise UserError(f"'{key}' in {path} holds values beyond the model's {described(wanted)}; use a wider dtype")
     return cast
 

@@ -25,6 +25,7 @@ _OF_IMAGES = (
     "ClassAtt",
     "AttentionPool",
 )  # beginnings of the names of timm's attentions whose outputs are whole images
+_IDENTITIES = (nn.Identity, nn.Dropout, DropPath)  # where nothing is dropped
 _ELSEWHERE = "leave it dense by naming other blocks"
 
 
@@ -122,7 +123,7 @@ def _check_parts(name: str, network: nn.Module) -> None:
         kind = type(part).__name__
         if child in ("fc1", "fc2") and type(part) is not nn.Linear:
             raise UserError(f"'{name}.{child}' is a {kind}; a mixture computes torch.nn.Linear alone: {_ELSEWHERE}")
-        if child not in ("fc1", "fc2", "act") and not isinstance(part, (nn.Identity, _DropoutNd, DropPath)):
+        if child not in ("fc1", "fc2", "act") and type(part) not in _IDENTITIES:
             raise UserError(f"'{name}' has '{child}' ({kind}) inside, which experts do not have; {_ELSEWHERE}")
     for own, _ in (*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)):
         raise UserError(f"'{name}' has a tensor '{own}' of its own, which experts do not have; {_ELSEWHERE}")

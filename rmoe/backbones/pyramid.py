@@ -87,7 +87,7 @@ class TimmPyramid(nn.Module):
         self.name, self.size = model, _only_size(family, net, kwargs)
         self.given = [stride for _, stride in levels]
         reductions = [info["reduction"] for info in net.feature_info]
-        self.patch = reductions[0] if family in _ROUNDS_UP else max(reductions)
+        self.patch = 1 if self.size else reductions[0] if family in _ROUNDS_UP else max(reductions)
         self.out_indices = net.prune_intermediate_layers(list(out_indices), prune_norm=True)
         _pad_before_shift(net)
         if with_cp:
@@ -150,9 +150,10 @@ def _family(name: Any) -> str:
 def _only_size(family: str, net: Any, kwargs: Mapping[str, Any]) -> tuple[int, int] | None:
     """Returns the one size (rows, columns) of images that a model takes, or None if it takes any."""
     strict = any(kwargs.get(key, value) != value for key, value in _ANY_SIZE.get(family, {}).items())
-    if not strict and (family in _ANY_SIZE or not net.pretrained_cfg.get("fixed_input_size")):
+    marks = getattr(net, "pretrained_cfg", None) or {}
+    if not strict and (family in _ANY_SIZE or not marks.get("fixed_input_size")):
         return None
-    return timm.layers.to_2tuple(kwargs.get("img_size") or net.pretrained_cfg["input_size"][1:])
+    return timm.layers.to_2tuple(kwargs.get("img_size") or marks["input_size"][1:])
 
 
 def _levels(name: str, net: Any, out_indices: Sequence[int]) -> list[tuple[int, int]]:

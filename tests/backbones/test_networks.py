@@ -80,6 +80,11 @@ class OwnLinear(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Doubling(nn.Identity):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * x
+
+
 class Softmax(nn.Softmax):
     def __init__(self) -> None:
         super().__init__(dim=-1)
@@ -132,6 +137,7 @@ def sparse(network: Any) -> None:
 REFUSED: dict[str, tuple[nn.Module, str]] = {
     "GRN at its start": (GlobalResponseNormMlp(4, 8), r"'0.mlp' .*'grn' \(GlobalResponseNorm\)"),
     "depthwise convolution": (changed(depthwise), r"'0.mlp' .*'dwconv' \(Conv2d\)"),
+    "an identity that is none": (changed(lambda m: setattr(m, "norm", Doubling())), r"'0.mlp' .*'norm' \(Doubling\)"),
     "parameter of its own": (changed(scale_gamma), "'0.mlp' .*'gamma'"),
     "buffer of its own": (changed(buffered), "'0.mlp' .*'mask'"),
     "linear of its own": (changed(own_linear), "'0.mlp.fc1' is a OwnLinear"),

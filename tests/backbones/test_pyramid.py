@@ -138,10 +138,10 @@ def test_each_map_answers_where_the_image_changed(name):
         for y, x in places:
             bright = images.clone()
             bright[..., y - 8 : y + 8, x - 8 : x + 8] += 9
-            for stride, old, new in zip((4, 8, 16, 32), before, pyramid(bright), strict=True):
+            for stride, given, old, new in zip((4, 8, 16, 32), pyramid.given, before, pyramid(bright), strict=True):
                 assert new.shape[-2:] == (-(-height // stride), -(-width // stride))
                 found = centre((new - old).square().sum(1)[0], stride)
-                assert max(abs(found[0] - y), abs(found[1] - x)) < 6 + max(stride, pyramid.patch) / 2, (stride, y, x)
+                assert max(abs(found[0] - y), abs(found[1] - x)) < 6 + max(stride, given) / 2, (stride, y, x)
 
 
 def centre(response: Tensor, stride: int) -> tuple[float, float]:
@@ -186,6 +186,12 @@ def test_a_model_of_one_image_size_says_so(model, kwargs, own):
     assert [level.shape[-2:] for level in maps] == [
         (-(-own[0] // stride), -(-own[1] // stride)) for stride in pyramid.strides
     ]
+
+
+def test_a_model_of_one_size_gets_its_images_unpadded():
+    with torch.no_grad():
+        maps = TimmPyramid("levit_128s", out_indices=(0, 1, 2)).eval()(image(224, 224)[:1])
+    assert [level.shape[-1] for level in maps] == [14, 7, 4]
 
 
 def test_a_map_of_another_size_than_its_stride_says_is_refused():
