@@ -265,6 +265,7 @@ class Runner(FlexibleRunner):
         """Goes on from the checkpoint folder `filename`."""
         state = self.strategy.resume(filename)
         self.train_loop._epoch, self.train_loop._iter = state["meta"]["epoch"], state["meta"]["iter"]
+        run_state.relocate(state["message_hub"]["runtime_info"], Path(self.work_dir))
         self.message_hub.load_state_dict(state["message_hub"])
         self.logger.info(f"resumed {filename}, epoch {self.epoch}, iteration {self.iter}")
 

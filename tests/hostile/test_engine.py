@@ -237,6 +237,9 @@ RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "the scale is 0": (set_in("engine", "loss_scale", value={"scale": 0.0}), "engine.loss_scale.scale"),
     "the scale is infinite": (set_in("engine", "loss_scale", value={"scale": float("inf")}), "engine.loss_scale.scale"),
     "groups is null": (set_in("engine", "groups", value=None), "engine.groups"),
+    "a checkpoint to remove": (set_in("info", "keep_ckpt_ids", value=["../x"]), "info.keep_ckpt_ids"),
+    "the cost is text": (set_in("info", "cost", value="much"), "info.cost"),
+    "the cost lacks a key": (set_in("info", "cost", value={"steps": 3}), "info.cost"),
     "a rate is NaN": (lambda run: set_in("settings", "lr", value=NAN)(run["engine"]["groups"][0]), "settings.lr"),
 }
 
@@ -275,6 +278,23 @@ def test_tensors_of_another_run(harm: str, alone: Any, monkeypatch: pytest.Monke
     tensors = {name: x for name, x in tensors.items() if name != key} | ({} if value is None else {key: value})
     with pytest.raises(UserError, match=said):
         elastic.restore(engine(), tensors, about)
+
+
+@pytest.mark.parametrize(
+    ("noted", "found"),
+    [
+        ("/work/of/another/best_iter_3.pth", "here/best_iter_3.pth"),
+        ("/home", None),
+        ("..", None),
+        ("/", None),
+        (3, None),
+    ],
+)
+def test_only_the_runs_own_best_checkpoint_is_removed(noted: Any, found: str | None) -> None:
+    info = {"best_ckpt": noted, "best_ckpt_mIoU": noted, "best_score": 0.5}
+    run_state.relocate(info, Path("here"))
+    assert info.get("best_ckpt") == info.get("best_ckpt_mIoU") == found
+    assert info["best_score"] == 0.5
 
 
 SETTINGS = {"lr": 0.1, "initial_lr": 0.1, "weight_decay": 0.05, "betas": [0.9, 0.999], "fused": None}
