@@ -120,8 +120,8 @@ class Strategy(DeepSpeedStrategy):
         """mmengine's would then give every process the experts of the first one; DeepSpeed sends the others."""
         if hasattr(model, "init_weights"):
             model.init_weights()  # type: ignore[operator]
-        if self._load_from:
-            load_weights(model, Path(self._load_from))
+        if self._load_from is not None:
+            load_weights(model, Path(str(self._load_from)))
         self.parameters = count_parameters(model)
         return model
 

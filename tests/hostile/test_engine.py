@@ -31,7 +31,7 @@ from rmoe.engine.faults import Watch
 from rmoe.engine.hooks import EMAHook, ExportHook
 from rmoe.engine.optim import DeepSpeedOptimWrapper, ParamGroups, checked_settings, param_groups
 from rmoe.engine.randomness import EpochSampler, InfiniteSampler
-from rmoe.engine.strategy import Runner
+from rmoe.engine.strategy import Runner, Strategy
 from rmoe.engine.weights import load_weights
 from rmoe.errors import UserError
 from rmoe.layers.moe import global_state_dict
@@ -393,6 +393,15 @@ def test_weights_to_start_from(kind: str, tmp_path: Path) -> None:
     path = foreign_weights(tmp_path / "x.pth", kind)
     with pytest.raises(UserError, match=r"x\.(pth|safetensors)"):
         load_weights(ToyModel(), path)
+
+
+@pytest.mark.parametrize("value", ["", 3, False, ["x.pth"]])
+def test_no_name_of_weights(value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    strategy = Strategy.__new__(Strategy)
+    strategy._load_from = value
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        strategy._init_model_weights(ToyModel())
 
 
 def in_the_way(path: Path, kind: str) -> None:
