@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,7 +15,7 @@ from mmengine.dist import get_rank, get_world_size
 from mmengine.hooks import Hook
 from torch import nn
 
-from rmoe.engine.faults import PreemptionHook
+from rmoe.engine.faults import HEARTBEATS, PreemptionHook
 from rmoe.moe.gate import Routing
 from rmoe.moe.state import moe_layers
 
@@ -40,6 +41,11 @@ class MishapHook(Hook):
         os.kill(os.getpid(), signal.SIGSTOP)
 
     def hang(self, runner: Any) -> None:
+        time.sleep(3600)
+
+    def hang_unheard(self, runner: Any) -> None:
+        """Somebody has cleared up in the work dir meanwhile."""
+        shutil.rmtree(Path(runner.work_dir) / HEARTBEATS)
         time.sleep(3600)
 
     def fail(self, runner: Any) -> None:
@@ -69,6 +75,17 @@ class MishapHook(Hook):
     def cut(self, runner: Any) -> None:
         """Takes away the network of this process's host."""
         subprocess.run(["ip", "link", "set", os.environ["MISHAP_LINK"], "down"], check=True)
+
+
+class InfiniteGradientHook(Hook):
+    """Makes the gradient of the head infinite in iteration `at`; the loss stays what it is."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter == self.at:
+            runner.model.module.head.weight.register_hook(lambda gradient: gradient * float("inf"))
 
 
 class OneExpertHook(Hook):

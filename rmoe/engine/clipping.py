@@ -39,8 +39,8 @@ class LossScaler:
         self.cur_scale, self.overflow, self._good_steps = 2.0**16, False, 0
 
     def scale(self, loss: Tensor) -> Tensor:
-        """Returns the loss to go backward from."""
-        return loss * self.cur_scale
+        """Returns the loss to go backward from, in float32, where the product cannot overflow."""
+        return loss.float() * self.cur_scale
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         """Does nothing: the gradient has been divided before it was measured."""

@@ -123,8 +123,8 @@ class Strategy(DeepSpeedStrategy):
         """mmengine's would then give every process the experts of the first one; DeepSpeed sends the others."""
         if hasattr(model, "init_weights"):
             model.init_weights()  # type: ignore[operator]
-        if self._load_from:
-            load_weights(model, Path(self._load_from))
+        if self._load_from is not None:
+            load_weights(model, Path(str(self._load_from)))
         self.parameters = count_parameters(model)
         return model
 
@@ -268,6 +268,7 @@ class Runner(FlexibleRunner):
         """Goes on from the checkpoint folder `filename`."""
         state = self.strategy.resume(filename)
         self.train_loop._epoch, self.train_loop._iter = state["meta"]["epoch"], state["meta"]["iter"]
+        run_state.relocate(state["message_hub"]["runtime_info"], Path(self.work_dir))
         self.message_hub.load_state_dict(state["message_hub"])
         self.logger.info(f"resumed {filename}, epoch {self.epoch}, iteration {self.iter}")
 

@@ -88,8 +88,10 @@ def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
     assert seconds < TIMEOUT + SLACK
 
 
-def test_a_hung_process_ends_all(tmp_path: Path) -> None:
-    ended, seconds = struck(tmp_path, "hang", 30)
+@pytest.mark.parametrize("kind", ["hang", "hang_unheard"])
+def test_a_hung_process_ends_all(kind: str, tmp_path: Path) -> None:
+    """Also where the folder of the heartbeats is removed at that moment: it is made again."""
+    ended, seconds = struck(tmp_path, kind, 30)
     for rank, one in enumerate(ended):
         assert f"rank {rank} on" in only_line(one)
         assert "rank 1 (process" in only_line(one)

@@ -99,6 +99,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     whole = CALM | {"train_dataloader.batch_size": GLOBAL_BATCH}
     poisoned = {"train_dataloader.sampler.shuffle": False, "train_dataloader.dataset.poison": 9}
     constant = {"param_scheduler": []}
+    infinite = {"custom_hooks": [{"type": "fault_injection.InfiniteGradientHook", "at": 2}]}
+    until_4, half_precision = (
+        {"train_cfg.max_iters": 4},
+        json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text()),
+    )
     frozen = {"optim_wrapper.optimizer.lr": 0.0, "optim_wrapper.optimizer.weight_decay": 0.0}
     pair = {
         **{f"pair dense {stage}": make(f"pair dense {stage}", half, stage) for stage in (0, 2)},
@@ -146,7 +151,16 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "bad loop": make("bad loop", {"train_cfg.max_iter": 3}, 0),
         "bad data": make("bad data", {"train_dataloader.dataset.lenght": 3}, 0),
         "bad model": make("bad model", {"model.type": "ToyModle"}, 0),
+        "other schedule": make("resumed alone", alone_wild | {"param_scheduler.0.power": 2.0}, 0, "--resume"),
+        "other rate": make("resumed alone", alone_wild | {"optim_wrapper.optimizer.lr": 0.02}, 0, "--resume"),
+        "other decay": make("resumed alone", alone_wild | {"optim_wrapper.optimizer.weight_decay": 0.1}, 0, "--resume"),
+        **{f"infinite {stage}": make(f"infinite {stage}", moe | infinite, stage) for stage in (0, 2)},
         "bfloat16": make("bfloat16", moe, 2, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
+        # Last of all: DeepSpeed knows of one number format in a process.
+        "float16 lost": make("float16 lost", moe | infinite | {"train_cfg.max_iters": 20}, 2, **half_precision),
+        "float16": make("float16", alone_wild, 2, **half_precision),
+        "float16 begun": make("float16 again", alone_wild | until_4, 2, **half_precision),
+        "float16 again": make("float16 again", alone_wild, 2, "--resume", **half_precision),
     }  # fmt: skip
     outcomes |= run_all(folder, 1, alone)
     return Runs(folder, killed, while_saving, outcomes)
@@ -345,6 +359,42 @@ def test_bfloat16_is_close(runs: Runs) -> None:
     assert coarse != precise
     assert all(value.dtype == torch.float32 for value in runs.weights("bfloat16").values())
     assert runs.cost("bfloat16")["precision"] == "bfloat16"
+
+
+def test_float16_goes_on_exactly(runs: Runs) -> None:
+    """The scale of the loss and the steps since it moved, too."""
+    assert runs.outcomes["float16 again"] == ["done"]
+    assert_same_end(runs, "float16 again", "float16")
+    for name, folder, steps in (("float16", "iter_4.pth", 4), ("float16 again", "iter_6.pth", 6)):
+        about = json.loads((runs.folder / name / folder / "run.json").read_text())
+        assert about["engine"]["loss_scale"]["scale"] == 65536.0
+        assert about["engine"]["loss_scale"]["_growth_tracker"] == steps
+    assert runs.scalars("float16", "grad_norm") == pytest.approx(runs.scalars("whole alone", "grad_norm"), rel=0.05)
+    assert runs.cost("float16")["precision"] == "float16"
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_gradient_that_is_not_a_number_stops_the_run(runs: Runs, stage: int) -> None:
+    """At ZeRO 2 the step would be left out, and the next one, to the end; under float16 it is, 16 times."""
+    lost = runs.outcomes["float16 lost"][0]
+    assert lost.startswith("Diverged: the gradient is not finite at step 19")  # from the third on
+    said = runs.outcomes[f"infinite {stage}"][0]
+    assert said.startswith("Diverged: the gradient is not finite at step 3")
+    assert "iter_2.pth" in said
+    assert not (runs.folder / f"infinite {stage}" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("other schedule", "had a schedule with power 0.9, this PolyLR has 2.0"),
+        ("other rate", "had initial_lr 0.01 where this one has 0.02"),
+        ("other decay", "had weight_decay 0.05 where this one has 0.1"),
+    ],
+)
+def test_a_resumed_run_does_not_ignore_another_setting(runs: Runs, name: str, message: str) -> None:
+    assert runs.outcomes[name][0].startswith("UserError")
+    assert message in runs.outcomes[name][0]
 
 
 def test_the_cost(runs: Runs) -> None:

@@ -20,7 +20,7 @@ from toy import ToyModel, ToyTokens
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import hooks
-from rmoe.engine.hooks import EMAHook, GateBalanceHook, LocalExpertsHook, ProgressHook
+from rmoe.engine.hooks import EMAHook, GateBalanceHook, LocalExpertsHook, ProgressHook, RunningStatsHook
 from rmoe.engine.strategy import Engine
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
@@ -95,6 +95,32 @@ def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: py
     from mmengine.runner import get_priority
 
     assert get_priority(hook.priority) < get_priority(CheckpointHook.priority)
+
+
+def test_an_evaluation_that_fails_leaves_no_local_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = []
+
+    @contextmanager
+    def local(module: Any) -> Any:
+        inside.append(True)
+        yield
+        inside.append(False)
+
+    monkeypatch.setattr(hooks, "local_experts", local)
+    runner, hook = Runner(), LocalExpertsHook()
+    runner.evaluated = None  # type: ignore[attr-defined]
+    hook.before_val_epoch(runner)
+    hook.restore_terminal(runner)
+    assert inside == [True, False]
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d(2), nn.InstanceNorm1d(2, track_running_stats=True)])
+def test_every_running_statistic_is_shared(norm: nn.Module) -> None:
+    runner, hook = Runner(), RunningStatsHook()
+    plain = [nn.InstanceNorm1d(2), nn.BatchNorm1d(2, track_running_stats=False), nn.LayerNorm(2)]
+    runner.module = nn.Sequential(norm, *plain)  # type: ignore[attr-defined]
+    hook.before_train(runner)
+    assert [id(one) for one in hook._stats] == [id(norm.running_mean), id(norm.running_var)]
 
 
 def test_the_average_by_hand() -> None:

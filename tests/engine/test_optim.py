@@ -11,6 +11,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from rmoe.config import ResidualMoEConfig
+from rmoe.engine import optim
 from rmoe.engine.optim import ParamGroups, param_groups
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
@@ -70,6 +71,18 @@ def test_experts_are_marked_and_names_are_unique() -> None:
     assert all(parameter.allreduce is False for group in marked for parameter in group["params"])
     assert len(set(others)) == len(others)
     assert all(group["params"] for group in groups)
+
+
+def test_a_shared_parameter_is_in_one_group_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(optim, "print_log", lambda text, logger: said.append(text))
+    model = nn.ModuleDict({"embed": nn.Linear(3, 3), "head": nn.Linear(3, 3), "frozen": nn.Linear(3, 3)})
+    model["head"].weight = model["embed"].weight
+    model["frozen"].requires_grad_(False)
+    model["twin"] = model["frozen"]
+    found = rates(model, param_groups(model, 1.0, 0.1, head_lr_mult=5.0))
+    assert found.keys() == {"embed.weight", "embed.bias", "head.bias"}
+    assert said == ["head.weight is the same parameter as embed.weight: it trains once, at the rates of embed.weight"]
 
 
 def test_equal_rates_are_one_group() -> None:

@@ -32,7 +32,7 @@ from rmoe.engine.faults import Watch
 from rmoe.engine.hooks import EMAHook, ExportHook
 from rmoe.engine.optim import DeepSpeedOptimWrapper, ParamGroups, checked_settings, param_groups
 from rmoe.engine.randomness import EpochSampler, InfiniteSampler
-from rmoe.engine.strategy import Runner
+from rmoe.engine.strategy import Runner, Strategy
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
 
@@ -237,6 +237,9 @@ RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "the scale is 0": (set_in("engine", "loss_scale", value={"scale": 0.0}), "engine.loss_scale.scale"),
     "the scale is infinite": (set_in("engine", "loss_scale", value={"scale": float("inf")}), "engine.loss_scale.scale"),
     "groups is null": (set_in("engine", "groups", value=None), "engine.groups"),
+    "a checkpoint to remove": (set_in("info", "keep_ckpt_ids", value=["../x"]), "info.keep_ckpt_ids"),
+    "the cost is text": (set_in("info", "cost", value="much"), "info.cost"),
+    "the cost lacks a key": (set_in("info", "cost", value={"steps": 3}), "info.cost"),
     "a rate is NaN": (lambda run: set_in("settings", "lr", value=NAN)(run["engine"]["groups"][0]), "settings.lr"),
 }
 
@@ -275,6 +278,23 @@ def test_tensors_of_another_run(harm: str, alone: Any, monkeypatch: pytest.Monke
     tensors = {name: x for name, x in tensors.items() if name != key} | ({} if value is None else {key: value})
     with pytest.raises(UserError, match=said):
         resharding.restore(engine(), tensors, about)
+
+
+@pytest.mark.parametrize(
+    ("noted", "found"),
+    [
+        ("/work/of/another/best_iter_3.pth", "here/best_iter_3.pth"),
+        ("/home", None),
+        ("..", None),
+        ("/", None),
+        (3, None),
+    ],
+)
+def test_only_the_runs_own_best_checkpoint_is_removed(noted: Any, found: str | None) -> None:
+    info = {"best_ckpt": noted, "best_ckpt_mIoU": noted, "best_score": 0.5}
+    run_state.relocate(info, Path("here"))
+    assert info.get("best_ckpt") == info.get("best_ckpt_mIoU") == found
+    assert info["best_score"] == 0.5
 
 
 SETTINGS = {"lr": 0.1, "initial_lr": 0.1, "weight_decay": 0.05, "betas": [0.9, 0.999], "fused": None}
@@ -373,6 +393,15 @@ def test_weights_to_start_from(kind: str, tmp_path: Path) -> None:
     path = foreign_weights(tmp_path / "x.pth", kind)
     with pytest.raises(UserError, match=r"x\.(pth|safetensors)"):
         load_weights(ToyModel(), path)
+
+
+@pytest.mark.parametrize("value", ["", 3, False, ["x.pth"]])
+def test_no_name_of_weights(value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    strategy = Strategy.__new__(Strategy)
+    strategy._load_from = value
+    with pytest.raises(UserError, match="there is no checkpoint"):
+        strategy._init_model_weights(ToyModel())
 
 
 def in_the_way(path: Path, kind: str) -> None:

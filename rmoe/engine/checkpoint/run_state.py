@@ -18,8 +18,7 @@ from torch import Tensor
 from rmoe.engine.optim import change_settings, settings
 from rmoe.errors import UserError
 
-_Number = bool | int | FiniteFloat
-_Settings = dict[str, _Number | str | list[_Number] | None]
+_Settings = dict[str, bool | int | FiniteFloat | str | list[Any] | dict[str, Any] | None]
 
 
 class _Strict(BaseModel):
@@ -30,6 +29,22 @@ class _Progress(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
     epoch: NonNegativeInt
     iter: NonNegativeInt
+
+
+class _Cost(_Strict):
+    train_seconds: FiniteFloat
+    steps: NonNegativeInt
+    images: NonNegativeInt
+    flops_per_step: FiniteFloat | None
+    flops_step: NonNegativeInt | None
+
+
+class _Info(BaseModel):
+    """What hooks read of the message hub; others put there what they like."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+    keep_ckpt_ids: list[NonNegativeInt] = []
+    cost: _Cost | None = None
 
 
 class _Counters(_Strict):
@@ -64,7 +79,7 @@ class _Run(_Strict):
     """What `collect` returns, with what `rmoe.engine.checkpoint.resharding.gather` says of the engine."""
 
     meta: _Progress
-    info: dict[str, Any]
+    info: _Info
     base_settings: _Settings | None
     schedulers: list[dict[str, Any]]
     engine: _Engine
@@ -149,9 +164,7 @@ def _restore_scheduler(scheduler: Any, saved: Mapping[str, Any]) -> None:
     own, given = _of_scheduler(scheduler), _arguments(type(scheduler))
     changed = {key: value for key, value in saved.items() if own.get(key, ...) != value}
     other = sorted(own.keys() ^ saved.keys()) or sorted(changed.keys() & given)
-    other = other or [
-        key for key, x in changed.items() if not isinstance(x, (int, float)) and x.__class__ != own[key].__class__
-    ]
+    other = other or [key for key, x in changed.items() if not _same_kind(own[key], x)]
     if other:
         key = other[0]
         raise UserError(
@@ -164,10 +177,25 @@ def _restore_scheduler(scheduler: Any, saved: Mapping[str, Any]) -> None:
     scheduler._last_value = [group[name] for group in groups]
 
 
+def _same_kind(own: Any, saved: Any) -> bool:
+    return own is None or type(own) is type(saved) or {type(own), type(saved)} == {int, float}
+
+
 def _arguments(kind: type) -> set[str]:
     """The names of what a scheduler is made from."""
     makers = [cls.__init__ for cls in kind.__mro__ if "__init__" in vars(cls)]  # type: ignore[misc]
     return {name for maker in makers for name in inspect.signature(maker).parameters} - {"last_step", "verbose"}
+
+
+def relocate(info: dict[str, Any], folder: Path) -> None:
+    """Sets, in place, where the run's best checkpoints are: in `folder`, its work dir, whatever was noted elsewhere.
+
+    A work dir may have been copied, and mmengine removes what is not the best any more.
+    """
+    for key in [key for key in info if key.startswith("best_ckpt")]:
+        name = Path(str(info.pop(key))).name
+        if name.startswith("best_"):
+            info[key] = str(folder / name)
 
 
 def _plain_items(values: Mapping[str, Any]) -> dict[str, Any]:

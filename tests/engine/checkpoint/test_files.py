@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -132,6 +134,24 @@ def test_a_full_disk(limit: int, tmp_path: Path) -> None:
             write_weights(tmp_path / "best.pth", large)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    assert content(tmp_path) == before
+
+
+def test_a_work_dir_that_is_removed_meanwhile(tmp_path: Path) -> None:
+    made(tmp_path / "work" / "iter_1.pth")
+    shutil.rmtree(tmp_path / "work")
+    path = made(tmp_path / "work" / "iter_2.pth", 2)
+    assert intact(tmp_path / "work", pytest.fail) == path
+
+
+@pytest.mark.parametrize("function", ["mkdir", "write_text", "rename"])
+def test_a_work_dir_that_becomes_read_only(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made(tmp_path / "iter_1.pth")
+    before = content(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, function, Mock(side_effect=OSError(30, "Read-only file system")))
+        with pytest.raises(UserError, match=r"iter_2.pth cannot be written: .*Read-only.*--resume"):
+            made(tmp_path / "iter_2.pth", 2)
     assert content(tmp_path) == before
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from mmengine.logging import HistoryBuffer, MessageHub
-from mmengine.optim import PolyLR
+from mmengine.optim import MultiStepLR, PolyLR
 from torch import nn
 
 from rmoe.engine.checkpoint import resharding, run_state
@@ -147,6 +147,29 @@ def test_another_optimizer_or_model() -> None:
     del tensors["weight/a.bias"]
     with pytest.raises(UserError, match=r"another model's: 1 weights differ, such as a.bias"):
         resharding.restore(engine(), tensors, about)
+
+
+def test_milestones_are_met_after_a_resume() -> None:
+    """JSON has no keys that are numbers, as mmengine's milestones are."""
+    rates = []
+    for resumed in (False, True):
+        wrapper, schedule = milestones()
+        for step in range(6):
+            if resumed and step == 3:
+                state = {"meta": {}, "message_hub": {"runtime_info": {}, "log_scalars": {}}}
+                about, history = run_state.collect(state, wrapper, [schedule])
+                saved = settings(wrapper.param_groups[0])
+                wrapper, schedule = milestones()
+                change_settings(wrapper.param_groups[0], saved)
+                run_state.restore(json.loads(json.dumps(about)), history, wrapper, [schedule])
+            schedule.step()
+        rates.append(wrapper.param_groups[0]["lr"])
+    assert rates == [pytest.approx(0.001)] * 2
+
+
+def milestones() -> tuple[DeepSpeedOptimWrapper, MultiStepLR]:
+    wrapper = DeepSpeedOptimWrapper(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1))
+    return wrapper, MultiStepLR(wrapper, milestones=[2, 5], by_epoch=False)
 
 
 def test_the_run_as_plain_data() -> None:
