@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -192,6 +193,16 @@ def test_a_model_of_one_size_gets_its_images_unpadded():
     with torch.no_grad():
         maps = TimmPyramid("levit_128s", out_indices=(0, 1, 2)).eval()(image(224, 224)[:1])
     assert [level.shape[-1] for level in maps] == [14, 7, 4]
+
+
+@pytest.mark.parametrize("name", ["SwinV2", "DINOv2, registers"])
+def test_dtypes_copies_and_pickles(name):
+    pyramid = TimmPyramid(*BRIGHT[name], moe={"num_experts": 2}, allow_random_core=True).eval()
+    images = image(50, 75)
+    for twin in (copy.deepcopy(pyramid), pickle.loads(pickle.dumps(pyramid))):
+        assert all(map(torch.equal, twin(images), pyramid(images)))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert all(x.dtype == dtype and x.isfinite().all() for x in pyramid.to(dtype)(images.to(dtype)))
 
 
 def test_a_map_of_another_size_than_its_stride_says_is_refused():
