@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import multiprocessing
 import os
 import signal
@@ -27,7 +26,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.logging import print_log
 from mmengine.runner import EpochBasedTrainLoop
 from torch.distributed import distributed_c10d
 
@@ -229,9 +227,11 @@ class Watch:
             self._warn(f"the heartbeat cannot be written ({error}); a standstill of this process is still seen")
 
     def _warn(self, text: str) -> None:
+        """Says it once, and not through the log, whose lock a thread that hangs in writing it would hold."""
         if text not in self._warned:
             self._warned.add(text)
-            print_log(text, logger="current", level=logging.WARNING)
+            with contextlib.suppress(OSError, ValueError):
+                print(f"rmoe: warning: {text}", file=sys.stderr, flush=True)
 
     def _beat(self, ended: str = "") -> None:
         with self._lock:

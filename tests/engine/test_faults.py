@@ -125,11 +125,10 @@ def break_folder(watch: faults.Watch, harm: str, monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_a_standstill_is_seen_whatever_befalls_the_heartbeats(
-    watch: faults.Watch, harm: str, monkeypatch: pytest.MonkeyPatch
+    watch: faults.Watch, harm: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    left, said, warned = threading.Event(), [], []
+    left, said = threading.Event(), []
     monkeypatch.setattr(faults, "leave", lambda text: (said.append(text), watch.rest(), left.set()))
-    monkeypatch.setattr(faults, "print_log", lambda text, **options: warned.append(text))
     with watch._lock:
         break_folder(watch, harm, monkeypatch)
     time.sleep(0.1)  # some beats
@@ -138,6 +137,7 @@ def test_a_standstill_is_seen_whatever_befalls_the_heartbeats(
     watch.step(8)
     assert left.wait(5)
     assert "ends after step 8" in said[0]
+    warned = capsys.readouterr().err.splitlines()
     assert len(warned) == (harm not in ("a broken search", "foreign heartbeats"))
     if harm == "removed":
         assert "heartbeats was removed while the run goes on; it is made again" in warned[0]
