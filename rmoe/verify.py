@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from rmoe.cli import run_guarded
 from rmoe.config import ResidualMoEConfig
-from rmoe.errors import UserError
 from rmoe.engine import checkpoint, elastic
 from rmoe.engine.checkpoint import Layout
 from rmoe.engine.clipping import mend_clipping
@@ -42,6 +41,7 @@ from rmoe.engine.lock import make_folder
 from rmoe.engine.optim import param_groups
 from rmoe.engine.processes import join, set_place
 from rmoe.engine.read_config import folder_name, seconds
+from rmoe.errors import UserError
 from rmoe.layers.moe import ResidualMoE, collect, global_state_dict, load_global_state_dict, local_experts, roles
 
 WIDTH, EXPERTS, STEPS, CLIP = 16, 8, 2, 0.05
@@ -351,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def fresh_folder(parent: Path) -> Iterator[Path]:
-    """Makes a folder in `parent` that was not there before, the same for all processes; removes it, and `parent` if that is new, too.
+    """Makes a new folder in `parent`, the same for all processes; removes it at the end, and `parent` if that was new.
 
     Raises:
         UserError: it cannot be made.

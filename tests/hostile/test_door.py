@@ -33,6 +33,7 @@ from rmoe.engine.lock import check_folder
 from rmoe.engine.prepare import prepare
 from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
+from rmoe.report import Run
 
 INF, NAN = float("inf"), float("nan")
 
@@ -539,6 +540,32 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 def test_sizes_on_the_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert rmoe(words) == 2
     assert capsys.readouterr().err.startswith("rmoe: error: ")
+
+
+GOOD_RUN = {
+    "run.py": "val_evaluator = dict(type='IoUMetric')\nstage = 'dense'",
+    "cost.json": json.dumps(dict.fromkeys(("train_seconds", "device_seconds", "flops_per_step"), 1.0)),
+    "scalars.json": '{"mIoU": 40.0, "step": 1}',
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("run.py", text) for text in (None, "", "1 / 0", "val_evaluator = 3", "stage = 'dense'", "model = (")),
+        ("run.py", "val_evaluator = dict(type='Other')\nstage = 'dense'"),
+        ("run.py", "val_evaluator = [dict(type='IoUMetric')]\nstage = 'dense'"),
+        *(("cost.json", text) for text in (None, "", "[]", "{", "3", "{}")),
+        *(("scalars.json", text) for text in (None, "", "[]", "{", "3", '{"mIoU": "high"}', '{"mIoU": null}', "{}")),
+    ],
+    ids=str,
+)
+def test_a_report_of_what_is_no_finished_run(name: str, content: str | None, tmp_path: Path) -> None:
+    for each, text in {**GOOD_RUN, name: content}.items():
+        if text is not None:
+            (tmp_path / each).write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Run(tmp_path).rows({"mIoU": 1.0})
 
 
 @pytest.mark.parametrize("words", [["data", "check", "coco", "x"], ["estimate", "c.py", "--gpus", "1"], ["configs"]])
