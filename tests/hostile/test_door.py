@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -380,7 +381,6 @@ CONFIGS: list[tuple[bytes, str]] = [
     (b"import sys; sys.exit(0)", "SystemExit"),
     (b"1 / 0", "ZeroDivisionError"),
     (b"assert False", "AssertionError"),
-    (b"_base_ = 'x.py'", "inherits from itself"),
     (b"_base_ = 3", "cannot be read"),
     (b"_base_ = ['absent.py']", "there is no config"),
     (bytes(range(256)), "null byte"),
@@ -397,6 +397,18 @@ def test_a_config_that_cannot_be(content: bytes, message: str, tmp_path: Path) -
     (tmp_path / "x.py").write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare(read_config(tmp_path / "x.py", {}), {}, 1, tmp_path / "work", False)
+
+
+def test_a_config_that_inherits_from_itself(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("_base_ = 'y.py'")
+    (tmp_path / "y.py").write_text("_base_ = 'x.py'")
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(400)  # the same sooner
+    try:
+        with pytest.raises(UserError, match="inherits from itself"):
+            read_config(tmp_path / "x.py", {})
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_a_config_is_a_file(tmp_path: Path) -> None:
