@@ -16,8 +16,8 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint.files import RUN
 from rmoe.errors import UserError
 
-_REFUSED = ("model", "optim_wrapper.optimizer", "optim_wrapper.paramwise_cfg", "optim_wrapper.clip_grad")
-_TOLD = ("train_cfg", "param_scheduler", "train_dataloader", "custom_hooks", "val_evaluator")
+_REFUSED = ("model", "optim_wrapper.optimizer", "optim_wrapper.paramwise_cfg")
+_TOLD = ("train_cfg", "param_scheduler", "optim_wrapper.clip_grad", "train_dataloader", "custom_hooks", "val_evaluator")
 # Of a model: where weights come from, how experts are spread and what is kept for backward. None changes the function.
 _FREE = {"core", "init_cfg", "pretrained", "checkpoint", "ep_size", "exchange", "recompute", "with_cp"}
 _NOTED = {

@@ -9,7 +9,6 @@ from typing import Any
 
 from mmengine.registry import OPTIMIZERS
 
-from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError, nearest
 
 
@@ -55,7 +54,6 @@ _FLAG = Rule("True or False", lambda value: isinstance(value, bool))
 _TEXT = Rule("a string that is not empty", lambda value: isinstance(value, str) and bool(value))
 _SECTION = Rule("a dict", lambda value: isinstance(value, Mapping))
 _MADE = Rule("a dict with a type", lambda value: isinstance(value, Mapping) and bool(value.get("type")))
-_MIXTURE = Rule("a dict", lambda value: isinstance(value, Mapping | ResidualMoEConfig))
 _FINITE = Rule("a finite number", is_number)
 _RATE, _SHARE, _INTERVAL = _number(0), _number(0, 1), _whole(1)
 _NEVER = Rule("-1", lambda value: value == -1 and not isinstance(value, bool))
@@ -191,7 +189,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
         if (
             where.rpartition(".")[2] == "moe"
             and where.startswith("model.")
-            and not (_MIXTURE | _NOTHING).accepts(value)
+            and not (_SECTION | _NOTHING).accepts(value)
         ):
             raise UserError(f"{where} is {_shown(value)}; it takes a dict ({{}}: a mixture with the defaults) or None")
     if "dataset" not in cfg["train_dataloader"]:

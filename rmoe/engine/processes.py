@@ -80,7 +80,9 @@ def set_slurm() -> None:
     if "RANK" in os.environ or "SLURM_STEP_NUM_TASKS" not in os.environ:
         return
     step = {name: os.environ.get(f"SLURM_{name}", "") for name in (*_STEP, *_NAMED)}
-    if bad := [name for name in step if not (step[name] if name in _NAMED else re.fullmatch("[0-9]{1,9}", step[name]))]:
+    if bad := [
+        name for name in step if not (step[name] if name in _NAMED else re.fullmatch("[0-9]{1,10}", step[name]))
+    ]:
         raise UserError(f"SLURM_{bad[0]} is {step[bad[0]]!r}; a step of srun's has it: start the ranks by srun")
     shares = re.findall(r"(\d+)(?:\(x(\d+)\))?", step["STEP_TASKS_PER_NODE"])  # 4(x2),3 is 4, 4, 3
     here = [share for share, times in shares for _ in range(int(times or 1))]

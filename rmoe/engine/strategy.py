@@ -122,7 +122,8 @@ class Strategy(DeepSpeedStrategy):
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
         """mmengine's would then give every process the experts of the first one; DeepSpeed sends the others."""
         if hasattr(model, "init_weights"):
-            model.init_weights()  # type: ignore[operator]
+            with user_errors("model, its init_cfg and its core"):
+                model.init_weights()  # type: ignore[operator]
         if self._load_from is not None:
             load_weights(model, Path(str(self._load_from)))
         self.parameters = count_parameters(model)

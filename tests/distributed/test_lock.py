@@ -37,13 +37,9 @@ def test_the_later_of_two_runs_is_refused_and_a_killed_one_is_no_obstacle(tmp_pa
         while not (tmp_path / "work" / "iter_2.pth").exists():
             assert first.poll() is None, first.communicate()[1]
             time.sleep(0.1)
-        late = started(tmp_path, 4, "--resume")
+        late = started(tmp_path, 3, "--resume")
         said = late.communicate(timeout=120)[1]
         assert late.returncode == 2, said
-        assert f"process {first.pid} on" in said or "was made with" in said
-        same = started(tmp_path, 3, "--resume")
-        said = same.communicate(timeout=120)[1]
-        assert same.returncode == 2, said
         assert f"rmoe: error: process {first.pid} on {os.uname().nodename} is training in" in said
         assert "Traceback" not in said
         assert first.poll() is None

@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import socket
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from rmoe.engine.lock import check_folder
 from rmoe.engine.prepare import prepare
 from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
+from rmoe.reporting.report import Run
 
 INF, NAN = float("inf"), float("nan")
 
@@ -379,7 +381,6 @@ CONFIGS: list[tuple[bytes, str]] = [
     (b"import sys; sys.exit(0)", "SystemExit"),
     (b"1 / 0", "ZeroDivisionError"),
     (b"assert False", "AssertionError"),
-    (b"_base_ = 'x.py'", "inherits from itself"),
     (b"_base_ = 3", "cannot be read"),
     (b"_base_ = ['absent.py']", "there is no config"),
     (bytes(range(256)), "null byte"),
@@ -396,6 +397,18 @@ def test_a_config_that_cannot_be(content: bytes, message: str, tmp_path: Path) -
     (tmp_path / "x.py").write_bytes(content)
     with pytest.raises(UserError, match=message):
         prepare(read_config(tmp_path / "x.py", {}), {}, 1, tmp_path / "work", False)
+
+
+def test_a_config_that_inherits_from_itself(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text("_base_ = 'y.py'")
+    (tmp_path / "y.py").write_text("_base_ = 'x.py'")
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(400)  # the same sooner
+    try:
+        with pytest.raises(UserError, match="inherits from itself"):
+            read_config(tmp_path / "x.py", {})
+    finally:
+        sys.setrecursionlimit(before)
 
 
 def test_a_config_is_a_file(tmp_path: Path) -> None:
@@ -539,6 +552,32 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
 def test_sizes_on_the_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert rmoe(words) == 2
     assert capsys.readouterr().err.startswith("rmoe: error: ")
+
+
+GOOD_RUN = {
+    "run.py": "val_evaluator = dict(type='IoUMetric')\nstage = 'dense'",
+    "cost.json": json.dumps(dict.fromkeys(("train_seconds", "device_seconds", "flops_per_step"), 1.0)),
+    "scalars.json": '{"mIoU": 40.0, "step": 1}',
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("run.py", text) for text in (None, "", "1 / 0", "val_evaluator = 3", "stage = 'dense'", "model = (")),
+        ("run.py", "val_evaluator = dict(type='Other')\nstage = 'dense'"),
+        ("run.py", "val_evaluator = [dict(type='IoUMetric')]\nstage = 'dense'"),
+        *(("cost.json", text) for text in (None, "", "[]", "{", "3", "{}")),
+        *(("scalars.json", text) for text in (None, "", "[]", "{", "3", '{"mIoU": "high"}', '{"mIoU": null}', "{}")),
+    ],
+    ids=str,
+)
+def test_a_report_of_what_is_no_finished_run(name: str, content: str | None, tmp_path: Path) -> None:
+    for each, text in {**GOOD_RUN, name: content}.items():
+        if text is not None:
+            (tmp_path / each).write_text(text)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        Run(tmp_path).rows({"mIoU": 1.0})
 
 
 @pytest.mark.parametrize("words", [["data", "check", "coco", "x"], ["estimate", "c.py", "--gpus", "1"], ["configs"]])
