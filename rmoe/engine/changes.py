@@ -16,14 +16,15 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint.files import RUN
 from rmoe.errors import UserError
 
-_REFUSED = ("model", "optim_wrapper.optimizer", "optim_wrapper.paramwise_cfg")
-_TOLD = ("train_cfg", "param_scheduler", "optim_wrapper.clip_grad", "train_dataloader", "custom_hooks", "val_evaluator")
+_REFUSED = {
+    "model": "another model",
+    "optim_wrapper.optimizer": "other settings of the optimizer",
+    "optim_wrapper.paramwise_cfg": "other groups of parameters",
+    "param_scheduler": "another schedule",
+}
+_TOLD = ("train_cfg", "optim_wrapper.clip_grad", "train_dataloader", "custom_hooks", "val_evaluator")
 # Of a model: where weights come from, how experts are spread and what is kept for backward. None changes the function.
 _FREE = {"core", "init_cfg", "pretrained", "checkpoint", "ep_size", "exchange", "recompute", "with_cp"}
-_NOTED = {
-    "param_scheduler": "the checkpoint's schedule goes on, and the new one is not read",
-    "train_cfg": "the run goes on with the new one",
-}
 
 
 def told(path: Path, cfg: Any) -> list[str]:
@@ -39,13 +40,15 @@ def told(path: Path, cfg: Any) -> list[str]:
     if not (before := _parsed(_text(path))):
         return []
     now = _parsed(cfg.pretty_text)
-    for section in _REFUSED:
+    for section, what in _REFUSED.items():
         old, new = (dict(_flat(_section(one, section), section)) for one in (before, now))
+        if section == "optim_wrapper.optimizer" and old.get(f"{section}.type") != new.get(f"{section}.type"):
+            continue  # another kind is refused where its states would be restored
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key) and _FREE.isdisjoint(key.split(".")):
                 raise UserError(
-                    f"{path} was made with {key} {_said(old, key)}; this run has {_said(new, key)}. Resume with the "
-                    "former, or start a new run from its weights alone: another --work-dir and --cfg-options "
+                    f"{path} is of {what}: {key} was {_said(old, key)}; this run has {_said(new, key)}. Resume "
+                    "with the former, or start a new run from its weights alone: another --work-dir and --cfg-options "
                     f"load_from={path}"
                 )
     notes = []
@@ -53,7 +56,7 @@ def told(path: Path, cfg: Any) -> list[str]:
         old, new = (dict(_flat(_section(one, section), section)) for one in (before, now))
         if changed := sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)):
             which = "; ".join(f"{key} was {_said(old, key)}, is {_said(new, key)}" for key in changed[:3])
-            notes.append(f"resuming with another {section}: {which}; {_NOTED.get(section, _NOTED['train_cfg'])}")
+            notes.append(f"resuming with another {section}: {which}; the run goes on with the new one")
     return notes
 
 

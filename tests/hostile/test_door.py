@@ -4,60 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import pickle
-import re
-import socket
 import sys
 from pathlib import Path
 from typing import Any
 
-import mmengine.registry.registry as lookup
-import numpy as np
 import pytest
-import torch
 from mmengine.config import Config
-from mmengine.fileio import load
-from mmengine.fileio.handlers import file_handlers
-from mmengine.model import initialize
-from mmengine.registry import DATASETS, MODELS
-from mmengine.runner.checkpoint import load_checkpoint
-from torch import nn
-from toy import CONFIG, write_config, write_json
+from toy import CONFIG, write_json
 
 from rmoe.cli import main as rmoe
-from rmoe.engine import changes, launch, processes, safe_config
+from rmoe.engine import changes, launch
 from rmoe.engine.building import user_errors
 from rmoe.engine.checkpoint.files import RUN
 from rmoe.engine.ds_json import read_json, resolve
-from rmoe.engine.lock import check_folder
 from rmoe.engine.prepare import prepare
 from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
-from rmoe.reporting.report import Run
 
 INF, NAN = float("inf"), float("nan")
-
-
-class Touch:
-    """A pickle that leaves a file when it is read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.path,)
-
-
-@pytest.fixture
-def locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process under --safe-config, until the test ends."""
-    for owner, name in ((lookup, "get_object_from_string"), (lookup, "import_module"), (np, "load")):
-        monkeypatch.setattr(owner, name, getattr(owner, name))
-    for name in ("pickle", "pkl", "yaml", "yml"):
-        handler = file_handlers[name]
-        monkeypatch.setattr(handler, "load_from_fileobj", handler.load_from_fileobj)
-    safe_config.lock_down()
 
 
 VALUES: list[tuple[str, Any]] = [
@@ -248,133 +212,6 @@ def test_sections_that_do_not_go_together() -> None:
         resolve(both, batch_size=1, accumulation=1, max_norm=0.0, processes=1)
 
 
-SAFE_YAML: list[tuple[str, str]] = [
-    ("model: {type: mmengine.call_command, cmd: [touch, x]}", "names 'mmengine.call_command'"),
-    ("model: {type: mmengine.load, file: x.json}", "names 'mmengine.load'"),
-    ("model: {type: mmengine.model.BaseModel}", "no registry"),
-    ("model: {type: torch.nn.Linear}", "no registry"),
-    ("model: {type: os.system}", "no registry"),
-    ("model: {type: rmoe.engine.cost.counted_flops}", "no registry"),
-    ("model: {type: rmoe.engine.hooks.CostHook.__init__}", "no registry"),
-    ("model: {type: builtins.eval}", "no registry"),
-    ("model: {type: eval}", "no registry"),
-    ("model: {type: __import__('os').system('x')}", "no registry"),
-    ("model: {type: 3}", "names '3'"),
-    ("model: {type: [a]}", "no registry|names"),
-    ("model: {type: true}", "names 'True'"),
-    ("custom_hooks: [{type: RFSearchHook}]", "evaluates strings"),
-    ("model: {a: {type: mmdet.CameraMotionCompensation}}", "evaluates strings"),
-    ("custom_hooks: [{type: EMAHook, ema_type: os.system}]", "names 'os.system'"),
-    ("a: !!pairs [{type: subprocess.Popen}]", "tag"),
-    ("a: !!omap [{type: subprocess.Popen}]", "tag"),
-    ("a: !!set {type}", "tag"),
-    ("a: !!binary aGVsbG8=", "tag"),
-    ("a: !!python/tuple [1, 2]", "tag.*dump it as JSON"),
-    ("a: !!python/name:os.system", "tag"),
-    ("a: !local {b: 1}", "tag"),
-    ("a: 2024-01-01", "timestamp"),
-    ("a: &x [1]\nb: *x", "anchor or alias"),
-    ("a: &a [*a]", "anchor or alias"),
-    ("a: &a {b: 1}\nc: {<<: *a}", "anchor or alias"),
-    ("<<: {a: 1}", "merge"),
-    ("a: &a [l]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]", "anchor or alias"),
-    ("a: 1\na: 2", "'a' stands there twice"),
-    ("1: a", "no string"),
-    ("null: a", "no string"),
-    ("[a]: b", "no string"),
-    ("a: .nan", "not a number"),
-    ("a: 1\n---\nb: 2", "several documents"),
-    ("- a", "must hold all keys"),
-    ("", "must hold all keys"),
-    ("{", "cannot be read"),
-    ("a: " + "[" * 100 + "]" * 100, "levels"),
-    ("a: " + "{b: " * 100 + "1" + "}" * 100, "levels"),
-    ("a: " + "x" * 2**22, "bytes"),
-    ("_base_: x.py", "without _base_"),
-    ("custom_imports: {imports: os}", "names 'os'"),
-    ("custom_imports: {imports: [3]}", "names '3'"),
-    ("custom_imports: evil", "names 'evil'"),
-    ("custom_imports: {imports: rmoe.engine.launch}", "neither ours nor OpenMMLab's"),
-    ("default_scope: evil", "no scope"),
-    ("a: {_scope_: evil}", "no scope"),
-    ("a: {ann_file: x.pkl}", "a pickle"),
-    ("a: {file: /tmp/X.PICKLE}", "a pickle"),
-    ("a: {file_format: pkl}", "a pickle"),
-    ("a: {decode_backend: pickle}", "a pickle"),
-    ("env_cfg: {mp_cfg: {mp_start_method: spawn}}", "must be 'fork'"),
-    ("train_dataloader: {multiprocessing_context: spawn}", "must be 'fork'"),
-    ("a: {backend_args: {backend: memcached, sys_path: /tmp}}", "sys_path"),
-]
-
-
-@pytest.mark.parametrize(("text", "message"), SAFE_YAML, ids=lambda x: x[:50])
-def test_a_safe_config_is_plain_and_known(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "x.yaml").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_config(tmp_path / "x.yaml", {}, safe=True)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"model": {"type": "mmengine.call_command", "cmd": ["touch", "x"]}}', "mmengine.call_command"),
-        ('{"a": [[{"type": "subprocess.Popen"}]]}', "subprocess.Popen"),
-        ('{"a": 1, "a": 2}', "'a' stands there twice"),
-        ('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", "levels"),
-        ('{"a": ' + "[" * 100 + "]" * 100 + "}", "levels"),
-        ("[]", "must hold all keys"),
-        ("{", "cannot be read as JSON"),
-    ],
-    ids=lambda x: x[:40],
-)
-def test_a_safe_json(text: str, message: str, tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(UserError, match=message):
-        read_config(tmp_path / "x.json", {}, safe=True)
-
-
-def test_numbers_of_a_safe_json_are_numbers(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text('{"lr": 1e-05}')
-    assert read_config(tmp_path / "x.json", {}, safe=True).lr == 1e-5
-
-
-def test_under_safe_no_import_string_is_looked_up(locked: None, tmp_path: Path) -> None:
-    with pytest.raises(KeyError, match="registry"):
-        MODELS.build({"type": "mmengine.utils.call_command", "cmd": ["touch", str(tmp_path / "x")]})
-    with pytest.raises(KeyError):
-        DATASETS.build({"type": "evil.Thing"})
-    with pytest.raises(KeyError):
-        MODELS.build({"type": "torch.nn.Linear", "in_features": 1, "out_features": 1})
-
-
-def test_under_safe_no_pickle_is_read(locked: None, tmp_path: Path) -> None:
-    (tmp_path / "x.pkl").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
-    for name in ("pkl", "pickle", None):
-        with pytest.raises(UserError, match="read as a pickle"):
-            load(tmp_path / "x.pkl", file_format=name)
-    with (tmp_path / "x.npy").open("wb") as file:
-        np.save(file, np.array([Touch(tmp_path / "ran")], dtype=object), allow_pickle=True)
-    with pytest.raises(ValueError, match="allow_pickle"):
-        np.load(tmp_path / "x.npy", allow_pickle=True)
-    (tmp_path / "x.yaml").write_text(f"!!python/object/apply:pathlib.Path.touch [{tmp_path / 'ran'}]")
-    with pytest.raises(Exception, match="could not determine a constructor"):
-        load(tmp_path / "x.yaml")
-    assert not (tmp_path / "ran").exists()
-
-
-def test_foreign_weights_are_only_weights(tmp_path: Path) -> None:
-    path, ran = tmp_path / "evil.pth", tmp_path / "ran"
-    torch.save({"state_dict": {"weight": Touch(ran)}}, path)
-    with pytest.raises(UserError, match=r"evil\.pth.*Python objects.*state dict"):
-        load_checkpoint(nn.Linear(1, 1), str(path))
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(path, weights_only=False)
-    initialise = {"type": "Pretrained", "checkpoint": str(path)}
-    with pytest.raises(UserError, match=r"evil\.pth"), user_errors("model"):
-        initialize(nn.Linear(1, 1), initialise)
-    assert not ran.exists()
-
-
 CONFIGS: list[tuple[bytes, str]] = [
     (b"", "has no model"),
     (b"raise RuntimeError('not today')", "RuntimeError: not today"),
@@ -418,179 +255,6 @@ def test_a_config_is_a_file(tmp_path: Path) -> None:
             read_config(path, {})
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--cfg-options", "randomness.seed"], "'randomness.seed' is not KEY=VALUE"),
-        (["--cfg-options", "=3"], "is not KEY=VALUE"),
-        *((["--timeout", text], f"--timeout: {text} is no time") for text in ("inf", "nan", "0", "-1", "1e9")),
-        (["--timeout", "x"], "--timeout: invalid"),
-        (["--work-dir", ""], "--work-dir.*empty"),
-        (["--no-such"], "unrecognized"),
-    ],
-    ids=str,
-)
-def test_words_of_the_command_line(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        launch.parser().parse_args(["c.py", "--deepspeed_config", "x.json", *words])
-    assert ended.value.code == 2
-    assert re.search(message, capsys.readouterr().err)
-
-
-@pytest.mark.parametrize(
-    "key", ["model.", "model..moe", "param_scheduler.0.", "param_scheduler.9.power", "train_cfg.a.b.", ""]
-)
-def test_keys_of_options(key: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--cfg-options"):
-        read_config(write_config(tmp_path / "x.py"), {key: 1})
-
-
-PLACE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-
-
-@pytest.fixture
-def place(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_STEP_NUM_TASKS"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in PLACE.items():
-        monkeypatch.setenv(name, value)
-    return monkeypatch
-
-
-@pytest.mark.parametrize("name", PLACE)
-def test_a_place_is_whole(name: str, place: pytest.MonkeyPatch) -> None:
-    processes.check_place()
-    place.delenv(name)
-    with pytest.raises(UserError, match=f"but not {name}"):
-        processes.set_place()
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        *(("RANK", value) for value in ("two", "-1", "1", "1.0")),
-        *(("WORLD_SIZE", value) for value in ("two", "0", "-2")),
-        *(("LOCAL_RANK", value) for value in ("-1", "x")),
-        *(("MASTER_PORT", value) for value in ("x", "0", "70000", "-1")),
-        *(("MASTER_ADDR", value) for value in ("no.such.host.invalid", "a" * 300, "x..y")),
-        ("LOCAL_WORLD_SIZE", "x"),
-    ],
-)
-def test_a_place_is_one_that_can_be(name: str, value: str, place: pytest.MonkeyPatch) -> None:
-    place.setenv(name, value)
-    with pytest.raises(UserError, match=name):
-        processes.set_place()
-
-
-def test_a_port_that_another_program_has(place: pytest.MonkeyPatch) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        place.setenv("MASTER_PORT", str(other.getsockname()[1]))
-        with pytest.raises(UserError, match="MASTER_PORT.*another program has it"):
-            processes.join(10)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("PROCID", None), ("PROCID", "x"), ("NODEID", "9"), ("STEP_TASKS_PER_NODE", None), ("JOB_ID", "")],
-)
-def test_a_step_of_srun_is_whole(name: str, value: str | None, place: pytest.MonkeyPatch) -> None:
-    for each in PLACE:
-        place.delenv(each)
-    step = {"JOB_ID": "12", "STEP_ID": "0", "PROCID": "1", "LOCALID": "1", "NODEID": "0", "STEP_NUM_TASKS": "2"}
-    step |= {"STEP_NUM_NODES": "1", "STEP_NODELIST": "n1", "STEP_TASKS_PER_NODE": "2", name: value}
-    for each, given in step.items():
-        if given is not None:
-            place.setenv(f"SLURM_{each}", given)
-        else:
-            place.delenv(f"SLURM_{each}", raising=False)
-    with pytest.raises(UserError, match=f"SLURM_{name}"):
-        processes.set_slurm()
-
-
-def test_folders_for_results(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    (tmp_path / "dangling").symlink_to(tmp_path / "absent")
-    for folder in (
-        tmp_path / "file",
-        tmp_path / "file" / "x",
-        tmp_path / "dangling",
-        tmp_path / ("x" * 300),
-        Path("a\0b"),
-    ):
-        with pytest.raises(UserError, match="cannot be written.*give another --work-dir"):
-            check_folder(folder)
-    check_folder(tmp_path / "new" / "one")
-    assert not (tmp_path / "new").exists()
-
-
-@pytest.mark.skipif(not os.geteuid(), reason="root may write everywhere")
-def test_a_read_only_folder(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="read-only"):
-        check_folder(tmp_path / "work")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["estimate", "c.py", "--gpus", "0"],
-        ["estimate", "c.py", "--gpus", "-1"],
-        ["estimate", "c.py", "--gpus", "1000000000"],
-        ["estimate", "c.py", "--gpus", "1", "--micro-batch", "0"],
-        ["estimate", "c.py", "--gpus", "1", "--ep-size", "-2"],
-        ["estimate", "c.py", "--gpus", "1", "--image-size", "0", "32"],
-        ["estimate", "c.py", "--gpus", "1", "--image-size", "-32", "32"],
-        ["estimate", "c.py", "--gpus", "1", "--image-size", "32", "100000000"],
-        ["analyze", "absent", "--images", "0", "--out", "out"],
-        ["analyze", "absent", "--images", "-1", "--out", "out"],
-        ["report", "absent", "--out", "out"],
-    ],
-    ids=" ".join,
-)
-def test_sizes_on_the_command_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert rmoe(words) == 2
-    assert capsys.readouterr().err.startswith("rmoe: error: ")
-
-
-GOOD_RUN = {
-    "run.py": "val_evaluator = dict(type='IoUMetric')\nstage = 'dense'",
-    "cost.json": json.dumps(dict.fromkeys(("train_seconds", "device_seconds", "flops_per_step"), 1.0)),
-    "scalars.json": '{"mIoU": 40.0, "step": 1}',
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        *(("run.py", text) for text in (None, "", "1 / 0", "val_evaluator = 3", "stage = 'dense'", "model = (")),
-        ("run.py", "val_evaluator = dict(type='Other')\nstage = 'dense'"),
-        ("run.py", "val_evaluator = [dict(type='IoUMetric')]\nstage = 'dense'"),
-        *(("cost.json", text) for text in (None, "", "[]", "{", "3", "{}")),
-        *(("scalars.json", text) for text in (None, "", "[]", "{", "3", '{"mIoU": "high"}', '{"mIoU": null}', "{}")),
-    ],
-    ids=str,
-)
-def test_a_report_of_what_is_no_finished_run(name: str, content: str | None, tmp_path: Path) -> None:
-    for each, text in {**GOOD_RUN, name: content}.items():
-        if text is not None:
-            (tmp_path / each).write_text(text)
-    with pytest.raises(UserError, match=str(tmp_path)):
-        Run(tmp_path).rows({"mIoU": 1.0})
-
-
-@pytest.mark.parametrize("words", [["data", "check", "coco", "x"], ["estimate", "c.py", "--gpus", "1"], ["configs"]])
-def test_a_file_to_write_is_looked_at_first(
-    words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for path in (tmp_path / "absent" / "x.json", tmp_path):
-        with pytest.raises(SystemExit) as ended:
-            rmoe([*words, "--json", str(path)])
-        assert ended.value.code == 2
-        assert "--json" in capsys.readouterr().err
-
-
 def resumed(folder: Path, **changed: Any) -> list[str]:
     """What is told of a checkpoint of the toy config, and a run in which `changed` is otherwise."""
     before = prepared(folder)
@@ -607,13 +271,17 @@ def test_what_a_resumed_run_may_not_change(tmp_path: Path) -> None:
         changed = wrapper | {"optimizer": wrapper["optimizer"] | {name: value}}
         with pytest.raises(UserError, match=rf"optimizer.{name} .*this run has .*load_from="):
             resumed(tmp_path, optim_wrapper=changed)
-    with pytest.raises(UserError, match="model.moe.blocks not set"):
+    with pytest.raises(UserError, match="of another model: model.moe.blocks was not set"):
         resumed(tmp_path, model={"type": "ToyModel", "drop_path": 0.2, "moe": {}})
 
 
-def test_what_a_resumed_run_may_change_is_told(tmp_path: Path) -> None:
+def test_another_schedule_of_a_resumed_run(tmp_path: Path) -> None:
     scheduler = [toy_dict()["param_scheduler"][0] | {"power": 2.0}]
-    assert "power was 0.9, is 2.0; the checkpoint's schedule goes on" in resumed(tmp_path, param_scheduler=scheduler)[0]
+    with pytest.raises(UserError, match=r"of another schedule: param_scheduler.0.power was 0.9; this run has 2.0"):
+        resumed(tmp_path, param_scheduler=scheduler)
+
+
+def test_what_a_resumed_run_may_change_is_told(tmp_path: Path) -> None:
     loop = toy_dict()["train_cfg"] | {"max_iters": 8}
     assert "max_iters was 6, is 8" in resumed(tmp_path, train_cfg=loop)[0]
 
