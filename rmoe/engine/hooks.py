@@ -5,27 +5,31 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import all_reduce_params, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook as MMCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
 
 from rmoe.engine import cost
+from rmoe.engine.checkpoint import export
 from rmoe.engine.checkpoint.files import PARTIAL, all_or_none
 from rmoe.engine.ds_json import precision, zero_stage
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers
 from rmoe.registry import HOOKS
+
+_FILE = ".pth"  # suffix of a file of weights
 
 
 class RunningStatsHook(Hook):
@@ -179,29 +183,88 @@ class CostHook(Hook):
                 write_json(path, content)
 
 
+@HOOKS.register_module()
+class CheckpointHook(MMCheckpointHook):
+    """Saves as mmengine's hook does, and calls a training checkpoint, which is a folder, `iter_N` or `epoch_N`, and a
+    file of the best weights `best_METRIC_iter_N.pth`.
+
+    A run may have begun when its folders were called `iter_N.pth`: `max_keep_ckpts` counts and removes those too.
+
+    Args:
+        filename_tmpl: another name for folders, with `{}` for N.
+        **kwargs: those of mmengine's hook.
+    """
+
+    filename_tmpl: str
+
+    def __init__(self, filename_tmpl: str | None = None, **kwargs: Any) -> None:
+        super().__init__(filename_tmpl=filename_tmpl, **kwargs)
+        if filename_tmpl is None and self.save_optimizer:
+            self.filename_tmpl = self.filename_tmpl.removesuffix(_FILE)
+        self._template = self.filename_tmpl
+
+    def before_train(self, runner: Any) -> None:
+        """Prepares to save; removes what is kept no longer where `max_keep_ckpts` is smaller than before."""
+        kept = [*runner.message_hub.runtime_info.get("keep_ckpt_ids", ())]
+        super().before_train(runner)
+        self._remove_old_names(kept)
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        kept = [*getattr(self, "keep_ckpt_ids", ())]
+        self.filename_tmpl = self._template
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self._remove_old_names(kept)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
+        self.filename_tmpl = self._template.removesuffix(_FILE) + _FILE
+        super()._save_best_checkpoint(runner, metrics)
+        self.filename_tmpl = self._template
+
+    def _remove_old_names(self, kept: Iterable[int]) -> None:
+        """Removes the folder `iter_N.pth` of every N of `kept` that is not kept any more."""
+        if self.max_keep_ckpts > 0 and is_main_process():
+            for step in set(kept).difference(self.keep_ckpt_ids):
+                shutil.rmtree(Path(self.out_dir) / (self._template.format(step) + _FILE), ignore_errors=True)
+
+
 class ExportHook(Hook):
-    """Leaves `model.safetensors`, the whole model, and `model.json`, what it is, in the work dir.
+    """Leaves in the work dir `model.safetensors`, the whole model, `model.json`, what it is, and of a dense timm model
+    `backbone.safetensors`; see `rmoe.engine.checkpoint.export`.
 
     Args:
         stage: of the pipeline, as the config says.
     """
 
+    _KEY = "core_sha256"  # in the message hub, whose content is part of a checkpoint
+
     def __init__(self, stage: str | None = None) -> None:
         self._stage = stage
 
+    def before_train(self, runner: Any) -> None:
+        """Notes which core the run has started from; the file may be another one at its end, or when it is resumed."""
+        known = self._KEY in runner.message_hub.runtime_info or not is_main_process()
+        if not known and (digest := export.core_sha256(runner.cfg.model)):
+            runner.message_hub.update_info(self._KEY, digest)
+
     def after_train(self, runner: Any) -> None:
-        """Collective; the first process writes.
+        """Writes the model; collective, and the first process writes.
 
         Raises:
             UserError: it cannot.
         """
         state, folder = runner.strategy.whole_state_dict(), Path(runner.work_dir)
-        partial = folder / f"model.safetensors{PARTIAL}"
-        with all_or_none(partial):
+        with all_or_none(folder / f"{export.MODEL}{PARTIAL}"):
             if is_main_process():
-                save_file({key: x.contiguous() for key, x in state.items()}, partial)
-                os.replace(partial, folder / "model.safetensors")
-                about = {"stage": self._stage, "iterations": runner.iter, "model": _plain(runner.cfg.model.to_dict())}
+                config = _plain(runner.cfg.model.to_dict())
+                export.write_model(
+                    folder,
+                    state,
+                    config,
+                    stage=self._stage,
+                    classes=(getattr(runner.train_loop.dataloader.dataset, "metainfo", None) or {}).get("classes"),
+                    core_sha256=runner.message_hub.runtime_info.get(self._KEY),
+                )
+                about = {"stage": self._stage, "iterations": runner.iter, "model": config}
                 write_json(folder / "model.json", about)
 
 

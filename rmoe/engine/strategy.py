@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -169,10 +170,10 @@ class Strategy(DeepSpeedStrategy):
         if not save_optimizer:
             files.write_weights(path, self.whole_state_dict())
             return
-        tensors, engine = resharding.gather(self.model.model)
+        tensors, engine = resharding.gather_tensors(self.model.model)
         if self.model.averaged is not None:
             tensors |= resharding.gather_weights(self.model.averaged, resharding.AVERAGE)
-        about, history = run_state.collect(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
+        about, history = run_state.gather_state(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
         about["engine"] = engine
         files.write(path, tensors, about, history, about["meta"]["iter"], self.layout)
 
@@ -194,10 +195,10 @@ class Strategy(DeepSpeedStrategy):
                 f"{path} has {which} average of the weights: {todo} rmoe.EMAHook in custom_hooks to go on from it, or "
                 f"start a new run: another --work-dir and --cfg-options load_from={path}"
             )
-        resharding.restore(self.model.model, tensors, about["engine"])
+        resharding.restore_tensors(self.model.model, tensors, about["engine"])
         if averaged is not None:
             resharding.restore_weights(averaged, tensors, resharding.AVERAGE)
-        return run_state.restore(about, history, self.optim_wrapper, self._schedulers())
+        return run_state.restore_state(about, history, self.optim_wrapper, self._schedulers())
 
     def _schedulers(self) -> list[Any]:
         return getattr(self, "param_schedulers", None) or []
@@ -281,7 +282,7 @@ class Runner(FlexibleRunner):
         try:
             return super().train()
         except Diverged as error:
-            found, _ = files.whole(Path(self.work_dir))
+            found, _ = files.complete_checkpoints(Path(self.work_dir))
             good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
             raise Diverged(
                 f"{error} at step {self.iter + 1}; {good}; lower the learning rate or clip gradients"
@@ -341,10 +342,9 @@ class Runner(FlexibleRunner):
                     )
             template = hook.filename_tmpl
             if not isinstance(template, str) or "{}" not in template or "/" in template:
-                raise UserError(
-                    f"default_hooks.checkpoint.filename_tmpl is {template!r}; use one such as 'iter_{{}}.pth'"
-                )
-            same_name = folder.glob(template.replace("{}", "*")) if hook.save_optimizer else ()
+                raise UserError(f"default_hooks.checkpoint.filename_tmpl is {template!r}; use one such as 'iter_{{}}'")
+            names = re.compile(re.escape(template).replace(r"\{\}", r"\d+"))
+            same_name = [path for path in folder.glob("*") if names.fullmatch(path.name)] if hook.save_optimizer else []
             if foreign := [path for path in sorted(same_name) if path.is_file()]:
                 raise UserError(
                     f"{foreign[0]} is a file, and in the way of a checkpoint, which is a folder; move it away or give "

@@ -51,7 +51,7 @@ TOLERANCE = 1e-5  # float32, sums in another order
 _MOE = {"num_experts": EXPERTS, "rank": 4, "noise": 0.0, "gate_std": 1.0, "losses": {"importance": 0.01, "z": 0.001}}
 
 
-class Failed(Exception):
+class CheckFailed(Exception):
     """A check found what must not be; the message is the figure."""
 
 
@@ -187,7 +187,7 @@ def run(folder: Path) -> list[Result]:
     for place, other in zip(places, [*places[1:], places[0]], strict=True):
         if (one := trained.get(place)) is not None:
             name = f"checkpoint: {place} → {other}"
-            results.append(_result(name, check_checkpoint, one.engine, other, folder / "step.pth"))
+            results.append(_result(name, check_checkpoint, one.engine, other, folder / "step"))
     for ep_size in ep_sizes():
         if (one := trained.get(Place(ep_size, STAGES[0]))) is not None:
             name = f"evaluation, uneven batches: ep_size {ep_size}"
@@ -199,7 +199,7 @@ def _result(name: str, check: Callable[..., str], *given: Any) -> Result:
     """Runs a check; where it failed on some process, it failed."""
     try:
         passed, figure = True, check(*given)
-    except Failed as failure:
+    except CheckFailed as failure:
         passed, figure = False, str(failure)
     except Exception as error:  # whatever a broken installation raises is its result
         passed, figure = False, f"{type(error).__name__}: {error}"
@@ -220,7 +220,7 @@ def check_groups() -> str:
     total = torch.tensor([float(rank)], device=device())
     dist.all_reduce(total)
     if total.item() != world * (world - 1) / 2:
-        raise Failed(f"the sum of ranks is {total.item():g}, not {world * (world - 1) / 2:g}")
+        raise CheckFailed(f"the sum of ranks is {total.item():g}, not {world * (world - 1) / 2:g}")
     hosts: list[Any] = [None] * world
     dist.all_gather_object(hosts, socket.gethostname())
     for ep_size in ep_sizes():
@@ -235,7 +235,7 @@ def check_groups() -> str:
         }
         for kind, (group, members) in wanted.items():
             if (found := dist.get_process_group_ranks(group)) != members:
-                raise Failed(f"ep_size {ep_size}: {kind} group {found}, not {members}")
+                raise CheckFailed(f"ep_size {ep_size}: {kind} group {found}, not {members}")
     return f"{world} processes on {len(set(hosts))} hosts, {dist.get_backend()}, ep_size {ep_sizes()}"
 
 
@@ -248,7 +248,7 @@ def check_training(place: Place, wanted: Mapping[str, Tensor], trained: dict[Pla
 def check_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
     """After the same steps, the weights of a placement are those of the reference."""
     if found.keys() != wanted.keys():
-        raise Failed(f"other weights: {sorted(found.keys() ^ wanted.keys())}")
+        raise CheckFailed(f"other weights: {sorted(found.keys() ^ wanted.keys())}")
     worst = max(wanted, key=lambda key: _distance(found[key], wanted[key]))
     return _within(_distance(found[worst], wanted[worst]), f" in {worst}")
 
@@ -256,7 +256,7 @@ def check_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> 
 def check_norms(found: Sequence[float], wanted: Sequence[float]) -> str:
     """The norm that clipping uses is that of the whole model's gradient."""
     if min(wanted) <= CLIP:
-        raise Failed(f"clipping at {CLIP} is not active: norms {wanted}")
+        raise CheckFailed(f"clipping at {CLIP} is not active: norms {wanted}")
     return _within(max(abs(a - b) for a, b in zip(found, wanted, strict=True)), f" of {max(wanted):.3g}")
 
 
@@ -265,22 +265,22 @@ def check_frozen(trained: Trained) -> str:
     role = roles(trained.engine.module)
     core = [name for name in role if role[name] == "core"]
     if moved := [name for name in core if not torch.equal(trained.before[name], trained.after[name])]:
-        raise Failed(f"{moved[0]} is frozen and has changed")
+        raise CheckFailed(f"{moved[0]} is frozen and has changed")
     others = [name for name in trained.after if name not in core]
     if still := [name for name in others if torch.equal(trained.before[name], trained.after[name])]:
-        raise Failed(f"{still[0]} is trained and has not changed")
+        raise CheckFailed(f"{still[0]} is trained and has not changed")
     return f"{len(core)} frozen, {len(others)} trained"
 
 
 def check_checkpoint(engine: Any, other: Place, path: Path) -> str:
     """What one placement saves, another loads, optimizer included, and both go on alike."""
     layout = Layout(dist.get_world_size(), other.ep_size, EXPERTS, 16, 1, 0)
-    tensors, about = resharding.gather(engine)
+    tensors, about = resharding.gather_tensors(engine)
     files.write(path, tensors, about, {}, STEPS, layout)
     if files.intact(path.parent, lambda harm: None) != path:
-        raise Failed(f"{path} is not there")
+        raise CheckFailed(f"{path} is not there")
     resumed = initialise(other)
-    resharding.restore(resumed, files.Tensors(path), about)
+    resharding.restore_tensors(resumed, files.Tensors(path), about)
     for one in (engine, resumed):
         step(one, STEPS)
     return check_weights(global_state_dict(resumed.module), global_state_dict(engine.module))
@@ -305,7 +305,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _within(distance: float, where: str) -> str:
     text = f"|Δ| {distance:.1e}{where}"
     if not distance <= TOLERANCE:
-        raise Failed(f"{text}, more than {TOLERANCE:g}")
+        raise CheckFailed(f"{text}, more than {TOLERANCE:g}")
     return text
 
 

@@ -81,7 +81,7 @@ class _Marker(BaseModel):
     sha256: str
 
 
-def whole(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+def complete_checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     """The checkpoints of `folder` with all their files in full length, those of most iterations first; and what is
     wrong with each of the others. Contents are not read, see `intact`.
     """
@@ -104,7 +104,7 @@ def intact(folder: Path, warn: Callable[[str], object]) -> Path:
     Raises:
         UserError: there is none.
     """
-    for path in whole(folder)[0]:
+    for path in complete_checkpoints(folder)[0]:
         if not (harm := damage(path)):
             return path
         warn(f"{path} is {harm}; it is ignored")
@@ -144,7 +144,7 @@ def write(
 
     Args:
         path: its name.
-        tensors: this process's share, see `rmoe.engine.checkpoint.resharding.gather`.
+        tensors: this process's share, see `rmoe.engine.checkpoint.resharding.gather_tensors`.
         about: what JSON can hold; the first process's is written, as is its `history`.
         history: what has been logged.
         iteration: how many the run has done.
@@ -162,10 +162,10 @@ def write(
     with all_or_none(partial):
         if tensors:
             name = f"part_{get_dist_info()[0]:05d}.safetensors"
-            save_file(dict(tensors), partial / name)
+            save_tensors(partial / name, tensors)
             written[name] = _seal(partial / name)
         if is_main_process():
-            save_file(dict(history), partial / HISTORY)
+            save_tensors(partial / HISTORY, history)
             (partial / RUN).write_text(json.dumps(about, indent=1) + "\n")
             written |= {name: _seal(partial / name) for name in (HISTORY, RUN)}
     files = {name: about for each in all_gather_object(written) for name, about in each.items()}
@@ -189,6 +189,15 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
             torch.save({"state_dict": dict(state)}, partial)
             _sync(partial)
             put_in_place(partial, path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself lets nobody."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, dict(metadata) if metadata else None)
+    path.chmod(mode)
 
 
 def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -31,7 +31,7 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 _STEP = "step"
 
 
-def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def gather_tensors(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a checkpoint of `engine` holds. All processes call it.
 
     Args:
@@ -71,21 +71,21 @@ def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def gather_weights(module: nn.Module, kind: str = WEIGHT) -> dict[str, Tensor]:
-    """This process's share of the weights of a model whose parameters are whole, see `gather`."""
+    """This process's share of the weights of a model whose parameters are whole, see `gather_tensors`."""
     names = _Names(module)
     leading = {name: x for name, x in names.weights().items() if names.leads(name)}
     return {kind + key: _copy(one) for name, x in leading.items() for key, one in names.split(name, x)}
 
 
-def restore(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Brings a freshly initialised `engine` to the state that `gather` saw, whatever the layout was there.
+def restore_tensors(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Brings a freshly initialised `engine` to the state that `gather_tensors` saw, whatever the layout was there.
 
     Each process reads what it needs of `tensors`. All processes call it.
 
     Args:
         engine: what `deepspeed.initialize` returned, before its first step.
-        tensors: of all processes of the run that called `gather`; values may be read when they are asked for.
-        about: what `gather` returned besides.
+        tensors: of all processes of the run that called `gather_tensors`; values may be read when they are asked for.
+        about: what `gather_tensors` returned besides.
 
     Raises:
         UserError: another model's or another optimizer's.

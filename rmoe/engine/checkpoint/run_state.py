@@ -76,7 +76,7 @@ class _Engine(_Strict):
 
 
 class _Run(_Strict):
-    """What `collect` returns, with what `rmoe.engine.checkpoint.resharding.gather` says of the engine."""
+    """What `gather_state` returns, with what `rmoe.engine.checkpoint.resharding.gather_tensors` says of the engine."""
 
     meta: _Progress
     info: _Info
@@ -89,7 +89,7 @@ _PLAIN = (str, int, float, bool, type(None))
 _BY_GROUP = ("base_values", "_last_value")  # of a scheduler: lists by group of the optimizer, which can tell
 
 
-def collect(
+def gather_state(
     state: Mapping[str, Any], wrapper: BaseOptimWrapper, schedulers: list[Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What a checkpoint says of a run besides its tensors.
@@ -117,7 +117,7 @@ def collect(
 
 
 def check(about: Mapping[str, Any], path: Path) -> None:
-    """Checks that `run.json` of the checkpoint `path` has what `restore`, here and in resharding.py, reads of it.
+    """Checks that `run.json` of the checkpoint `path` has what `restore_state`, here and in resharding.py, reads of it.
 
     Raises:
         UserError: a key is missing or unknown, or a value of another type or not finite.
@@ -132,10 +132,10 @@ def check(about: Mapping[str, Any], path: Path) -> None:
         ) from error
 
 
-def restore(
+def restore_state(
     about: Mapping[str, Any], history: Mapping[str, Tensor], wrapper: BaseOptimWrapper, schedulers: list[Any]
 ) -> dict[str, Any]:
-    """Sets `wrapper`, whose optimizer has been restored, and `schedulers`; returns what `collect` had as `state`.
+    """Sets `wrapper`, whose optimizer has been restored, and `schedulers`; returns what `gather_state` had as `state`.
 
     Raises:
         UserError: the run had other schedulers.
