@@ -26,7 +26,7 @@ _NOTED = {
 }
 
 
-def told(path: Path, cfg: Any) -> list[str]:
+def compare(path: Path, cfg: Any) -> list[str]:
     """Compares a config with that of the checkpoint `path`.
 
     Returns:

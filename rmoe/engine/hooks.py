@@ -33,7 +33,7 @@ _FILE = ".pth"  # suffix of a file of weights
 
 
 class RunningStatsHook(Hook):
-    """After each step, the running statistics of batch and instance norms are the mean of the processes'.
+    """Sets the running statistics of batch and instance norms, after each step, to the mean of the processes'.
 
     DeepSpeed leaves each process its own, and checkpoints and `model.safetensors` would have those of the first alone.
     Synchronised batch norm has the same ones everywhere and is left to itself.
@@ -48,13 +48,13 @@ class RunningStatsHook(Hook):
         self._stats = [stat for norm in own for stat in (norm.running_mean, norm.running_var)]
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """One all-reduce of all of them."""
+        """Averages all of them by one all-reduce."""
         if self._stats:
             all_reduce_params(self._stats, coalesce=True, op="mean")
 
 
 class LocalExpertsHook(Hook):
-    """Every process holds all experts while it evaluates, so that processes may run different batches."""
+    """Gives every process all experts while it evaluates, so that processes may run different batches."""
 
     priority = "HIGHEST"  # the first after an evaluation: the best checkpoint is saved by a later hook
 
@@ -62,15 +62,15 @@ class LocalExpertsHook(Hook):
         self._open = ExitStack()
 
     def before_val_epoch(self, runner: Any) -> None:
-        """Collective over the expert groups."""
+        """Gathers the experts; collective over the expert groups."""
         self._open.enter_context(local_experts(runner.model.evaluated))
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Processes may train again."""
+        """Releases them, so that processes may train again."""
         self._open.close()
 
     def restore_terminal(self, runner: Any) -> None:
-        """Called by our runner at the end, whatever that was: an evaluation may have failed."""
+        """Releases them at the end, whatever that was: an evaluation may have failed. Our runner calls it."""
         self._open.close()
 
     before_test_epoch, after_test_epoch = before_val_epoch, after_val_epoch
@@ -103,16 +103,16 @@ class EMAHook(Hook):
         self._momentum = momentum
 
     def before_resume(self, runner: Any) -> None:
-        """Called by our runner before it loads a checkpoint, which also loads the average."""
+        """Makes the average. Our runner calls it before it loads a checkpoint, which may have one."""
         self._average = ExponentialMovingAverage(runner.model.module, self._momentum)
         runner.model.averaged = self._average.module.eval()
 
     def before_train(self, runner: Any) -> None:
-        """How many steps are in the average already."""
+        """Tells the average how many steps are in it already."""
         self._average.steps.fill_(runner.model.global_steps)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Once for each step of the optimizer."""
+        """Updates the average once for each step of the optimizer."""
         if (runner.iter + 1) % runner.strategy.layout.accumulation == 0:
             self._average.update_parameters(runner.model.module)
 
@@ -133,7 +133,7 @@ class CostHook(Hook):
         self._flops: list[int] = []
 
     def before_train(self, runner: Any) -> None:
-        """From where the checkpoint left off, if there is one."""
+        """Goes on from the sums of the checkpoint, if there is one."""
         empty = {"train_seconds": 0.0, "steps": 0, "images": 0, "flops_per_step": None, "flops_step": None}
         self._sums: dict[str, Any] = dict(runner.message_hub.runtime_info.get(self._KEY, empty))
 
@@ -154,7 +154,7 @@ class CostHook(Hook):
         runner.message_hub.update_info(self._KEY, dict(self._sums))
 
     def after_train(self, runner: Any) -> None:
-        """Collective; the first process writes.
+        """Writes `cost.json`; collective, and the first process writes.
 
         Raises:
             UserError: it cannot.
@@ -368,14 +368,14 @@ class ProgressHook(Hook):
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes aside, then renames."""
+    """Writes a JSON file aside, then renames it."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
 
 
 def _samples(batch: Any) -> int:
-    """Of a collated batch: a dict of lists or tensors, or a sequence of them."""
+    """Returns the number of samples of a collated batch: a dict of lists or tensors, or a sequence of them."""
     first = (
         next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0] if isinstance(batch, Sequence) else batch
     )
@@ -383,7 +383,7 @@ def _samples(batch: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it; classes by their names."""
+    """Returns `value` as JSON can hold it, and classes by their names."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

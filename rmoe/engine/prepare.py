@@ -87,7 +87,7 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     _add_tensorboard(cfg)
     _add_hooks(cfg, notes)
     if cfg.resume:
-        notes += changes.told(Path(cfg.resume), cfg)
+        notes += changes.compare(Path(cfg.resume), cfg)
     return notes
 
 
@@ -106,7 +106,7 @@ def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> 
 
 
 def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """DeepSpeed's config; what of `cfg.optim_wrapper` is DeepSpeed's business goes there."""
+    """Returns DeepSpeed's config, which takes over what of `cfg.optim_wrapper` is DeepSpeed's business."""
     wrapper = cfg.optim_wrapper
     for key in wrapper:
         if key not in _WRAPPER_KEYS:
@@ -130,7 +130,7 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
 
 
 def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str | bool:
-    """The newest checkpoint of the work dir, or False; which one is intact is found out together."""
+    """Returns the newest checkpoint of the work dir, or False; the processes find out together which one is intact."""
     folder = Path(cfg.work_dir)
     found, wrong = files.complete_checkpoints(folder)
     there = [*found, *(path for path in wrong if (path / files.MARKER).exists())]
@@ -173,7 +173,7 @@ def _seed_data(loader: ConfigDict, seed: int, notes: list[str]) -> None:
 
 
 def _short(kind: Any) -> str:
-    """The name of a registered class, without its package."""
+    """Returns the name of a registered class, without its package."""
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 

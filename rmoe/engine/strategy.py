@@ -48,11 +48,11 @@ class Engine(MMDeepSpeedEngineWrapper):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to evaluate and to export."""
+        """Returns the model to evaluate and to export."""
         return self.model.module if self.averaged is None else self.averaged
 
     def train_step(self, data: Any, optim_wrapper: BaseOptimWrapper) -> dict[str, Tensor]:
-        """One iteration; the gates' losses join the model's as `loss_moe_aux`.
+        """Runs one iteration; the gates' losses join the model's as `loss_moe_aux`.
 
         Returns:
             What the model reports, averaged over all processes, and `grad_norm`, before clipping.
@@ -79,14 +79,14 @@ class Engine(MMDeepSpeedEngineWrapper):
         return log_vars
 
     def val_step(self, data: Any) -> list[Any]:
-        """Predictions, computed in float32 whatever training is computed in: metrics and box operations need it."""
+        """Returns predictions, in float32 whatever training is computed in: metrics and box operations need it."""
         return self.evaluated(**self.model.module.data_preprocessor(data, False), mode="predict")
 
     test_step = val_step
 
 
 def _averaged(log_vars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over the processes. If one of them has a value that is not finite, all of them get one, and stop together."""
+    """Averages over the processes. If one of them has a value that is not finite, all get one, and stop together."""
     values = torch.stack([torch.as_tensor(value).detach().float() for value in log_vars.values()])
     dist.all_reduce(values)
     return dict(zip(log_vars, values / dist.get_world_size(), strict=True))
@@ -121,7 +121,7 @@ class Strategy(DeepSpeedStrategy):
         return built if torch.cuda.is_available() else revert_sync_batchnorm(built)
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
-        """mmengine's would then give every process the experts of the first one; DeepSpeed sends the others."""
+        """Initialises or loads the weights; mmengine's would then give every process the experts of the first one."""
         if hasattr(model, "init_weights"):
             model.init_weights()  # type: ignore[operator]
         if self._load_from is not None:
@@ -175,7 +175,7 @@ class Strategy(DeepSpeedStrategy):
             tensors |= resharding.gather_weights(self.model.averaged, resharding.AVERAGE)
         about, history = run_state.gather_state(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
         about["engine"] = engine
-        files.write(path, tensors, about, history, about["meta"]["iter"], self.layout)
+        files.write_checkpoint(path, tensors, about, history, about["meta"]["iter"], self.layout)
 
     def resume(self, filename: str, **kwargs: Any) -> dict[str, Any]:
         """Loads weights, optimizer and schedulers, at whatever layout they were saved; returns the runner's state.
@@ -204,8 +204,8 @@ class Strategy(DeepSpeedStrategy):
         return getattr(self, "param_schedulers", None) or []
 
     def whole_state_dict(self) -> dict[str, Tensor]:
-        """All weights of what is evaluated, on the CPU, experts under global ids; the same on every process, which all
-        must call it.
+        """Returns all weights of what is evaluated, on the CPU, experts under global ids: the same on every process.
+        Collective.
         """
         module, sharded = self.model.evaluated, self.model.zero_optimization_partition_weights()
         with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
@@ -221,7 +221,7 @@ class Strategy(DeepSpeedStrategy):
 
 @contextmanager
 def _scalars_sent() -> Iterator[None]:
-    """DeepSpeed cannot send a parameter without dimensions, such as ATSS's scales in mmdet: meanwhile it gets one."""
+    """Lends a dimension to parameters without any, such as ATSS's scales in mmdet: DeepSpeed cannot send them."""
     send = deepspeed.DeepSpeedEngine._broadcast_model
 
     def _broadcast_model(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -263,7 +263,7 @@ class Runner(FlexibleRunner):
         """
         self.call_hook("before_resume")
         if self._resume:
-            self.resume(str(files.intact(Path(self.work_dir), self.logger.warning)))
+            self.resume(str(files.newest_intact(Path(self.work_dir), self.logger.warning)))
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Goes on from the checkpoint folder `filename`."""

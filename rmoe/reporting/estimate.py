@@ -50,7 +50,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Most bytes at once."""
+        """Returns the most bytes at once."""
         return self.weights + self.average + self.optimizer + self.buckets + self.step
 
 
@@ -72,7 +72,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """Returns the sum."""
         return sum(asdict(self).values())
 
 
@@ -111,7 +111,7 @@ class Estimate:
 
 
 def estimate(cfg: Config, setting: Setting) -> Estimate:
-    """The cost of one training step of a config.
+    """Returns the cost of one training step of a config.
 
     Args:
         cfg: of a classifier, a segmentor of mmseg or a detector of mmdet; dense cores and data sets need not be there.
@@ -126,7 +126,7 @@ def estimate(cfg: Config, setting: Setting) -> Estimate:
 
 
 def share_out(work: Work) -> Estimate:
-    """The part of `estimate` that spreads the work over processes."""
+    """Spreads the work over processes: the second part of `estimate`."""
     setting, ep_size = work.setting, work.setting.ep_size or 1
     replicas = setting.processes // ep_size  # of each expert
     experts, experts_trained = work.experts // ep_size, work.experts_trained // ep_size
@@ -155,7 +155,7 @@ def share_out(work: Work) -> Estimate:
 
 
 def _others(processes: int) -> float:
-    """Share of a tensor that belongs to other processes than this one."""
+    """Returns the share of a tensor that belongs to other processes than this one."""
     return (processes - 1) / processes
 
 

@@ -129,7 +129,7 @@ def _inside(
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The rows for a terminal."""
+    """Returns the rows as a table for a terminal."""
     texts = ("task", "arm", "metric")
     heads = (*texts, "value", "majority", "train s", "device s", "GFLOP/step", "params", "active", "trainable")
     drawn = Table(title="value and majority in %; majority: always answering the commonest class")
@@ -143,7 +143,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def _majorities(runs: Sequence[Run]) -> list[dict[str, float]]:
-    """For each run; computed once for runs on the same data."""
+    """Returns, for each run, what its metrics give to the commonest class; computed once for runs on the same data."""
     known: dict[str, dict[str, float]] = {}
     keys = [str([run.config[f"{split}_dataloader"].dataset for split in ("train", "val")]) for run in runs]
     for key, run in zip(keys, runs, strict=True):

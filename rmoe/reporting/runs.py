@@ -27,8 +27,8 @@ from rmoe.reporting.pictures import Scene
 
 @dataclass(frozen=True)
 class Row:
-    """One run. Times in seconds; `value` and `majority` in percent, `majority` being what the metric gives to always
-    answering the commonest class of the training set."""
+    """One metric of a run. Times are in seconds; `value` and `majority` in percent, `majority` being what the metric
+    gives to always answering the commonest class of the training set."""
 
     arm: str
     task: str
@@ -107,7 +107,7 @@ class Run:
         self.arm: str = stage
 
     def rows(self, majority: Mapping[str, float]) -> list[Row]:
-        """The run in numbers, a row for each metric, with what that gives to the commonest class."""
+        """Returns the run in numbers, a row for each metric, with what that gives to the commonest class."""
         with user_errors(f"{self.folder}: cost.json is damaged, run the training again"):
             cost = json.loads(self._file("cost.json").read_text())
             measured = {field.name: cost[field.name] for field in fields(Row) if field.name in cost}
@@ -119,7 +119,7 @@ class Run:
             ]
 
     def values(self) -> dict[str, float]:
-        """By metric, in percent, as it was logged last; only those that were."""
+        """Returns the metrics, in percent, as they were logged last; only those that were."""
         logged: dict[str, Any] = {}
         for line in self._log():
             logged |= line
@@ -134,7 +134,7 @@ class Run:
         return found
 
     def train_loss(self) -> float | None:
-        """The task's loss, without the gates', as logged over the last tenth of the steps; None if it never was."""
+        """Returns the task's loss, without the gates', as logged over the last tenth of the steps; None if never."""
         lines = {line["step"]: line for line in self._log() if "loss" in line}
         if not lines:
             return None
@@ -143,18 +143,18 @@ class Run:
         return float(np.mean([line["loss"] - line.get("loss_moe_aux", 0.0) for line in late]))
 
     def dataset(self, split: str) -> Any:
-        """The data set of "train" or "val"."""
+        """Returns the data set of "train" or "val"."""
         with user_errors(f"{self.folder}: {split}_dataloader.dataset"):
             init_default_scope(self.config.default_scope)
             return DATASETS.build(self._dataset_config(split))
 
     def scenes(self, count: int) -> list[Scene]:
-        """At most `count` validation images, evenly spread."""
+        """Returns at most `count` validation images, evenly spread."""
         dataset = self.dataset("val")
         return [Scene(dataset, int(i)) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
 
     def model(self) -> nn.Module:
-        """The trained model on the CPU, in evaluation mode, in one process and without DeepSpeed's engine."""
+        """Returns the trained model on the CPU, in evaluation mode, in one process and without DeepSpeed's engine."""
         with user_errors(f"{self.folder}: its model and model.safetensors"):
             init_default_scope(self.config.default_scope)
             model = MODELS.build(for_one_process(self.config.model))
@@ -162,7 +162,7 @@ class Run:
             return model.eval()
 
     def _log(self) -> Iterator[dict[str, Any]]:
-        """Line by line; a step that a resumed run has done again is there twice."""
+        """Yields what was logged, line by line; a step that a resumed run has done again is there twice."""
         for log in sorted(self.folder.rglob("scalars.json")):
             with user_errors(f"{log} is damaged"):
                 lines = [json.loads(line) for line in log.read_text().splitlines()]
@@ -171,7 +171,7 @@ class Run:
             yield from lines
 
     def _dataset_config(self, split: str) -> Any:
-        """Without the wrapper that seeds its augmentations: a report draws none."""
+        """Returns a data set's config without the wrapper that seeds its augmentations: a report draws none."""
         config = self.config[f"{split}_dataloader"].dataset
         return config.get("dataset", config)
 

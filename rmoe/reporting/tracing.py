@@ -21,7 +21,7 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 
 def training_loss(model: Any, images: Mapping[str, Any]) -> Tensor:
-    """What training minimises: the model's losses and its gates'.
+    """Returns what training minimises: the sum of the model's losses and its gates'.
 
     Args:
         model: of mmengine's protocol, or a DeepSpeed engine around it.
@@ -78,7 +78,7 @@ class _LiveBytes(TorchDispatchMode):
             weakref.finalize(storage, self._events.append, (number, -size))
 
     def peaks(self, gradients: Iterable[Tensor | None]) -> tuple[int, tuple[int, int]]:
-        """Most bytes of others than `gradients` at once; bytes of gradients and of others at their common peak."""
+        """Returns the most bytes of others than `gradients` at once, and those of both at their common peak."""
         theirs = {self._numbers.get(x.untyped_storage()) for x in gradients if x is not None}
         now, highest, together = [0, 0], 0, (0, 0)  # gradients, others
         for number, size in self._events:
@@ -90,7 +90,8 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def without_values() -> Iterator[None]:
-    """Inside, tensors have no values; what only values can tell is even: masks keep all, experts are equally full."""
+    """Takes the values off tensors inside the block; what only values can tell is even: masks keep all, and experts
+    are equally full."""
     even = _Even()
     # FakeTensor's own would ask for values before any mode sees it.
     tolist = mock.patch.object(FakeTensor, "tolist", lambda x: even.shares(len(x)))
@@ -110,12 +111,12 @@ class _Even(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def shares(self, parts: int) -> list[int]:
-        """The last `bincount`, with its elements spread evenly over `parts` places."""
+        """Returns the last `bincount`, with its elements spread evenly over `parts` places."""
         return [self._counted // parts + (part < self._counted % parts) for part in range(parts)]
 
 
 def _all_kept(index: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """An index in which every mask is replaced by as many positions as it has elements."""
+    """Returns an index in which every mask is replaced by as many positions as it has elements."""
     found: list[Tensor | None] = []
     for part in index:
         if part is not None and part.dtype == torch.bool:

@@ -80,7 +80,7 @@ class Work:
 
 
 def run_once(cfg: Config, setting: Setting) -> Work:
-    """The part of `estimate` that builds and runs the model."""
+    """Builds and runs the model: the first part of an estimate."""
     if cfg.get("default_scope"):
         init_default_scope(cfg.default_scope)
     model = _build(cfg.model, "meta")
@@ -114,7 +114,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
 
 
 def _build(config: Mapping[str, Any], device: str) -> nn.Module:
-    """The model on the `device`, all experts in it."""
+    """Returns the model on the `device`, all experts in it."""
     with torch.device(device):
         model = revert_sync_batchnorm(MODELS.build(for_one_process(config)))
     model.train()  # which returns nothing in some of OpenMMLab's
@@ -147,8 +147,8 @@ def _filled_in(cfg: Config, setting: Setting, layers: Sequence[ResidualMoE]) -> 
 
 
 def _image_size(cfg: Config) -> tuple[int, int] | None:
-    """Of the training images: what a segmentor's preprocessor pads to, what a classifier's transform gives, or what a
-    detector is evaluated on, lying; its training has many sizes, few of them larger.
+    """Returns the size of the training images: what a segmentor's preprocessor pads to, what a classifier's transform
+    gives, or what a detector is evaluated on, lying; its training has many sizes, few of them larger.
     """
     size = (cfg.model.get("data_preprocessor") or {}).get("size")
     if size is None:
@@ -162,7 +162,7 @@ def _image_size(cfg: Config) -> tuple[int, int] | None:
 
 
 def _images(model: nn.Module, setting: Setting) -> dict[str, Any]:
-    """A training batch for `model`, as its preprocessor would hand it on."""
+    """Returns a training batch for `model`, as its preprocessor would hand it on."""
     assert setting.micro_batch is not None
     assert setting.image_size is not None
     if _detects(model):
@@ -180,7 +180,7 @@ def _images(model: nn.Module, setting: Setting) -> dict[str, Any]:
 
 
 def _tokens_of(layers: Sequence[ResidualMoE]) -> dict[ResidualMoE, int]:
-    """By layer, the tokens of its next call; filled in when it runs."""
+    """Returns by layer the tokens of its next call, which are filled in when it runs."""
     tokens: dict[ResidualMoE, int] = {}
 
     def note(layer: Any, inputs: tuple[Tensor]) -> None:
@@ -199,7 +199,7 @@ def _loss(model: nn.Module, images: dict[str, Any]) -> Tensor:
 
 
 def _rows(layer: ResidualMoE, tokens: int, setting: Setting) -> int:
-    """Bytes of the rows that a process gets for its experts."""
+    """Returns the bytes of the rows that a process gets for its experts."""
     return tokens * layer.config.top_k * layer.gate.weight.shape[1] * getattr(torch, setting.precision).itemsize
 
 

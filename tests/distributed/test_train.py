@@ -390,8 +390,8 @@ def test_a_gradient_that_is_not_a_number_stops_the_run(runs: Runs, stage: int) -
     ("name", "message"),
     [
         ("other schedule", "had a schedule with power 0.9, this PolyLR has 2.0"),
-        ("other rate", "had initial_lr 0.01 where this one has 0.02"),
-        ("other decay", "had weight_decay 0.05 where this one has 0.1"),
+        ("other rate", "made with optim_wrapper.optimizer.lr 0.01; this run has 0.02"),
+        ("other decay", "made with optim_wrapper.optimizer.weight_decay 0.05; this run has 0.1"),
     ],
 )
 def test_a_resumed_run_does_not_ignore_another_setting(runs: Runs, name: str, message: str) -> None:

@@ -558,7 +558,7 @@ def resumed(folder: Path, **changed: Any) -> list[str]:
     checkpoint = folder / "iter_2"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": before.pretty_text}}))
-    return changes.told(checkpoint, prepared(folder, **changed))
+    return changes.compare(checkpoint, prepared(folder, **changed))
 
 
 def test_what_a_resumed_run_may_not_change(tmp_path: Path) -> None:
@@ -585,7 +585,7 @@ def test_a_checkpoint_s_config_is_not_run(tmp_path: Path) -> None:
     for text in (f"open({str(tmp_path / 'ran')!r}, 'w')", "model = __import__('os').getcwd()", "model = (", "\0", 3):
         (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": text}}))
         with contextlib.suppress(UserError):
-            changes.told(checkpoint, prepared(tmp_path))
+            changes.compare(checkpoint, prepared(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 

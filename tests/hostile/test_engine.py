@@ -32,7 +32,7 @@ from rmoe.engine.checkpoint.files import (
     Layout,
     check_layout,
     complete_checkpoints,
-    intact,
+    newest_intact,
     put_in_place,
 )
 from rmoe.engine.checkpoint.weights import load_weights
@@ -54,7 +54,7 @@ NAN = float("nan")
 def made(folder: Path, iteration: int) -> Path:
     path = folder / f"iter_{iteration}"
     history = {"loss": torch.ones(2, 3, dtype=torch.float64)}
-    files.write(path, {"weight/a": torch.arange(9.0)}, {"x": 1}, history, iteration, LAYOUT)
+    files.write_checkpoint(path, {"weight/a": torch.arange(9.0)}, {"x": 1}, history, iteration, LAYOUT)
     return path
 
 
@@ -129,7 +129,7 @@ def test_markers(harm: str, tmp_path: Path) -> None:
     found, wrong = complete_checkpoints(tmp_path)
     assert found == [good]
     assert wrong == {bad: f"damaged ({MARKER} is not what was written)"}
-    assert intact(tmp_path, pytest.fail) == good
+    assert newest_intact(tmp_path, pytest.fail) == good
     for read in (lambda: check_layout(bad, LAYOUT), lambda: load_weights(ToyModel(), bad)):
         with pytest.raises(UserError, match=r"iter_2 is damaged \(complete.json"):
             read()
@@ -163,7 +163,7 @@ def test_json_of_other_kinds(name: str, harm: str, tmp_path: Path) -> None:
         if name == RUN:
             seal(bad)
     said = [f"{path} is {text}" for path, text in complete_checkpoints(tmp_path)[1].items()]
-    assert intact(tmp_path, said.append) == good
+    assert newest_intact(tmp_path, said.append) == good
     assert len(said) == 1
     assert name in said[0]
     with pytest.raises(UserError, match="iter_2 is (damaged|half written)"):
@@ -192,7 +192,7 @@ def test_tensors_that_are_none(name: str, harm: str, tmp_path: Path) -> None:
     (bad / name).write_bytes(HISTORIES[harm])
     seal(bad)
     said: list[str] = []
-    assert intact(tmp_path, said.append) == good
+    assert newest_intact(tmp_path, said.append) == good
     assert len(said) == 1
     assert name in said[0]
 
@@ -427,7 +427,7 @@ def test_names_that_are_taken(kind: str, tmp_path: Path) -> None:
     path.parent.mkdir()
     in_the_way(path, kind)
     with pytest.raises(UserError, match=r"iter_1 cannot be written: .*--resume"):
-        files.write(path, {"weight/a": torch.ones(1)}, {}, {}, 1, LAYOUT)
+        files.write_checkpoint(path, {"weight/a": torch.ones(1)}, {}, {}, 1, LAYOUT)
     assert (path if kind == "a file" else path.parent).read_text() == "mine"
     assert not list(tmp_path.rglob("*.partial"))
 

@@ -92,7 +92,7 @@ _BY_GROUP = ("base_values", "_last_value")  # of a scheduler: lists by group of 
 def gather_state(
     state: Mapping[str, Any], wrapper: BaseOptimWrapper, schedulers: list[Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint says of a run besides its tensors.
+    """Returns what a checkpoint says of a run besides its tensors.
 
     Args:
         state: `meta` and `message_hub`, the state of mmengine's message hub.
@@ -182,7 +182,7 @@ def _same_kind(own: Any, saved: Any) -> bool:
 
 
 def _arguments(kind: type) -> set[str]:
-    """The names of what a scheduler is made from."""
+    """Returns the names of the arguments that a scheduler is made from."""
     makers = [cls.__init__ for cls in kind.__mro__ if "__init__" in vars(cls)]  # type: ignore[misc]
     return {name for maker in makers for name in inspect.signature(maker).parameters} - {"last_step", "verbose"}
 
@@ -199,7 +199,7 @@ def relocate(info: dict[str, Any], folder: Path) -> None:
 
 
 def _plain_items(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that JSON can hold; what is not saved is said."""
+    """Returns those of the values that JSON can hold, and logs which are not saved."""
     kept = {}
     for key, value in values.items():
         try:

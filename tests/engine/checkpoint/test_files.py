@@ -23,9 +23,9 @@ from rmoe.engine.checkpoint.files import (
     Tensors,
     check_layout,
     complete_checkpoints,
-    intact,
+    newest_intact,
     read_run,
-    write,
+    write_checkpoint,
     write_weights,
 )
 from rmoe.engine.checkpoint.weights import load_weights
@@ -38,7 +38,9 @@ PART = "part_00000.safetensors"
 
 def made(path: Path, iteration: int = 1, **tensors: Tensor) -> Path:
     """A checkpoint as one process writes it."""
-    write(path, tensors or {"weight/a": torch.arange(9.0)}, {"x": 1}, {"loss": torch.ones(2, 3)}, iteration, LAYOUT)
+    write_checkpoint(
+        path, tensors or {"weight/a": torch.arange(9.0)}, {"x": 1}, {"loss": torch.ones(2, 3)}, iteration, LAYOUT
+    )
     return path
 
 
@@ -54,7 +56,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     about, history = read_run(path)
     assert about == {"x": 1}
     assert history["loss"].equal(torch.ones(2, 3))
-    assert intact(tmp_path, pytest.fail) == path
+    assert newest_intact(tmp_path, pytest.fail) == path
 
 
 def test_the_newest_whole_one_counts(tmp_path: Path) -> None:
@@ -76,7 +78,7 @@ def test_the_newest_whole_one_counts(tmp_path: Path) -> None:
         made(tmp_path / f"iter_{iteration}.pth", iteration)  # as they were called once
     found = [path.name for path in complete_checkpoints(tmp_path)[0]]
     assert found == ["iter_11.pth", "iter_10", "iter_10.pth", "iter_9", "iter_8"]
-    assert intact(tmp_path, pytest.fail).name == "iter_11.pth"
+    assert newest_intact(tmp_path, pytest.fail).name == "iter_11.pth"
 
 
 def test_an_old_one_lives_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,7 +92,7 @@ def test_an_old_one_lives_until_the_new_one_is_there(tmp_path: Path, monkeypatch
             patch.setattr(files, step, stop)
             with pytest.raises(KeyboardInterrupt):
                 made(path, 4, **{"weight/a": torch.ones(3)})
-        assert intact(tmp_path, pytest.fail).name.startswith("iter_4")
+        assert newest_intact(tmp_path, pytest.fail).name.startswith("iter_4")
         assert Tensors(path)["weight/a"].equal(torch.arange(9.0))
     made(path, 4, **{"weight/a": torch.ones(3)})
     assert Tensors(path)["weight/a"].equal(torch.ones(3))
@@ -109,7 +111,7 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(file: str, harm: str,
         (bad / file).write_bytes(data[:-1] if harm == "cut" else data)
     before = content(tmp_path)
     said: list[str] = [f"{path} is {what}" for path, what in complete_checkpoints(tmp_path)[1].items()]
-    assert intact(tmp_path, said.append) == good
+    assert newest_intact(tmp_path, said.append) == good
     assert len(said) == 1
     assert said[0].startswith(f"{bad} is ")
     assert file in said[0]
@@ -120,7 +122,7 @@ def test_none_is_left(tmp_path: Path) -> None:
     path = made(tmp_path / "iter_1")
     (path / RUN).write_text('{"x": 2}\n'.ljust((path / RUN).stat().st_size))
     with pytest.raises(UserError, match="every checkpoint in .* is damaged; move them away"):
-        intact(tmp_path, lambda said: None)
+        newest_intact(tmp_path, lambda said: None)
 
 
 @pytest.mark.parametrize("limit", [0, 300, 2000])
@@ -134,7 +136,7 @@ def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         with pytest.raises(UserError, match=r"iter_2 cannot be written: .*File too large.*--resume"):
-            write(tmp_path / "iter_2", small if limit > 300 else large, {"x": "y" * 3000}, {}, 2, LAYOUT)
+            write_checkpoint(tmp_path / "iter_2", small if limit > 300 else large, {"x": "y" * 3000}, {}, 2, LAYOUT)
         with pytest.raises(UserError, match=r"best.pth cannot be written"):
             write_weights(tmp_path / "best.pth", large)
     finally:
@@ -146,7 +148,7 @@ def test_a_work_dir_that_is_removed_meanwhile(tmp_path: Path) -> None:
     made(tmp_path / "work" / "iter_1")
     shutil.rmtree(tmp_path / "work")
     path = made(tmp_path / "work" / "iter_2", 2)
-    assert intact(tmp_path / "work", pytest.fail) == path
+    assert newest_intact(tmp_path / "work", pytest.fail) == path
 
 
 @pytest.mark.parametrize("function", ["mkdir", "write_text", "rename"])
