@@ -157,7 +157,7 @@ class CostHook(Hook):
         """Writes `cost.json`; collective, and the first process writes.
 
         Raises:
-            UserError: it cannot.
+            UserError: a file cannot be written.
         """
         peak, parameters, strategy = cost.peak_memory(), runner.strategy.parameters, runner.strategy
         devices, seconds = get_world_size(), self._sums["train_seconds"]
@@ -250,7 +250,7 @@ class ExportHook(Hook):
         """Writes the model; collective, and the first process writes.
 
         Raises:
-            UserError: it cannot.
+            UserError: a file cannot be written.
         """
         state, folder = runner.strategy.whole_state_dict(), Path(runner.work_dir)
         with all_or_none(folder / f"{export.MODEL}{PARTIAL}"):

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from toy import write_config, write_json
 
+from rmoe.engine.checkpoint.export import read_metadata
 from rmoe.engine.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -428,7 +429,13 @@ def test_the_cost_goes_on_after_a_resume(runs: Runs) -> None:
 
 def test_what_a_run_leaves(runs: Runs) -> None:
     folder = runs.folder / "pair ep2 2"
-    assert json.loads((folder / "model.json").read_text())["model"]["moe"]["ep_size"] == 2
+    about = json.loads((folder / "model.json").read_text())
+    assert about["model"]["moe"]["ep_size"] == 2
+    said = read_metadata(folder)
+    assert said["model"] == about["model"]
+    assert (said["stage"], said["classes"]) == ("residual", ["small", "large"])
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "model.json").stat().st_mode
+    assert not (folder / "backbone.safetensors").exists()
     assert any("deepspeed_experts.3." in key for key in runs.weights("pair ep2 2"))
     assert next(folder.glob("*/vis_data/events.out.tfevents.*")).stat().st_size > 0
     assert next(folder.glob("*/*.log")).read_text().count("Iter(train)") == 6

@@ -8,9 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from mmengine.config import Config
 from mmengine.logging import MessageHub
+from toy import write_config
 
 from rmoe.engine.hooks import CheckpointHook
+from rmoe.engine.prepare import prepare
 
 
 class Runner(SimpleNamespace):
@@ -66,3 +69,22 @@ def test_earlier_names_go_when_their_time_has_come(tmp_path: Path) -> None:
         run.iter = step - 1
         hook.after_train_iter(run, step - 1)
         assert names(tmp_path) == left
+
+
+@pytest.mark.parametrize(
+    ("hooks", "expected"),
+    [
+        ({}, {"type": "rmoe.CheckpointHook", "interval": 1}),
+        ({"checkpoint": None}, None),
+        ({"checkpoint": {"type": "CheckpointHook", "interval": 3}}, {"type": "rmoe.CheckpointHook", "interval": 3}),
+        ({"checkpoint": {"type": "mmengine.CheckpointHook"}}, {"type": "rmoe.CheckpointHook"}),
+    ],
+)
+def test_a_config_of_mmengine_gets_it(hooks: dict[str, Any], expected: Any, tmp_path: Path) -> None:
+    cfg = Config.fromfile(write_config(tmp_path / "toy_run.py"))
+    cfg.default_hooks, cfg.custom_hooks = hooks, [{"type": "CheckpointHook", "interval": 7}]
+    prepare(
+        cfg, {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 0}}, 1, tmp_path / "w", False
+    )
+    assert cfg.default_hooks.checkpoint == expected
+    assert {"type": "rmoe.CheckpointHook", "interval": 7} in cfg.custom_hooks
