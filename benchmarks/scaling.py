@@ -126,7 +126,7 @@ def _step(case: Case) -> Callable[[], None]:
 
     from rmoe.engine.ds_json import resolve
     from rmoe.engine.optim import param_groups
-    from rmoe.reporting.estimate import training_loss
+    from rmoe.reporting.tracing import training_loss
 
     moe = None
     if case["residual"] != "dense":

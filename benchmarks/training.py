@@ -15,7 +15,7 @@ from torch import nn
 
 import rmoe
 from rmoe.registry import MODELS
-from rmoe.reporting.estimate import training_loss
+from rmoe.reporting.tracing import training_loss
 
 CONFIGS = Path(rmoe.__file__).parent / "configs"
 TASKS = {

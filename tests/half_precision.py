@@ -109,11 +109,11 @@ def train(
     norms, scales, own = [], [], ROWS // world // accumulation
     for step, (rows, labels) in enumerate(batches()):
         if resume is not None and step == OVERFLOW + 1:
-            tensors, about = resharding.gather(engine)
+            tensors, about = resharding.gather_tensors(engine)
             gathered: list[Any] = [None] * world
             dist.all_gather_object(gathered, tensors)
             engine = initialize(resume, moe, clip, accumulation, more)
-            resharding.restore(
+            resharding.restore_tensors(
                 engine, {key: x for one in gathered for key, x in one.items()}, json.loads(json.dumps(about))
             )
         scaler = loss_scaler(engine)

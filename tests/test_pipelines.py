@@ -61,9 +61,9 @@ def test_a_complete_run_is_skipped_unless_something_changed(tmp_path, monkeypatc
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     with pytest.raises(Failed):
         training(tmp_path, monkeypatch, "pass").run()
-    (tmp_path / "run" / "iter_5.pth").touch()
+    (tmp_path / "run" / "iter_5").touch()
     training(tmp_path, monkeypatch, FINISHES).run()
-    assert (tmp_path / "run" / "iter_5.pth").exists()
+    assert (tmp_path / "run" / "iter_5").exists()
 
 
 def test_a_failure_shows_the_command_the_log_and_the_code(tmp_path, monkeypatch):

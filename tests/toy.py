@@ -155,7 +155,7 @@ class ResaveHook(Hook):
     def before_train(self, runner: Any) -> None:
         if runner.iter:
             meta = {"epoch": runner.epoch, "iter": runner.iter}
-            runner.save_checkpoint(runner.work_dir, f"again_{runner.iter}.pth", meta=meta)
+            runner.save_checkpoint(runner.work_dir, f"again_{runner.iter}", meta=meta)
 
 
 class FullDiskHook(Hook):

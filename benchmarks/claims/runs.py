@@ -19,7 +19,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks.claims.arms import ANALYSED, CATEGORIES, HEADLINE, MODEL, TASKS, UPSTREAM, Arm, Size
 from benchmarks.common import Row
 from rmoe.pipelines import Training, installed
-from rmoe.reporting.report import Run, analyze
+from rmoe.reporting.report import analyze
+from rmoe.reporting.runs import Run
 
 BASES = Path("rmoe/configs/demo")
 JSON = "ds_configs/zero0.json"

@@ -13,7 +13,7 @@ from benchmarks.claims.arms import Arm, Size
 from benchmarks.claims.runs import Key
 from benchmarks.common import Row
 from rmoe.pipelines import Training
-from rmoe.reporting.report import Run
+from rmoe.reporting.runs import Run
 
 REFERENCES = ("dense", "moe", "residual", "dense_core_longer")  # what arms are compared with
 

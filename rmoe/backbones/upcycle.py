@@ -19,7 +19,7 @@ from rmoe.moe.state import roles
 
 
 @dataclass(frozen=True)
-class Report:
+class UpcycleReport:
     """What `upcycle` did.
 
     Attributes:
@@ -46,7 +46,7 @@ class Upcycled(NamedTuple):
     """The model and what was done to it."""
 
     model: nn.Module
-    report: Report
+    report: UpcycleReport
 
 
 def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) -> Upcycled:
@@ -157,10 +157,10 @@ def _stage(name: str) -> str:
     return ".".join(parts[:last])
 
 
-def _report(model: nn.Module, blocks: list[str], dense: list[str]) -> Report:
+def _report(model: nn.Module, blocks: list[str], dense: list[str]) -> UpcycleReport:
     role_of, parameters = roles(model), {"core": 0, "residual": 0, "gate": 0, "other": 0}
     trainable = dict(parameters)
     for name, parameter in model.named_parameters():
         parameters[role_of[name]] += parameter.numel()
         trainable[role_of[name]] += parameter.numel() * parameter.requires_grad
-    return Report(tuple(blocks), tuple(dense), parameters, trainable)
+    return UpcycleReport(tuple(blocks), tuple(dense), parameters, trainable)

@@ -27,7 +27,7 @@ _TOLD = ("train_cfg", "optim_wrapper.clip_grad", "train_dataloader", "custom_hoo
 _FREE = {"core", "init_cfg", "pretrained", "checkpoint", "ep_size", "exchange", "recompute", "with_cp"}
 
 
-def told(path: Path, cfg: Any) -> list[str]:
+def compare(path: Path, cfg: Any) -> list[str]:
     """Compares a config with that of the checkpoint `path`.
 
     Returns:

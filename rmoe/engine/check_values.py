@@ -24,7 +24,7 @@ class Rule:
 
 
 def is_number(value: Any) -> bool:
-    """Whether `value` is a finite number, and no boolean."""
+    """Returns whether `value` is a finite number, and no boolean."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -81,7 +81,7 @@ def counted_flops(result: list[int]) -> Iterator[None]:
 
 
 def peak_memory() -> int:
-    """Most bytes that one process has held so far, over all processes: device memory, on a CPU resident memory."""
+    """Returns the most bytes that any process has held so far: of device memory or, on a CPU, of resident memory."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
     else:
@@ -93,7 +93,7 @@ def peak_memory() -> int:
 
 
 def device_kind() -> str:
-    """Name of the GPU, or of the CPU as the kernel gives it."""
+    """Returns the name of the GPU, or of the CPU as the kernel gives it."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     try:
@@ -105,7 +105,7 @@ def device_kind() -> str:
 
 
 def software() -> dict[str, Any]:
-    """Versions of what computes, and the commit where this is a git checkout (`-dirty`: with changes)."""
+    """Returns the versions of what computes, and the commit where this is a git checkout (`-dirty`: with changes)."""
     found: dict[str, Any] = {"python": platform.python_version()} | {name: version(name) for name in _PACKAGES}
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

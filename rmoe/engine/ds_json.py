@@ -201,7 +201,7 @@ class _Asked(dict[str, Any]):
 def resolve(
     content: Mapping[str, Any], *, batch_size: int, accumulation: int, max_norm: float, processes: int
 ) -> dict[str, Any]:
-    """The file's content with numbers for every "auto": batch sizes, accumulation and clipping are always explicit.
+    """Returns the file's content with a number for every "auto": batch sizes, accumulation and clipping are explicit.
 
     Args:
         content: what `read_json` returned.
@@ -241,11 +241,11 @@ def resolve(
 
 
 def zero_stage(content: Mapping[str, Any]) -> int:
-    """ZeRO stage that a DeepSpeed JSON asks for."""
+    """Returns the ZeRO stage that a DeepSpeed JSON asks for."""
     return int(content.get("zero_optimization", {}).get("stage", 0))
 
 
 def precision(content: Mapping[str, Any]) -> str:
-    """Number format that matrix products are computed in."""
+    """Returns the number format that matrix products are computed in."""
     autocast = content.get("torch_autocast", {})
     return str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else "float32"

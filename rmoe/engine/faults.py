@@ -71,7 +71,7 @@ class Signals:
 
 
 class PreemptionHook(Hook):
-    """Before each step the processes ask each other whether one was told to leave; then all save and leave.
+    """Lets the processes ask each other, before each step, whether one was told to leave; then all save and leave.
 
     It costs one all-reduce of a number in each step. Everything that belongs to the steps before, evaluation included,
     is done by then.
@@ -90,7 +90,7 @@ class PreemptionHook(Hook):
         self._start = runner.iter
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Collective.
+        """Asks all processes; collective.
 
         Raises:
             Preempted: on all processes.
@@ -103,7 +103,7 @@ class PreemptionHook(Hook):
             raise Preempted(f"{signal.Signals(number).name} after step {runner.iter}: {self._save(runner)}")
 
     def _save(self, runner: Any) -> str:
-        """Through the run's own checkpoint hook, which keeps count of the old ones."""
+        """Saves through the run's own checkpoint hook, which counts the old ones; returns what is saved."""
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
             return "a loop over epochs goes on from its last checkpoint"
         saver = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
@@ -165,7 +165,7 @@ class Watch:
         self._progress = None
 
     def explain(self, error: BaseException | None = None) -> str:
-        """Who is the cause of `error`, or of the standstill. Takes a few heartbeats.
+        """Finds who is the cause of `error`, or of the standstill. It takes a few heartbeats.
 
         Returns:
             One line.
@@ -220,7 +220,7 @@ class Watch:
             leave(text)
 
     def _try_to_beat(self, ended: str = "") -> None:
-        """A heart that cannot be heard must not stop the clock: whatever happens is told once."""
+        """Writes a heartbeat if it can. Whatever goes wrong must not stop the clock, and is told once."""
         try:
             self._beat(ended)
         except Exception as error:
@@ -249,7 +249,7 @@ class Watch:
                 os.close(descriptor)
 
     def _read(self) -> dict[int, dict[str, Any]]:
-        """By rank; one that cannot be read is left out."""
+        """Returns the heartbeats by rank, without those that cannot be read."""
         found = {}
         for rank in range(self._processes):
             with contextlib.suppress(OSError, ValueError, RecursionError, KeyError, TypeError):
@@ -268,41 +268,41 @@ class WatchHook(Hook):
         self._watch = watch
 
     def before_train(self, runner: Any) -> None:
-        """From here on a standstill ends the process."""
+        """Starts the clock: from here on a standstill ends the process."""
         self._watch.step(runner.iter)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """The step and its checkpoint are done."""
+        """Notes that the step and its checkpoint are done."""
         self._watch.step(runner.iter + 1)
 
     def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """A batch has been evaluated."""
+        """Notes that a batch has been evaluated."""
         self._watch.step(runner.iter)
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """The metrics are computed."""
+        """Notes that the metrics are computed."""
         self._watch.step(runner.iter)
 
     def after_train(self, runner: Any) -> None:
-        """The whole model is written."""
+        """Stops the clock: the whole model is written."""
         self._watch.rest()
 
 
 def limit_groups(timeout: float) -> None:
-    """Makes `timeout` seconds what new process groups wait: DeepSpeed makes its own with torch's default, half an
-    hour.
+    """Sets how long new process groups wait to `timeout` seconds: DeepSpeed makes its own with torch's default, half
+    an hour.
     """
     distributed_c10d.default_pg_timeout = timedelta(seconds=timeout)
     distributed_c10d.default_pg_nccl_timeout = timedelta(seconds=timeout)
 
 
 def limit_group(timeout: float) -> None:
-    """The same for the group of all processes, once they have met."""
+    """Sets the same for the group of all processes, once they have met."""
     distributed_c10d._set_pg_timeout(timedelta(seconds=timeout))
 
 
 def of_a_collective(error: BaseException) -> bool:
-    """Whether `error` says that the other processes cannot be reached, and nothing about this one."""
+    """Returns whether `error` says that the other processes cannot be reached, and nothing about this one."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "peer"))
     )
@@ -320,8 +320,8 @@ def leave(text: str) -> NoReturn:
 
 
 def spare_worker(worker_id: int) -> None:
-    """Start of a loader's worker: a scheduler's SIGTERM goes to all processes of a job, but the worker is needed until
-    its own process has saved, and ends with that one.
+    """Lets a loader's worker, which is starting, outlive a scheduler's SIGTERM to all processes of a job: it is needed
+    until its own process has saved, and ends with that one.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     threading.Thread(target=_end_on_request, daemon=True).start()
@@ -334,7 +334,7 @@ def _end_on_request() -> None:
 
 
 def _stacks(main: int) -> tuple[bool, str]:
-    """Whether a thread of this process waits for others, and where the main one is."""
+    """Returns whether a thread of this process waits for others, and where the main one is."""
     frames = sys._current_frames()
     waits = any(_in_collective(frame) for thread, frame in frames.items() if thread != threading.get_ident())
     top = frames.get(main)

@@ -5,31 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import all_reduce_params, get_world_size, is_main_process
+from mmengine.hooks import CheckpointHook as MMCheckpointHook
 from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
 
 from rmoe.engine import cost
-from rmoe.engine.checkpoint.files import PARTIAL, all_or_none
+from rmoe.engine.checkpoint.files import PARTIAL, all_or_none, export
 from rmoe.engine.ds_json import precision, zero_stage
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers
 from rmoe.registry import HOOKS
 
+_FILE = ".pth"  # suffix of a file of weights
+
 
 class RunningStatsHook(Hook):
-    """After each step, the running statistics of batch and instance norms are the mean of the processes'.
+    """Sets the running statistics of batch and instance norms, after each step, to the mean of the processes'.
 
     DeepSpeed leaves each process its own, and checkpoints and `model.safetensors` would have those of the first alone.
     Synchronised batch norm has the same ones everywhere and is left to itself.
@@ -44,13 +47,13 @@ class RunningStatsHook(Hook):
         self._stats = [stat for norm in own for stat in (norm.running_mean, norm.running_var)]
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """One all-reduce of all of them."""
+        """Averages all of them by one all-reduce."""
         if self._stats:
             all_reduce_params(self._stats, coalesce=True, op="mean")
 
 
 class LocalExpertsHook(Hook):
-    """Every process holds all experts while it evaluates, so that processes may run different batches."""
+    """Gives every process all experts while it evaluates, so that processes may run different batches."""
 
     priority = "HIGHEST"  # the first after an evaluation: the best checkpoint is saved by a later hook
 
@@ -58,15 +61,15 @@ class LocalExpertsHook(Hook):
         self._open = ExitStack()
 
     def before_val_epoch(self, runner: Any) -> None:
-        """Collective over the expert groups."""
+        """Gathers the experts; collective over the expert groups."""
         self._open.enter_context(local_experts(runner.model.evaluated))
 
     def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """Processes may train again."""
+        """Releases them, so that processes may train again."""
         self._open.close()
 
     def restore_terminal(self, runner: Any) -> None:
-        """Called by our runner at the end, whatever that was: an evaluation may have failed."""
+        """Releases them at the end, whatever that was: an evaluation may have failed. Our runner calls it."""
         self._open.close()
 
     before_test_epoch, after_test_epoch = before_val_epoch, after_val_epoch
@@ -99,16 +102,16 @@ class EMAHook(Hook):
         self._momentum = momentum
 
     def before_resume(self, runner: Any) -> None:
-        """Called by our runner before it loads a checkpoint, which also loads the average."""
+        """Makes the average. Our runner calls it before it loads a checkpoint, which may have one."""
         self._average = ExponentialMovingAverage(runner.model.module, self._momentum)
         runner.model.averaged = self._average.module.eval()
 
     def before_train(self, runner: Any) -> None:
-        """How many steps are in the average already."""
+        """Tells the average how many steps are in it already."""
         self._average.steps.fill_(runner.model.global_steps)
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Once for each step of the optimizer."""
+        """Updates the average once for each step of the optimizer."""
         if (runner.iter + 1) % runner.strategy.layout.accumulation == 0:
             self._average.update_parameters(runner.model.module)
 
@@ -129,7 +132,7 @@ class CostHook(Hook):
         self._flops: list[int] = []
 
     def before_train(self, runner: Any) -> None:
-        """From where the checkpoint left off, if there is one."""
+        """Goes on from the sums of the checkpoint, if there is one."""
         empty = {"train_seconds": 0.0, "steps": 0, "images": 0, "flops_per_step": None, "flops_step": None}
         self._sums: dict[str, Any] = dict(runner.message_hub.runtime_info.get(self._KEY, empty))
 
@@ -150,10 +153,10 @@ class CostHook(Hook):
         runner.message_hub.update_info(self._KEY, dict(self._sums))
 
     def after_train(self, runner: Any) -> None:
-        """Collective; the first process writes.
+        """Writes `cost.json`; collective, and the first process writes.
 
         Raises:
-            UserError: it cannot.
+            UserError: a file cannot be written.
         """
         peak, parameters, strategy = cost.peak_memory(), runner.strategy.parameters, runner.strategy
         devices, seconds = get_world_size(), self._sums["train_seconds"]
@@ -179,29 +182,88 @@ class CostHook(Hook):
                 write_json(path, content)
 
 
+@HOOKS.register_module()
+class CheckpointHook(MMCheckpointHook):
+    """Saves as mmengine's hook does, and calls a training checkpoint, which is a folder, `iter_N` or `epoch_N`, and a
+    file of the best weights `best_METRIC_iter_N.pth`.
+
+    A run may have begun when its folders were called `iter_N.pth`: `max_keep_ckpts` counts and removes those too.
+
+    Args:
+        filename_tmpl: another name for folders, with `{}` for N.
+        **kwargs: those of mmengine's hook.
+    """
+
+    filename_tmpl: str
+
+    def __init__(self, filename_tmpl: str | None = None, **kwargs: Any) -> None:
+        super().__init__(filename_tmpl=filename_tmpl, **kwargs)
+        if filename_tmpl is None and self.save_optimizer:
+            self.filename_tmpl = self.filename_tmpl.removesuffix(_FILE)
+        self._template = self.filename_tmpl
+
+    def before_train(self, runner: Any) -> None:
+        """Prepares to save; removes what is kept no longer where `max_keep_ckpts` is smaller than before."""
+        kept = [*runner.message_hub.runtime_info.get("keep_ckpt_ids", ())]
+        super().before_train(runner)
+        self._remove_old_names(kept)
+
+    def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict[str, Any]) -> None:
+        kept = [*getattr(self, "keep_ckpt_ids", ())]
+        self.filename_tmpl = self._template
+        super()._save_checkpoint_with_step(runner, step, meta)
+        self._remove_old_names(kept)
+
+    def _save_best_checkpoint(self, runner: Any, metrics: dict[str, Any]) -> None:
+        self.filename_tmpl = self._template.removesuffix(_FILE) + _FILE
+        super()._save_best_checkpoint(runner, metrics)
+        self.filename_tmpl = self._template
+
+    def _remove_old_names(self, kept: Iterable[int]) -> None:
+        """Removes the folder `iter_N.pth` of every N of `kept` that is not kept any more."""
+        if self.max_keep_ckpts > 0 and is_main_process():
+            for step in set(kept).difference(self.keep_ckpt_ids):
+                shutil.rmtree(Path(self.out_dir) / (self._template.format(step) + _FILE), ignore_errors=True)
+
+
 class ExportHook(Hook):
-    """Leaves `model.safetensors`, the whole model, and `model.json`, what it is, in the work dir.
+    """Leaves in the work dir `model.safetensors`, the whole model, `model.json`, what it is, and of a dense timm model
+    `backbone.safetensors`; see `rmoe.engine.checkpoint.files.export`.
 
     Args:
         stage: of the pipeline, as the config says.
     """
 
+    _KEY = "core_sha256"  # in the message hub, whose content is part of a checkpoint
+
     def __init__(self, stage: str | None = None) -> None:
         self._stage = stage
 
+    def before_train(self, runner: Any) -> None:
+        """Notes which core the run has started from; the file may be another one at its end, or when it is resumed."""
+        known = self._KEY in runner.message_hub.runtime_info or not is_main_process()
+        if not known and (digest := export.core_sha256(runner.cfg.model)):
+            runner.message_hub.update_info(self._KEY, digest)
+
     def after_train(self, runner: Any) -> None:
-        """Collective; the first process writes.
+        """Writes the model; collective, and the first process writes.
 
         Raises:
-            UserError: it cannot.
+            UserError: a file cannot be written.
         """
         state, folder = runner.strategy.whole_state_dict(), Path(runner.work_dir)
-        partial = folder / f"model.safetensors{PARTIAL}"
-        with all_or_none(partial):
+        with all_or_none(folder / f"{export.MODEL}{PARTIAL}"):
             if is_main_process():
-                save_file({key: x.contiguous() for key, x in state.items()}, partial)
-                os.replace(partial, folder / "model.safetensors")
-                about = {"stage": self._stage, "iterations": runner.iter, "model": _plain(runner.cfg.model.to_dict())}
+                config = _plain(runner.cfg.model.to_dict())
+                export.write_model(
+                    folder,
+                    state,
+                    config,
+                    stage=self._stage,
+                    classes=(getattr(runner.train_loop.dataloader.dataset, "metainfo", None) or {}).get("classes"),
+                    core_sha256=runner.message_hub.runtime_info.get(self._KEY),
+                )
+                about = {"stage": self._stage, "iterations": runner.iter, "model": config}
                 write_json(folder / "model.json", about)
 
 
@@ -305,14 +367,14 @@ class ProgressHook(Hook):
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes aside, then renames."""
+    """Writes a JSON file aside, then renames it."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(content, indent=1) + "\n")
     os.replace(partial, path)
 
 
 def _samples(batch: Any) -> int:
-    """Of a collated batch: a dict of lists or tensors, or a sequence of them."""
+    """Returns the number of samples of a collated batch: a dict of lists or tensors, or a sequence of them."""
     first = (
         next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0] if isinstance(batch, Sequence) else batch
     )
@@ -320,7 +382,7 @@ def _samples(batch: Any) -> int:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it; classes by their names."""
+    """Returns `value` as JSON can hold it, and classes by their names."""
     if isinstance(value, Mapping):
         return {str(key): _plain(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

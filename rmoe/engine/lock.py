@@ -150,7 +150,7 @@ class Lock:
 
 
 def check_folder(folder: Path, option: str = "--work-dir") -> None:
-    """Sees whether a folder for results can be made and written; nothing is made yet.
+    """Checks that a folder for results can be made and written; nothing is made yet.
 
     Raises:
         UserError: it cannot; `option` of the command line names another.

@@ -45,7 +45,7 @@ def param_groups(
     bias_lr_mult: float = 1.0,
     custom_keys: Mapping[str, Mapping[str, float]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The groups to build an optimizer from, as few as can be: DeepSpeed's steps get slower with every group.
+    """Returns the groups to build an optimizer from, as few as can be: each makes DeepSpeed's steps slower.
 
     Frozen parameters are in none. Experts are in groups of their own, marked for DeepSpeed.
 
@@ -149,7 +149,7 @@ class ParamGroups:
         return DeepSpeedOptimWrapper(optimizer)
 
     def _check_values(self) -> None:
-        """Where the optimizer's default is a number, or several, a number must be given: it looks at few of them."""
+        """Checks that numbers are given where the optimizer's defaults are numbers: torch looks at few of them."""
         kind = self._optimizer.get("type")
         maker = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
         defaults = {} if maker is None else {x.name: x.default for x in inspect.signature(maker).parameters.values()}
@@ -161,7 +161,7 @@ class ParamGroups:
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """(owner, full name, parameter), each parameter once."""
+    """Yields (owner, full name, parameter), each parameter once."""
     seen: set[nn.Parameter] = set()
     for prefix, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -181,7 +181,7 @@ def _is_head(model: nn.Module, name: str) -> bool:
 
 
 def _undecayed(model: nn.Module) -> set[str]:
-    """Names of position tables and tokens, and what any submodule's `no_weight_decay()` lists."""
+    """Returns the names of position tables and tokens, and what any submodule's `no_weight_decay()` lists."""
     named = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in _TABLES}
     for prefix, module in model.named_modules():
         if hasattr(module, "no_weight_decay"):
@@ -203,7 +203,7 @@ def _report_shared(model: nn.Module) -> None:
 
 
 def _checked_custom_keys(custom_keys: Mapping[str, Mapping[str, float]]) -> dict[str, Mapping[str, float]]:
-    """The custom keys, longest first.
+    """Returns the custom keys, longest first.
 
     A key that matches nothing is let pass: stock configs list what only some backbones have.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from rmoe.engine.check_values import check_values
 from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
+from rmoe.engine.model_config import moe_dicts
 from rmoe.engine.processes import backend
 from rmoe.errors import UserError, nearest
 
@@ -86,21 +87,8 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     _add_tensorboard(cfg)
     _add_hooks(cfg, notes)
     if cfg.resume:
-        notes += changes.told(Path(cfg.resume), cfg)
+        notes += changes.compare(Path(cfg.resume), cfg)
     return notes
-
-
-def moe_dicts(node: Any) -> Iterator[Mapping[str, Any]]:
-    """Yields every dict named `moe`, wherever in a model's config; an empty one is a mixture with the defaults."""
-    if isinstance(node, Mapping):
-        for key, value in node.items():
-            if key == "moe" and isinstance(value, Mapping):
-                yield value
-            else:
-                yield from moe_dicts(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from moe_dicts(value)
 
 
 def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> None:
@@ -118,7 +106,7 @@ def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> 
 
 
 def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """DeepSpeed's config; what of `cfg.optim_wrapper` is DeepSpeed's business goes there."""
+    """Returns DeepSpeed's config, which takes over what of `cfg.optim_wrapper` is DeepSpeed's business."""
     wrapper = cfg.optim_wrapper
     for key in wrapper:
         if key not in _WRAPPER_KEYS:
@@ -142,9 +130,9 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
 
 
 def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str | bool:
-    """The newest checkpoint of the work dir, or False; which one is intact is found out together."""
+    """Returns the newest checkpoint of the work dir, or False; the processes find out together which one is intact."""
     folder = Path(cfg.work_dir)
-    found, wrong = files.whole(folder)
+    found, wrong = files.complete_checkpoints(folder)
     there = [*found, *(path for path in wrong if (path / files.MARKER).exists())]
     if there and not resume:
         raise UserError(f"{there[0]} is there already; give --resume to go on from it, or another --work-dir")
@@ -166,7 +154,7 @@ def check_unused(cfg: Config) -> None:
     Raises:
         UserError: one is there, and this run is to start anew.
     """
-    if not cfg.resume and (found := files.whole(Path(cfg.work_dir))[0]):
+    if not cfg.resume and (found := files.complete_checkpoints(Path(cfg.work_dir))[0]):
         raise UserError(
             f"another run has left {found[0]} meanwhile; start again with --resume, or give another --work-dir"
         )
@@ -185,7 +173,7 @@ def _seed_data(loader: ConfigDict, seed: int, notes: list[str]) -> None:
 
 
 def _short(kind: Any) -> str:
-    """The name of a registered class, without its package."""
+    """Returns the name of a registered class, without its package."""
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
@@ -218,9 +206,14 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
             raise UserError(f"custom_hooks has mmengine's EMAHook, whose average checkpoints lack; write {ours_is}")
         if hook["type"] == "rmoe.EMAHook" and ds_json.zero_stage(cfg.strategy.config) == 3:
             raise UserError("rmoe.EMAHook averages whole weights, which zero_optimization.stage 3 splits; use stage 2")
-    saver = (cfg.get("default_hooks") or {}).get("checkpoint") or {}
+    # mmengine's default, unless the config has another or, by None, no checkpoints.
+    cfg.default_hooks = {"checkpoint": {"type": "CheckpointHook", "interval": 1}, **(cfg.get("default_hooks") or {})}
+    saver = cfg.default_hooks.checkpoint or {}
+    for hook in (saver, *custom):
+        if _short(hook.get("type", "")) == "CheckpointHook":
+            hook["type"] = "rmoe.CheckpointHook"
     if saver.get("max_keep_ckpts") == 1:
         # mmengine removes the old one before it writes the new one.
         notes.append("max_keep_ckpts 1 could leave no checkpoint when a run is killed: keeping 2")
-        cfg.default_hooks.checkpoint.max_keep_ckpts = 2
+        saver["max_keep_ckpts"] = 2
     cfg.custom_hooks = ours[:1] + custom + ours[1:]  # what an average of weights takes along is in order by then

@@ -142,7 +142,7 @@ def join(timeout: float) -> None:
 
 
 def _check_port() -> None:
-    """Sees whether the first process can listen there, unless its launcher does already."""
+    """Checks that the first process can listen there, unless its launcher does already."""
     met = torch.distributed.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if met or os.environ["RANK"] != "0":
         return

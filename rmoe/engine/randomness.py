@@ -35,7 +35,7 @@ class Draw(int):
     position: int
 
     def __new__(cls, index: int, position: int) -> Draw:
-        """The draw of sample `index`."""
+        """Makes the draw of sample `index`."""
         draw = super().__new__(cls, index)
         draw.position = position
         return draw
@@ -142,12 +142,12 @@ class StepSeedHook(Hook):
         self._seed = seed
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
-        """Before the step's forward pass; the batch has been loaded."""
+        """Seeds before the step's forward pass; the batch has been loaded."""
         seed_everything(derived_seed(self._seed, "step", runner.iter, get_dist_info()[0]))
 
 
 def derived_seed(*parts: int | str) -> int:
-    """A seed of 63 bits, another for other parts."""
+    """Returns a seed of 63 bits, another for other parts."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "little") >> 1
 
 
@@ -160,7 +160,7 @@ def seed_everything(seed: int) -> None:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Inside, Python's, numpy's and torch's CPU generators are seeded; afterwards they are as they were before."""
+    """Seeds Python's, numpy's and torch's CPU generators inside the block; afterwards they are as they were before."""
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     random.seed(seed)
     np.random.seed(seed % 2**32)

@@ -196,7 +196,7 @@ def _import_registries() -> None:
 
 
 def _evaluates(found: Any) -> bool:
-    """Whether the module of a class, or of one that it inherits from, calls eval or exec."""
+    """Returns whether the module of a class, or of one that it inherits from, calls eval or exec."""
     classes = found.__mro__ if inspect.isclass(found) else (found,)
     modules = {getattr(one, "__module__", "") for one in classes}
     return any(_calls_eval(module) for module in modules if module.split(".")[0] in _SCOPES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -47,11 +48,11 @@ class Engine(MMDeepSpeedEngineWrapper):
 
     @property
     def evaluated(self) -> nn.Module:
-        """The model to evaluate and to export."""
+        """Returns the model to evaluate and to export."""
         return self.model.module if self.averaged is None else self.averaged
 
     def train_step(self, data: Any, optim_wrapper: BaseOptimWrapper) -> dict[str, Tensor]:
-        """One iteration; the gates' losses join the model's as `loss_moe_aux`.
+        """Runs one iteration; the gates' losses join the model's as `loss_moe_aux`.
 
         Returns:
             What the model reports, averaged over all processes, and `grad_norm`, before clipping.
@@ -78,14 +79,14 @@ class Engine(MMDeepSpeedEngineWrapper):
         return log_vars
 
     def val_step(self, data: Any) -> list[Any]:
-        """Predictions, computed in float32 whatever training is computed in: metrics and box operations need it."""
+        """Returns predictions, in float32 whatever training is computed in: metrics and box operations need it."""
         return self.evaluated(**self.model.module.data_preprocessor(data, False), mode="predict")
 
     test_step = val_step
 
 
 def _averaged(log_vars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Over the processes. If one of them has a value that is not finite, all of them get one, and stop together."""
+    """Averages over the processes. If one of them has a value that is not finite, all get one, and stop together."""
     values = torch.stack([torch.as_tensor(value).detach().float() for value in log_vars.values()])
     dist.all_reduce(values)
     return dict(zip(log_vars, values / dist.get_world_size(), strict=True))
@@ -120,7 +121,7 @@ class Strategy(DeepSpeedStrategy):
         return built if torch.cuda.is_available() else revert_sync_batchnorm(built)
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
-        """mmengine's would then give every process the experts of the first one; DeepSpeed sends the others."""
+        """Initialises or loads the weights; mmengine's would then give every process the experts of the first one."""
         if hasattr(model, "init_weights"):
             with user_errors("model, its init_cfg and its core"):
                 model.init_weights()  # type: ignore[operator]
@@ -170,12 +171,12 @@ class Strategy(DeepSpeedStrategy):
         if not save_optimizer:
             files.write_weights(path, self.whole_state_dict())
             return
-        tensors, engine = resharding.gather(self.model.model)
+        tensors, engine = resharding.gather_tensors(self.model.model)
         if self.model.averaged is not None:
             tensors |= resharding.gather_weights(self.model.averaged, resharding.AVERAGE)
-        about, history = run_state.collect(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
+        about, history = run_state.gather_state(extra_ckpt or {}, self.optim_wrapper, self._schedulers())
         about["engine"] = engine
-        files.write(path, tensors, about, history, about["meta"]["iter"], self.layout)
+        files.write_checkpoint(path, tensors, about, history, about["meta"]["iter"], self.layout)
 
     def resume(self, filename: str, **kwargs: Any) -> dict[str, Any]:
         """Loads weights, optimizer and schedulers, at whatever layout they were saved; returns the runner's state.
@@ -195,17 +196,17 @@ class Strategy(DeepSpeedStrategy):
                 f"{path} has {which} average of the weights: {todo} rmoe.EMAHook in custom_hooks to go on from it, or "
                 f"start a new run: another --work-dir and --cfg-options load_from={path}"
             )
-        resharding.restore(self.model.model, tensors, about["engine"])
+        resharding.restore_tensors(self.model.model, tensors, about["engine"])
         if averaged is not None:
             resharding.restore_weights(averaged, tensors, resharding.AVERAGE)
-        return run_state.restore(about, history, self.optim_wrapper, self._schedulers())
+        return run_state.restore_state(about, history, self.optim_wrapper, self._schedulers())
 
     def _schedulers(self) -> list[Any]:
         return getattr(self, "param_schedulers", None) or []
 
     def whole_state_dict(self) -> dict[str, Tensor]:
-        """All weights of what is evaluated, on the CPU, experts under global ids; the same on every process, which all
-        must call it.
+        """Returns all weights of what is evaluated, on the CPU, experts under global ids: the same on every process.
+        Collective.
         """
         module, sharded = self.model.evaluated, self.model.zero_optimization_partition_weights()
         with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=sharded):
@@ -221,7 +222,7 @@ class Strategy(DeepSpeedStrategy):
 
 @contextmanager
 def _scalars_sent() -> Iterator[None]:
-    """DeepSpeed cannot send a parameter without dimensions, such as ATSS's scales in mmdet: meanwhile it gets one."""
+    """Lends a dimension to parameters without any, such as ATSS's scales in mmdet: DeepSpeed cannot send them."""
     send = deepspeed.DeepSpeedEngine._broadcast_model
 
     def _broadcast_model(engine: deepspeed.DeepSpeedEngine) -> None:
@@ -263,7 +264,7 @@ class Runner(FlexibleRunner):
         """
         self.call_hook("before_resume")
         if self._resume:
-            self.resume(str(files.intact(Path(self.work_dir), self.logger.warning)))
+            self.resume(str(files.newest_intact(Path(self.work_dir), self.logger.warning)))
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Goes on from the checkpoint folder `filename`."""
@@ -282,7 +283,7 @@ class Runner(FlexibleRunner):
         try:
             return super().train()
         except Diverged as error:
-            found, _ = files.whole(Path(self.work_dir))
+            found, _ = files.complete_checkpoints(Path(self.work_dir))
             good = f"the last good checkpoint is {found[0]}" if found else "there is no checkpoint yet"
             raise Diverged(
                 f"{error} at step {self.iter + 1}; {good}; lower the learning rate or clip gradients"
@@ -342,10 +343,9 @@ class Runner(FlexibleRunner):
                     )
             template = hook.filename_tmpl
             if not isinstance(template, str) or "{}" not in template or "/" in template:
-                raise UserError(
-                    f"default_hooks.checkpoint.filename_tmpl is {template!r}; use one such as 'iter_{{}}.pth'"
-                )
-            same_name = folder.glob(template.replace("{}", "*")) if hook.save_optimizer else ()
+                raise UserError(f"default_hooks.checkpoint.filename_tmpl is {template!r}; use one such as 'iter_{{}}'")
+            names = re.compile(re.escape(template).replace(r"\{\}", r"\d+"))
+            same_name = [path for path in folder.glob("*") if names.fullmatch(path.name)] if hook.save_optimizer else []
             if foreign := [path for path in sorted(same_name) if path.is_file()]:
                 raise UserError(
                     f"{foreign[0]} is a file, and in the way of a checkpoint, which is a folder; move it away or give "

@@ -51,7 +51,7 @@ TOLERANCE = 1e-5  # float32, sums in another order
 _MOE = {"num_experts": EXPERTS, "rank": 4, "noise": 0.0, "gate_std": 1.0, "losses": {"importance": 0.01, "z": 0.001}}
 
 
-class Failed(Exception):
+class CheckFailed(Exception):
     """A check found what must not be; the message is the figure."""
 
 
@@ -77,7 +77,7 @@ class Trained:
 
 
 def build(ep_size: int) -> nn.Module:
-    """A network of two blocks, one of them a mixture of experts; the same weights wherever an expert lives."""
+    """Returns a network of two blocks, one a mixture of experts; its weights do not depend on where experts live."""
     torch.manual_seed(0)
     moe = ResidualMoEConfig.from_dict({**_MOE, "ep_size": ep_size})
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH), ResidualMoE(Mlp(WIDTH, 2 * WIDTH), moe), nn.Linear(WIDTH, 3))
@@ -85,12 +85,12 @@ def build(ep_size: int) -> nn.Module:
 
 
 def device() -> torch.device:
-    """This process's."""
+    """Returns the device of this process."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
-    """The global batch of a step: tokens [16 · processes, C] float32 and labels [16 · processes] int64."""
+    """Returns the global batch of a step: tokens [16 · processes, C] float32 and labels [16 · processes] int64."""
     generator = torch.Generator().manual_seed(step)
     tokens = 16 * dist.get_world_size()
     x = torch.randn(tokens, WIDTH, generator=generator)
@@ -98,7 +98,7 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def initialise(place: Place) -> Any:
-    """DeepSpeed's engine on `build`, as training makes it."""
+    """Returns DeepSpeed's engine on `build`, as training makes it."""
     # Not Adam, which would hide a gradient of the wrong scale.
     model = build(place.ep_size)
     engine, *_ = deepspeed.initialize(
@@ -118,7 +118,7 @@ def initialise(place: Place) -> Any:
 
 
 def step(engine: Any, number: int) -> float:
-    """One step on this process's part of the global batch; the norm of the gradient."""
+    """Makes one step on this process's part of the global batch; returns the norm of the gradient."""
     x, labels = (part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch(number))
     engine.backward(_loss(engine, x, labels))
     engine.step()
@@ -132,7 +132,7 @@ def _loss(network: Callable[[Tensor], Tensor], x: Tensor, labels: Tensor) -> Ten
 
 
 def train(place: Place) -> Trained:
-    """`STEPS` steps at `place`."""
+    """Trains for `STEPS` steps at `place`."""
     engine = initialise(place)
     before = _copied(engine.module)
     norms = [step(engine, number) for number in range(STEPS)]
@@ -144,7 +144,7 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 
 
 def reference() -> tuple[list[float], dict[str, Tensor]]:
-    """The same without DeepSpeed and without other processes: norms and weights that all placements must have."""
+    """Trains without DeepSpeed and other processes; returns the norms and weights that all placements must have."""
     model = build(1)
     optimizer = torch.optim.SGD(param_groups(model, 0.3, 0.05), momentum=0.9)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -160,7 +160,7 @@ def reference() -> tuple[list[float], dict[str, Tensor]]:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one check: what it looked at, whether all processes passed, and the figure or what went wrong."""
+    """The result of one check: what it looked at, whether all processes passed, and the figure or what went wrong."""
 
     name: str
     passed: bool
@@ -168,7 +168,7 @@ class Result:
 
 
 def run(folder: Path) -> list[Result]:
-    """All checks; every process calls it and gets the same.
+    """Runs all checks; every process calls it and gets the same.
 
     Args:
         folder: for a checkpoint, on a file system that all processes share; it is removed again.
@@ -187,7 +187,7 @@ def run(folder: Path) -> list[Result]:
     for place, other in zip(places, [*places[1:], places[0]], strict=True):
         if (one := trained.get(place)) is not None:
             name = f"checkpoint: {place} → {other}"
-            results.append(_result(name, check_checkpoint, one.engine, other, folder / "step.pth"))
+            results.append(_result(name, check_checkpoint, one.engine, other, folder / "step"))
     for ep_size in ep_sizes():
         if (one := trained.get(Place(ep_size, STAGES[0]))) is not None:
             name = f"evaluation, uneven batches: ep_size {ep_size}"
@@ -199,7 +199,7 @@ def _result(name: str, check: Callable[..., str], *given: Any) -> Result:
     """Runs a check; where it failed on some process, it failed."""
     try:
         passed, figure = True, check(*given)
-    except Failed as failure:
+    except CheckFailed as failure:
         passed, figure = False, str(failure)
     except Exception as error:  # whatever a broken installation raises is its result
         passed, figure = False, f"{type(error).__name__}: {error}"
@@ -210,17 +210,17 @@ def _result(name: str, check: Callable[..., str], *given: Any) -> Result:
 
 
 def ep_sizes() -> list[int]:
-    """Those that divide the processes and the experts."""
+    """Returns those that divide the processes and the experts."""
     return [n for n in range(1, EXPERTS + 1) if dist.get_world_size() % n == 0 and EXPERTS % n == 0]
 
 
 def check_groups() -> str:
-    """Every process is there, and experts' and replicas' groups have the members that checkpoints count on."""
+    """Checks that every process is there, and that groups have the members that checkpoints count on."""
     world, rank = dist.get_world_size(), dist.get_rank()
     total = torch.tensor([float(rank)], device=device())
     dist.all_reduce(total)
     if total.item() != world * (world - 1) / 2:
-        raise Failed(f"the sum of ranks is {total.item():g}, not {world * (world - 1) / 2:g}")
+        raise CheckFailed(f"the sum of ranks is {total.item():g}, not {world * (world - 1) / 2:g}")
     hosts: list[Any] = [None] * world
     dist.all_gather_object(hosts, socket.gethostname())
     for ep_size in ep_sizes():
@@ -235,7 +235,7 @@ def check_groups() -> str:
         }
         for kind, (group, members) in wanted.items():
             if (found := dist.get_process_group_ranks(group)) != members:
-                raise Failed(f"ep_size {ep_size}: {kind} group {found}, not {members}")
+                raise CheckFailed(f"ep_size {ep_size}: {kind} group {found}, not {members}")
     return f"{world} processes on {len(set(hosts))} hosts, {dist.get_backend()}, ep_size {ep_sizes()}"
 
 
@@ -246,41 +246,41 @@ def check_training(place: Place, wanted: Mapping[str, Tensor], trained: dict[Pla
 
 
 def check_weights(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """After the same steps, the weights of a placement are those of the reference."""
+    """Checks that the weights of a placement are those of the reference after the same steps."""
     if found.keys() != wanted.keys():
-        raise Failed(f"other weights: {sorted(found.keys() ^ wanted.keys())}")
+        raise CheckFailed(f"other weights: {sorted(found.keys() ^ wanted.keys())}")
     worst = max(wanted, key=lambda key: _distance(found[key], wanted[key]))
     return _within(_distance(found[worst], wanted[worst]), f" in {worst}")
 
 
 def check_norms(found: Sequence[float], wanted: Sequence[float]) -> str:
-    """The norm that clipping uses is that of the whole model's gradient."""
+    """Checks that the norm that clipping uses is that of the whole model's gradient."""
     if min(wanted) <= CLIP:
-        raise Failed(f"clipping at {CLIP} is not active: norms {wanted}")
+        raise CheckFailed(f"clipping at {CLIP} is not active: norms {wanted}")
     return _within(max(abs(a - b) for a, b in zip(found, wanted, strict=True)), f" of {max(wanted):.3g}")
 
 
 def check_frozen(trained: Trained) -> str:
-    """Cores are bit-identical after training; gates and residuals are not."""
+    """Checks that cores are bit-identical after training, and gates and residuals are not."""
     role = roles(trained.engine.module)
     core = [name for name in role if role[name] == "core"]
     if moved := [name for name in core if not torch.equal(trained.before[name], trained.after[name])]:
-        raise Failed(f"{moved[0]} is frozen and has changed")
+        raise CheckFailed(f"{moved[0]} is frozen and has changed")
     others = [name for name in trained.after if name not in core]
     if still := [name for name in others if torch.equal(trained.before[name], trained.after[name])]:
-        raise Failed(f"{still[0]} is trained and has not changed")
+        raise CheckFailed(f"{still[0]} is trained and has not changed")
     return f"{len(core)} frozen, {len(others)} trained"
 
 
 def check_checkpoint(engine: Any, other: Place, path: Path) -> str:
-    """What one placement saves, another loads, optimizer included, and both go on alike."""
+    """Checks that one placement loads what another saved, optimizer included, and that both go on alike."""
     layout = Layout(dist.get_world_size(), other.ep_size, EXPERTS, 16, 1, 0)
-    tensors, about = resharding.gather(engine)
-    files.write(path, tensors, about, {}, STEPS, layout)
-    if files.intact(path.parent, lambda harm: None) != path:
-        raise Failed(f"{path} is not there")
+    tensors, about = resharding.gather_tensors(engine)
+    files.write_checkpoint(path, tensors, about, {}, STEPS, layout)
+    if files.newest_intact(path.parent, lambda harm: None) != path:
+        raise CheckFailed(f"{path} is not there")
     resumed = initialise(other)
-    resharding.restore(resumed, files.Tensors(path), about)
+    resharding.restore_tensors(resumed, files.Tensors(path), about)
     for one in (engine, resumed):
         step(one, STEPS)
     return check_weights(global_state_dict(resumed.module), global_state_dict(engine.module))
@@ -288,7 +288,7 @@ def check_checkpoint(engine: Any, other: Place, path: Path) -> str:
 
 @torch.no_grad()
 def check_evaluation(model: nn.Module) -> str:
-    """Processes run different numbers of batches of different lengths: nothing hangs, and the answers are the same."""
+    """Checks that processes may run different numbers of batches: nothing hangs, and the answers are the same."""
     whole, rank, worst = build(1).eval(), dist.get_rank(), 0.0
     load_global_state_dict(whole, global_state_dict(model))
     with local_experts(model.eval()):
@@ -305,12 +305,12 @@ def _distance(a: Tensor, b: Tensor) -> float:
 def _within(distance: float, where: str) -> str:
     text = f"|Δ| {distance:.1e}{where}"
     if not distance <= TOLERANCE:
-        raise Failed(f"{text}, more than {TOLERANCE:g}")
+        raise CheckFailed(f"{text}, more than {TOLERANCE:g}")
     return text
 
 
 def show(results: Sequence[Result]) -> None:
-    """The table, and a line with the sum."""
+    """Prints the table, and a line with the sum."""
     table = Table("check", "", "figure", title=f"rmoe verify, {dist.get_world_size()} processes, {device().type}")
     for one in results:
         table.add_row(one.name, "[green]PASS" if one.passed else "[red]FAIL", one.figure)
@@ -321,7 +321,7 @@ def show(results: Sequence[Result]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 0 if every check passed, else 1."""
+    """Runs the command line; returns 0 if every check passed, else 1."""
     words = argparse.ArgumentParser(prog="verify.py", description=__doc__.partition("\n")[0])
     words.add_argument(
         "--work-dir",

@@ -31,13 +31,13 @@ class LabelledImage(Protocol):
 
     @property
     def labels(self) -> np.ndarray:
-        """int [H, W], class indices."""
+        """Returns class indices, int [H, W]."""
 
     def answer(self, model: Any) -> Any:
         """Evaluates the model on it."""
 
     def size(self, model: Any) -> tuple[int, int]:
-        """(height, width) in pixels as the backbone gets it."""
+        """Returns (height, width) in pixels as the backbone gets it."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ class LayerLoad:
 
 
 def weight_statistics(model: nn.Module) -> dict[str, LayerWeights]:
-    """By the name of the layer in the timm model, such as "layers.2.blocks.1.mlp".
+    """Returns the statistics by the name of the layer in the timm model, such as "layers.2.blocks.1.mlp".
 
     Raises:
         UserError: the model is dense.
@@ -128,7 +128,7 @@ def weight_statistics(model: nn.Module) -> dict[str, LayerWeights]:
 
 
 def movement(before: nn.Module, after: nn.Module) -> dict[str, LayerMovement]:
-    """What happened between two models of the same experts, upstream and downstream, say; by layer as above.
+    """Returns, by layer as above, what happened between two models of the same experts, upstream and downstream, say.
 
     Raises:
         UserError: they do not have the same layers and numbers of experts.
@@ -157,7 +157,7 @@ def movement(before: nn.Module, after: nn.Module) -> dict[str, LayerMovement]:
 
 
 def layer_means(weights: LayerWeights, load: LayerLoad, moved: LayerMovement | None) -> dict[str, float | None]:
-    """A layer in one line, by column: means over its experts; None for what nothing is known of."""
+    """Returns a layer in one line, by column: means over its experts; None for what nothing is known of."""
     return {
         "‖core‖": weights.core_norm,
         "‖Δ‖ / ‖core‖": float(np.mean(weights.residual_norm)) / weights.core_norm,
@@ -177,13 +177,13 @@ def layer_means(weights: LayerWeights, load: LayerLoad, moved: LayerMovement | N
 
 
 def _beside(square: Sequence[Sequence[float]]) -> float:
-    """Mean of the entries beside the diagonal; of one expert, 1."""
+    """Returns the mean of the entries beside the diagonal; for one expert, 1."""
     values = np.array(square)
     return float(values[~np.eye(len(values), dtype=bool)].mean()) if len(values) > 1 else 1.0
 
 
 def effective_rank(x: Tensor) -> float:
-    """See `LayerWeights.effective_rank`. x: a matrix."""
+    """Returns the effective rank of the matrix x, see `LayerWeights.effective_rank`."""
     values = torch.linalg.svdvals(x)
     if not values.sum():
         return 0.0
@@ -191,7 +191,7 @@ def effective_rank(x: Tensor) -> float:
 
 
 def matched_share(units_EHU: Tensor) -> float:
-    """Share of all experts' squared norm that is in their mean, once their hidden units are in the same order.
+    """Returns the share of all experts' squared norm that is in their mean, once their hidden units are ordered alike.
 
     A network computes the same in whatever order its hidden units stand: experts that are foreign to one another weight
     by weight may still be alike. Each expert in turn is put in the order that agrees best, by the sum of scalar
@@ -212,7 +212,7 @@ def matched_share(units_EHU: Tensor) -> float:
 
 
 def _like(units_EHU: Tensor) -> Tensor:
-    """As many independent normal units, of the second moments that these have over all experts."""
+    """Returns as many independent normal units, of the second moments that these have over all experts."""
     flat_NU = units_EHU.flatten(0, 1)
     values_U, vectors_UU = torch.linalg.eigh(flat_NU.T @ flat_NU / len(flat_NU))
     normal_NU = torch.randn(flat_NU.shape, dtype=flat_NU.dtype, generator=torch.Generator().manual_seed(0))
@@ -220,7 +220,7 @@ def _like(units_EHU: Tensor) -> Tensor:
 
 
 def load_statistics(model: nn.Module, images: Iterable[LabelledImage], classes: Sequence[str]) -> dict[str, LayerLoad]:
-    """Where tokens go; by layer as above.
+    """Returns where tokens go, by layer as above.
 
     Args:
         model: with `ResidualMoE` layers.
@@ -265,7 +265,7 @@ def _entropy(shares: np.ndarray) -> float:
 
 
 def _sampled(labels_hw: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """The label in the middle of each cell of the grid."""
+    """Returns the label in the middle of each cell of the grid."""
     rows, columns = (
         ((np.arange(count) + 0.5) * side / count).astype(int) for count, side in zip(grid, labels_hw.shape, strict=True)
     )
@@ -273,7 +273,7 @@ def _sampled(labels_hw: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
 
 
 def _layers(model: nn.Module) -> dict[str, ResidualMoE]:
-    """By name in the timm model.
+    """Returns the layers by name in the timm model.
 
     Raises:
         UserError: the model is dense.
@@ -282,7 +282,7 @@ def _layers(model: nn.Module) -> dict[str, ResidualMoE]:
 
 
 def _mixtures(model: nn.Module) -> dict[str, ResidualMoE]:
-    """By path in the model.
+    """Returns the layers by path in the model.
 
     Raises:
         UserError: the model is dense.
@@ -294,13 +294,13 @@ def _mixtures(model: nn.Module) -> dict[str, ResidualMoE]:
 
 
 def _name(path: str) -> str:
-    """Of a module in the timm model: whatever head that is in, its last wrapper calls it `model`."""
+    """Returns a module's name in the timm model, which the last wrapper calls `model`, whatever head that is in."""
     return path.rpartition("model.")[2]
 
 
 @torch.no_grad()
 def _factored(layer: ResidualMoE) -> tuple[Tensor, list[Network]]:
-    """The core's weight matrices in one vector, and Δ of each expert; float64."""
+    """Returns the core's weight matrices in one vector, and Δ of each expert; float64."""
     residuals = type(layer.residuals())(*(x.double() for x in layer.residuals()))
     deltas = [residuals.delta(e) for e in range(layer.num_experts)]
     if layer.config.kind.has_core:
@@ -313,7 +313,7 @@ def _factored(layer: ResidualMoE) -> tuple[Tensor, list[Network]]:
 
 @torch.no_grad()
 def _units(layer: ResidualMoE) -> Tensor:
-    """Of each expert's hidden units the weights, [E, H, 2C]; float64."""
+    """Returns the weights of each expert's hidden units, [E, H, 2C]; float64."""
     w1_EHC, _, w2_ECH, _ = layer.residuals()
     return torch.cat([w1_EHC, w2_ECH.mT], -1).double()
 
@@ -328,7 +328,7 @@ def _cosines(x_EN: Tensor) -> list[list[float]]:
 
 
 def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """The first choice of every token of one image.
+    """Returns the first choice of every token of one image.
 
     Args:
         model: with `ResidualMoE` layers.
@@ -345,7 +345,7 @@ def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]
 
 
 def _routed(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
-    """The map and the gate's probabilities, float32 [T, E], of each layer."""
+    """Returns the map and the gate's probabilities, float32 [T, E], of each layer."""
     mixtures = _mixtures(model)
     with torch.no_grad(), collect() as records:
         run()
@@ -358,14 +358,14 @@ def _routed(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> 
 
 
 def _prefix_tokens(model: nn.Module, path: str) -> int:
-    """Class and other tokens before those of the map, as the innermost module around `path` says that knows."""
+    """Returns how many tokens stand before those of the map, as the innermost module around `path` says that knows."""
     while path and not hasattr(model.get_submodule(path), "num_prefix_tokens"):
         path = path.rpartition(".")[0]
     return int(getattr(model.get_submodule(path), "num_prefix_tokens", 0))
 
 
 def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the map that has so many tokens."""
+    """Returns (rows, columns) of the map that has so many tokens."""
     for stride in _STRIDES:
         rows, columns = (-(-side // stride) for side in size)
         if rows * columns == tokens:

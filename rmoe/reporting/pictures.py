@@ -38,17 +38,17 @@ class Scene:
         self.batch = default_collate([item]) if "labels" in item else pseudo_collate([item])
 
     def answer(self, model: Any) -> Any:
-        """What `model` says, in evaluation mode and without gradient."""
+        """Returns what `model` says, in evaluation mode and without gradient."""
         with torch.no_grad():
             return model.test_step(self.batch)[0]
 
     def size(self, model: Any) -> tuple[int, int]:
-        """(height, width) in pixels of the image as the backbone gets it."""
+        """Returns (height, width) in pixels of the image as the backbone gets it."""
         return tuple(model.data_preprocessor(self.batch, False)["inputs"].shape[-2:])
 
     @property
     def image(self) -> np.ndarray:
-        """[H, W, 3], as it lies on disk; of a classifier's, as its transform made it, in 0 … 1."""
+        """Returns the image [H, W, 3] as it lies on disk; a classifier's as its transform made it, in 0 … 1."""
         if "labels" in self.batch:
             pixels = self.batch["inputs"][0].movedim(0, -1).numpy()
             return (pixels - pixels.min()) / max(np.ptp(pixels), 1e-6)
@@ -57,13 +57,13 @@ class Scene:
 
     @property
     def objects(self) -> list[dict[str, Any]]:
-        """A detector's truth from the data set's own list: that in a batch has been resized with the image."""
+        """Returns a detector's truth from the data set's own list: that in a batch has been resized with the image."""
         return self.dataset.get_data_info(self.index)["instances"]
 
     @property
     def labels(self) -> np.ndarray:
-        """int [H, W], class indices: the image's class, the label map, or, of boxes, the smallest around a pixel and -1
-        outside of all.
+        """Returns class indices, int [H, W]: the image's class, the label map, or, of boxes, the class of the smallest
+        around a pixel and -1 outside of all.
         """
         if "labels" in self.batch:
             return np.full(self.batch["inputs"].shape[-2:], int(self.batch["labels"][0]))
@@ -82,7 +82,7 @@ def _area(box: Sequence[float]) -> float:
 
 
 def draw_predictions(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
-    """A row for each of the `scenes`: image, truth, and the answer of each titled model."""
+    """Draws a row for each of the `scenes`: image, truth, and the answer of each titled model."""
     metainfo = scenes[0].dataset.metainfo
     palette = metainfo["palette"]
     colours = np.array([*palette, *[_VOID] * (256 - len(palette))], dtype=np.uint8)
@@ -100,7 +100,7 @@ def draw_predictions(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Mod
 
 
 def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
-    """A row for each of the `scenes`: image, truth, and what each titled model is sure of."""
+    """Draws a row for each of the `scenes`: image, truth, and what each titled model is sure of."""
     names = scenes[0].dataset.metainfo["classes"]
     colours = matplotlib.colormaps["hsv"](np.arange(len(names)) / len(names))[:, :3]
     figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
@@ -126,7 +126,7 @@ def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Modu
 
 
 def draw_experts(scenes: Sequence[Scene], model: nn.Module) -> Figure:
-    """A row for each of the `scenes`: the image, and for each MoE layer the first expert of every token over it."""
+    """Draws a row for each of the `scenes`: the image, and for each MoE layer every token's first expert over it."""
     layers = moe_layers(model)
     experts = max(layer.num_experts for layer in layers.values())
     colours = matplotlib.colormaps["hsv"](np.arange(experts) / experts)[:, :3]  # no grey: the image under them is
@@ -145,7 +145,7 @@ def draw_experts(scenes: Sequence[Scene], model: nn.Module) -> Figure:
 
 
 def draw_weights(layers: Mapping[str, LayerWeights]) -> Figure:
-    """A row for each layer: cosines between experts and between residuals, residuals' norms and effective ranks."""
+    """Draws a row for each layer: cosines between experts and between residuals, residuals' norms, effective ranks."""
     figure, axes = _panels(layers, ["cosine of experts", "cosine of residuals", "‖Δ‖ / ‖core‖", "effective rank of Δ"])
     for row, weights in zip(axes, layers.values(), strict=True):
         for axis, cosines in zip(row, (weights.cosine_experts, weights.cosine_residuals), strict=False):
@@ -161,7 +161,7 @@ def draw_weights(layers: Mapping[str, LayerWeights]) -> Figure:
 
 
 def draw_load(layers: Mapping[str, LayerLoad]) -> Figure:
-    """A row for each layer: the experts' shares of the tokens, and the commonest classes' tokens by expert."""
+    """Draws a row for each layer: the experts' shares of the tokens, and the commonest classes' tokens by expert."""
     figure, axes = _panels(layers, ["load", "classes by expert"], widths=(1, 2))
     for (left, right), load in zip(axes, layers.values(), strict=True):
         left.bar(range(len(load.load)), load.load)
@@ -177,7 +177,7 @@ def draw_load(layers: Mapping[str, LayerLoad]) -> Figure:
 
 
 def draw_movement(layers: Mapping[str, LayerMovement]) -> Figure:
-    """What training moved, by layer: the core, each expert, and how much of it was common to all experts."""
+    """Draws what training moved, by layer: the core, each expert, and how much of it was common to all experts."""
     figure = Figure(figsize=(1.6 * len(layers) + 4, 3.2), dpi=100, layout="constrained")
     left, right = figure.subplots(1, 2)
     names = [name.removesuffix(".mlp") for name in layers]
@@ -206,7 +206,7 @@ def _panels(layers: Mapping[str, Any], titles: Sequence[str], widths: Sequence[f
 
 
 def _grid(rows: int, titles: Sequence[str], legend: float) -> tuple[Figure, np.ndarray]:
-    """A figure with a titled column for each of `titles` and `legend` inches on the right."""
+    """Returns a figure with a titled column for each of `titles` and `legend` inches on the right."""
     side = 2.0
     width = side * len(titles)
     figure = Figure(figsize=(width + legend, side * rows + 0.3), dpi=100)

@@ -101,10 +101,10 @@ def test_a_job_that_makes_room_comes_back(
     very step.
     """
     said = finished(slurm, tmp_path, why, 1)
-    assert f"rmoe: left on {by} after step 5: iter_5.pth is saved" in said
+    assert f"rmoe: left on {by} after step 5: iter_5 is saved" in said
     assert "told to leave: requeued" in said
     assert "resuming from" in said
-    assert "iter_5.pth" in said.partition("resuming from")[2].splitlines()[0]
+    assert "iter_5" in said.partition("resuming from")[2].splitlines()[0]
     assert "Traceback" not in said
     assert_same_weights(tmp_path / "run", whole)
     assert_no_orphans(tmp_path)
@@ -115,7 +115,7 @@ def test_a_job_with_a_killed_rank_comes_back(slurm: slurm_here.Slurm, whole: Pat
     said = finished(slurm, tmp_path, "kill", 0)
     assert "task 1: Killed" in said
     assert "restart.py: code 137, restart 1 of 3" in said
-    assert "iter_4.pth" in said.partition("resuming from")[2].splitlines()[0]
+    assert "iter_4" in said.partition("resuming from")[2].splitlines()[0]
     assert_same_weights(tmp_path / "run", whole)
     assert_no_orphans(tmp_path)
 

@@ -113,7 +113,7 @@ def test_what_is_resumed_is_what_was_saved(folder: Path, name: str) -> None:
     """To the bit: weights and every state of the optimizer, under the same names, whoever wrote them."""
     for leg in range(1, len(PROCESSES)):
         assert {one[list(CHAINS).index(name)] for one in ended(folder, leg)} == {"done"}
-        before, after = (saved(folder / name / f"{kind}_{STEPS * leg}.pth") for kind in ("iter", "again"))
+        before, after = (saved(folder / name / f"{kind}_{STEPS * leg}") for kind in ("iter", "again"))
         assert before.keys() == after.keys()
         assert all(torch.equal(before[key], after[key]) for key in before)
         kinds = {key.partition("/")[0] for key in before}
@@ -129,7 +129,7 @@ def test_it_goes_on_as_if_never_stopped(folder: Path, name: str) -> None:
     whole = losses(folder / f"{name} whole")
     assert len(whole) == STEPS * len(PROCESSES)
     assert losses(folder / name) == pytest.approx(whole, abs=1e-5)
-    last = f"iter_{STEPS * len(PROCESSES)}.pth"
+    last = f"iter_{STEPS * len(PROCESSES)}"
     stretched, never = (saved(folder / run / last) for run in (name, f"{name} whole"))
     assert stretched.keys() == never.keys()
     for key in stretched:
@@ -162,10 +162,10 @@ def test_another_run_is_refused(folder: Path, place: int, message: str) -> None:
 def test_a_full_disk_ends_the_run_and_spares_what_there_is(folder: Path) -> None:
     """The second of two processes cannot write its experts of step 4: both stop, and step 2's checkpoint is whole."""
     for one in ended(folder, 1):
-        assert "iter_4.pth cannot be written" in one[-1]
+        assert "iter_4 cannot be written" in one[-1]
         assert "File too large" in one[-1]
         assert "(process 1)" in one[-1]
     names = {path.name for path in (folder / "full disk").glob("*iter_*")}
-    assert "iter_2.pth" in names
+    assert "iter_2" in names
     assert not any("iter_4" in name for name in names)
-    assert (folder / "full disk" / "iter_2.pth" / "complete.json").exists()
+    assert (folder / "full disk" / "iter_2" / "complete.json").exists()

@@ -72,12 +72,12 @@ def test_a_run_told_to_leave_saves_and_goes_on(tmp_path: Path, whole: Path) -> N
     words = command(tmp_path, "run", {"kind": "terminate", "at": 5})
     left = run_processes(tmp_path, [TRAIN, *words], 2, check=False, grace=30)
     assert [one.returncode for one in left] == [faults.PREEMPTED] * 2, left[1].stderr[-3000:]
-    assert "rmoe: left on SIGTERM after step 5: iter_5.pth is saved; --resume goes on" in left[0].stderr
+    assert "rmoe: left on SIGTERM after step 5: iter_5 is saved; --resume goes on" in left[0].stderr
     assert "Traceback" not in left[0].stderr + left[1].stderr
     assert not (tmp_path / "run" / faults.HEARTBEATS).exists()
     run_processes(tmp_path, [TRAIN, *words, "--resume"], 2)
     assert_same_weights(tmp_path / "run", whole)
-    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_5.pth", "iter_6.pth"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("iter_*")) == ["iter_5", "iter_6"]
 
 
 def test_a_killed_process_ends_the_others(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_torchrun_restarts_a_killed_run(tmp_path: Path, whole: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--max-restarts", "1"]
     env = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     ended = run_processes(tmp_path, [*torchrun, str(TRAIN), *words, "--resume"], 0, env=env)[0]
-    assert "iter_4.pth" in "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
+    assert "iter_4" in "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
     assert ended.returncode == 0
     assert_same_weights(tmp_path / "run", whole)
     assert json.loads((tmp_path / "run" / "cost.json").read_text())["steps"] == 6
@@ -143,5 +143,5 @@ def test_a_killed_run_of_deepspeeds_launcher_is_restarted(tmp_path: Path, whole:
     ended = run_processes(tmp_path, [*restart, *deepspeed, str(TRAIN), *words], 0)[0]
     assert "restart.py: code 247, restart 1 of 1: goes on from the last checkpoint" in ended.stderr
     assert "ends after step 5: rank 1 (process " in ended.stderr
-    assert "iter_4.pth" in "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
+    assert "iter_4" in "".join(path.read_text() for path in (tmp_path / "run").glob("*/*.log"))
     assert_same_weights(tmp_path / "run", whole)

@@ -34,7 +34,7 @@ def started(folder: Path, seed: int, *words: str) -> subprocess.Popen[str]:
 def test_the_later_of_two_runs_is_refused_and_a_killed_one_is_no_obstacle(tmp_path: Path) -> None:
     first = started(tmp_path, 3)
     try:
-        while not (tmp_path / "work" / "iter_2.pth").exists():
+        while not (tmp_path / "work" / "iter_2").exists():
             assert first.poll() is None, first.communicate()[1]
             time.sleep(0.1)
         late = started(tmp_path, 3, "--resume")

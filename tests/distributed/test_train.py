@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Finished, run_processes
+from rmoe.engine.checkpoint.files.export import read_metadata
 from safetensors.torch import load_file
 from torch import Tensor
 from toy import write_config, write_json
@@ -90,9 +91,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     words = [TRAIN, *make("resumed pair", stopped(WILD | three, SAVING_STOP), 2)]
     while_saving = run_processes(folder, words, 2, check=False, grace=0.5)
     shutil.copytree(folder / "resumed pair", folder / "other layout")
-    cut = shutil.copytree(folder / "resumed alone", folder / "cut short") / "iter_4.pth" / "part_00000.safetensors"
+    cut = shutil.copytree(folder / "resumed alone", folder / "cut short") / "iter_4" / "part_00000.safetensors"
     cut.write_bytes(cut.read_bytes()[:-200])
-    flipped = shutil.copytree(folder / "resumed pair", folder / "flipped") / "iter_3.pth" / "part_00001.safetensors"
+    for path in (folder / "resumed alone").glob("iter_*"):
+        path.rename(f"{path}.pth")  # as they were called once
+    flipped = shutil.copytree(folder / "resumed pair", folder / "flipped") / "iter_3" / "part_00001.safetensors"
     flipped.write_bytes(flipped.read_bytes()[:-1] + bytes([flipped.read_bytes()[-1] ^ 1]))
 
     half = CALM | {"train_dataloader.batch_size": GLOBAL_BATCH // 2}
@@ -117,9 +120,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     outcomes = run_all(folder, 2, pair)
     moe = whole | {"model.moe": MOE}
-    best, last = next((folder / "pair ep2 2").glob("best_*")), folder / "pair ep2 2" / "iter_6.pth"
+    best, last = next((folder / "pair ep2 2").glob("best_*")), folder / "pair ep2 2" / "iter_6"
     every_step = {"default_hooks.checkpoint.interval": 1, "default_hooks.checkpoint.max_keep_ckpts": -1}
-    averaged = folder / "whole pair" / "iter_6.pth"
+    averaged = folder / "whole pair" / "iter_6"
     alone = {
         **{f"alone dense {stage}": make(f"alone dense {stage}", whole, stage) for stage in (0, 1, 2, 3)},
         **{f"alone moe {stage}": make(f"alone moe {stage}", moe, stage) for stage in (0, 2)},
@@ -224,9 +227,9 @@ def test_killed_while_saving_and_resumed_is_never_stopped(runs: Runs) -> None:
     assert runs.killed_while_saving[0].returncode == -9
     assert runs.outcomes["resumed pair"] == ["done", "done"]
     logs = "".join(path.read_text() for path in (runs.folder / "resumed pair").glob("*/*.log"))
-    assert "iter_4.pth.partial is half written (it has no complete.json); it is ignored" in logs
+    assert "iter_4.partial is half written (it has no complete.json); it is ignored" in logs
     assert "resuming from" in logs
-    assert "iter_3.pth" in logs.partition("resuming from")[2].splitlines()[0]
+    assert "iter_3" in logs.partition("resuming from")[2].splitlines()[0]
     assert_same_end(runs, "resumed pair", "whole pair")
 
 
@@ -234,17 +237,17 @@ def assert_same_end(runs: Runs, resumed: str, whole: str) -> None:
     """The average, which is exported, and the weights."""
     assert_equal(runs.weights(resumed), runs.weights(whole))
     for kind in ("weight/", "average/"):
-        assert_equal(*(saved_weights(runs.folder / name / "iter_6.pth", kind) for name in (resumed, whole)))
+        assert_equal(*(saved_weights(runs.folder / name / "iter_6", kind) for name in (resumed, whole)))
 
 
 def test_the_average_is_exported(runs: Runs) -> None:
     """Of the weights after each step, of which there are checkpoints; the best checkpoint has it too."""
     folder = runs.folder / "every step"
-    average = saved_weights(folder / "iter_1.pth")
+    average = saved_weights(folder / "iter_1")
     for step in range(2, 7):
-        weights = saved_weights(folder / f"iter_{step}.pth")
+        weights = saved_weights(folder / f"iter_{step}")
         average = {key: 0.7 * x + 0.3 * weights[key] for key, x in average.items()}
-        assert_equal(saved_weights(folder / f"iter_{step}.pth", "average/"), average)
+        assert_equal(saved_weights(folder / f"iter_{step}", "average/"), average)
         best = list(folder.glob(f"best_*_iter_{step}.pth"))
         if best:
             assert_equal(torch.load(best[0], weights_only=True)["state_dict"], average)
@@ -281,8 +284,8 @@ def test_another_layout_is_refused(runs: Runs) -> None:
 @pytest.mark.parametrize(
     ("name", "harm", "before", "whole"),
     [
-        ("cut short", "iter_4.pth is damaged (part_00000.safetensors has", 3, "whole alone"),
-        ("flipped", "iter_3.pth is damaged (part_00001.safetensors is not what was written", 2, "whole pair"),
+        ("cut short", "iter_4 is damaged (part_00000.safetensors has", 3, "whole alone"),
+        ("flipped", "iter_3 is damaged (part_00001.safetensors is not what was written", 2, "whole pair"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
@@ -292,7 +295,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert set(runs.outcomes[name]) == {"done"}
     logs = "".join(path.read_text() for path in (runs.folder / name).glob("*/*.log"))
     assert harm in logs
-    assert f"iter_{before}.pth, epoch 0, iteration {before}" in logs
+    assert f"iter_{before}, epoch 0, iteration {before}" in logs
     assert_equal(runs.weights(name), runs.weights(whole))
 
 
@@ -311,7 +314,7 @@ def test_frozen_weights_stay_and_are_saved(runs: Runs) -> None:
     a, b = runs.weights("alone dense 0"), runs.weights("whole alone")
     assert torch.equal(a["backbone.0.weight"], b["backbone.0.weight"])  # the same seed, other runs
     core = [key for key in b if ".core." in key]
-    first = saved_weights(runs.folder / "whole alone" / "iter_4.pth")
+    first = saved_weights(runs.folder / "whole alone" / "iter_4")
     assert core
     assert all(torch.equal(first[key], b[key]) for key in core)
     trained = [key for key in first if "gate" in key]
@@ -322,7 +325,7 @@ def test_frozen_weights_stay_and_are_saved(runs: Runs) -> None:
 def test_only_the_last_checkpoints_are_kept(runs: Runs) -> None:
     for name in ("whole pair", "resumed pair", "resumed alone"):
         kept = sorted(path.name for path in (runs.folder / name).glob("iter_*"))
-        assert kept == ["iter_4.pth", "iter_6.pth"], name
+        assert kept == ["iter_4.pth" if name == "resumed alone" else "iter_4", "iter_6"], name
         assert len(list((runs.folder / name).glob("best_accuracy_iter_*.pth"))) == 1
 
 
@@ -337,10 +340,10 @@ def test_a_loss_that_is_not_a_number_stops_all(runs: Runs) -> None:
     """Sample 9 is of the second process, in step 3; both stop there, and the checkpoint of step 2 is good."""
     for said in runs.outcomes["poisoned pair"]:
         assert said.startswith("Diverged: the loss is not finite at step 3")
-        assert "iter_2.pth" in said
+        assert "iter_2" in said
     folder = runs.folder / "poisoned pair"
-    assert [path.name for path in folder.glob("iter_*")] == ["iter_2.pth"]
-    assert all(value.isfinite().all() for value in saved_weights(folder / "iter_2.pth").values())
+    assert [path.name for path in folder.glob("iter_*")] == ["iter_2"]
+    assert all(value.isfinite().all() for value in saved_weights(folder / "iter_2").values())
     assert not (folder / "model.safetensors").exists()
 
 
@@ -365,7 +368,7 @@ def test_float16_goes_on_exactly(runs: Runs) -> None:
     """The scale of the loss and the steps since it moved, too."""
     assert runs.outcomes["float16 again"] == ["done"]
     assert_same_end(runs, "float16 again", "float16")
-    for name, folder, steps in (("float16", "iter_4.pth", 4), ("float16 again", "iter_6.pth", 6)):
+    for name, folder, steps in (("float16", "iter_4", 4), ("float16 again", "iter_6", 6)):
         about = json.loads((runs.folder / name / folder / "run.json").read_text())
         assert about["engine"]["loss_scale"]["scale"] == 65536.0
         assert about["engine"]["loss_scale"]["_growth_tracker"] == steps
@@ -380,7 +383,7 @@ def test_a_gradient_that_is_not_a_number_stops_the_run(runs: Runs, stage: int) -
     assert lost.startswith("Diverged: the gradient is not finite at step 19")  # from the third on
     said = runs.outcomes[f"infinite {stage}"][0]
     assert said.startswith("Diverged: the gradient is not finite at step 3")
-    assert "iter_2.pth" in said
+    assert "iter_2" in said
     assert not (runs.folder / f"infinite {stage}" / "model.safetensors").exists()
 
 
@@ -388,8 +391,8 @@ def test_a_gradient_that_is_not_a_number_stops_the_run(runs: Runs, stage: int) -
     ("name", "message"),
     [
         ("other schedule", "had a schedule with power 0.9, this PolyLR has 2.0"),
-        ("other rate", "had initial_lr 0.01 where this one has 0.02"),
-        ("other decay", "had weight_decay 0.05 where this one has 0.1"),
+        ("other rate", "made with optim_wrapper.optimizer.lr 0.01; this run has 0.02"),
+        ("other decay", "made with optim_wrapper.optimizer.weight_decay 0.05; this run has 0.1"),
     ],
 )
 def test_a_resumed_run_does_not_ignore_another_setting(runs: Runs, name: str, message: str) -> None:
@@ -426,7 +429,13 @@ def test_the_cost_goes_on_after_a_resume(runs: Runs) -> None:
 
 def test_what_a_run_leaves(runs: Runs) -> None:
     folder = runs.folder / "pair ep2 2"
-    assert json.loads((folder / "model.json").read_text())["model"]["moe"]["ep_size"] == 2
+    about = json.loads((folder / "model.json").read_text())
+    assert about["model"]["moe"]["ep_size"] == 2
+    said = read_metadata(folder)
+    assert said["model"] == about["model"]
+    assert (said["stage"], said["classes"]) == ("residual", ["small", "large"])
+    assert (folder / "model.safetensors").stat().st_mode == (folder / "model.json").stat().st_mode
+    assert not (folder / "backbone.safetensors").exists()
     assert any("deepspeed_experts.3." in key for key in runs.weights("pair ep2 2"))
     assert next(folder.glob("*/vis_data/events.out.tfevents.*")).stat().st_size > 0
     assert next(folder.glob("*/*.log")).read_text().count("Iter(train)") == 6

@@ -23,10 +23,10 @@ def test_alone(tmp_path: Path, launch: Any) -> None:
 
 def test_a_folder_that_is_there_is_kept(tmp_path: Path, launch: Any) -> None:
     (tmp_path / "work").mkdir()
-    (tmp_path / "work" / "step.pth").write_text("years of work")
+    (tmp_path / "work" / "step").write_text("years of work")
     done = launch([ROOT / "launch" / "verify.py", "--work-dir", tmp_path / "work"], nproc=0)[0]
     assert "0 failed" in done.stdout
-    assert [path.name for path in (tmp_path / "work").iterdir()] == ["step.pth"]
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["step"]
     (tmp_path / "file").touch()
     done = launch([ROOT / "launch" / "verify.py", "--work-dir", tmp_path / "file"], nproc=0, check=False)[0]
     assert done.returncode == 2

@@ -112,13 +112,13 @@ def test_config_files(text: str, message: str, tmp_path: Path) -> None:
 
 
 def half_a_checkpoint(work_dir: Path, iteration: int, layout: Layout) -> None:
-    (work_dir / f"iter_{iteration}.pth").mkdir(parents=True)
-    write_marker(work_dir / f"iter_{iteration}.pth", iteration, layout, {})
+    (work_dir / f"iter_{iteration}").mkdir(parents=True)
+    write_marker(work_dir / f"iter_{iteration}", iteration, layout, {})
 
 
 def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     half_a_checkpoint(tmp_path / "work", 4, Layout(2, 1, 0, 4, 1, 3))
-    with pytest.raises(UserError, match="iter_4.pth is there already; give --resume"):
+    with pytest.raises(UserError, match="iter_4 is there already; give --resume"):
         prepared(tmp_path)
 
 
@@ -126,7 +126,7 @@ def test_resume_takes_the_newest_and_its_own_layout(tmp_path: Path) -> None:
     layout = Layout(processes=2, ep_size=1, num_experts=0, micro_batch=4, accumulation=1, seed=3)
     for iteration in (4, 10, 6):
         half_a_checkpoint(tmp_path / "work", iteration, layout)
-    assert prepared(tmp_path, {"load_from": "x.pth"}, resume=True).resume.endswith("iter_10.pth")
+    assert prepared(tmp_path, {"load_from": "x.pth"}, resume=True).resume.endswith("iter_10")
     with pytest.raises(UserError, match="made with processes 2, .*this run has processes 4, .*load_from"):
         prepared(tmp_path, processes=4, resume=True)
     with pytest.raises(UserError, match="num_experts 0.*num_experts 4"):
@@ -140,12 +140,12 @@ def test_resume_with_nothing_there_starts(tmp_path: Path) -> None:
 
 
 def test_what_was_left_out_is_told(tmp_path: Path) -> None:
-    (tmp_path / "work" / "iter_9.pth").mkdir(parents=True)
-    (tmp_path / "work" / "iter_9.pth" / RUN).touch()
+    (tmp_path / "work" / "iter_9").mkdir(parents=True)
+    (tmp_path / "work" / "iter_9" / RUN).touch()
     cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {"default_hooks.checkpoint.max_keep_ckpts": 1})
     cfg.train_dataloader.sampler = {"type": "SomeSampler"}
     notes = "\n".join(launch.prepare(cfg, {}, 1, tmp_path / "work", True))
-    assert "iter_9.pth is half written" in notes
+    assert "iter_9 is half written" in notes
     assert "starting anew" in notes
     assert "keeping 2" in notes
     assert "SomeSampler" in notes

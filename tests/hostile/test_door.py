@@ -258,10 +258,10 @@ def test_a_config_is_a_file(tmp_path: Path) -> None:
 def resumed(folder: Path, **changed: Any) -> list[str]:
     """What is told of a checkpoint of the toy config, and a run in which `changed` is otherwise."""
     before = prepared(folder)
-    checkpoint = folder / "iter_2.pth"
+    checkpoint = folder / "iter_2"
     checkpoint.mkdir(exist_ok=True)
     (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": before.pretty_text}}))
-    return changes.told(checkpoint, prepared(folder, **changed))
+    return changes.compare(checkpoint, prepared(folder, **changed))
 
 
 def test_what_a_resumed_run_may_not_change(tmp_path: Path) -> None:
@@ -287,12 +287,12 @@ def test_what_a_resumed_run_may_change_is_told(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_s_config_is_not_run(tmp_path: Path) -> None:
-    checkpoint = tmp_path / "iter_2.pth"
+    checkpoint = tmp_path / "iter_2"
     checkpoint.mkdir()
     for text in (f"open({str(tmp_path / 'ran')!r}, 'w')", "model = __import__('os').getcwd()", "model = (", "\0", 3):
         (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": text}}))
         with contextlib.suppress(UserError):
-            changes.told(checkpoint, prepared(tmp_path))
+            changes.compare(checkpoint, prepared(tmp_path))
     assert not (tmp_path / "ran").exists()
 
 

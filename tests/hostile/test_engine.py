@@ -17,13 +17,23 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from mmengine.config import Config
 from mmengine.optim import PolyLR
 from safetensors.torch import save, save_file
 from torch import nn
 from toy import ToyModel
 
 from rmoe.engine.checkpoint import files, resharding, run_state
-from rmoe.engine.checkpoint.files import HISTORY, MARKER, RUN, Layout, check_layout, intact, put_in_place, whole
+from rmoe.engine.checkpoint.files import (
+    HISTORY,
+    MARKER,
+    RUN,
+    Layout,
+    check_layout,
+    complete_checkpoints,
+    newest_intact,
+    put_in_place,
+)
 from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.engine.faults import Watch
 from rmoe.engine.hooks import ExportHook
@@ -39,9 +49,9 @@ NAN = float("nan")
 
 
 def made(folder: Path, iteration: int) -> Path:
-    path = folder / f"iter_{iteration}.pth"
+    path = folder / f"iter_{iteration}"
     history = {"loss": torch.ones(2, 3, dtype=torch.float64)}
-    files.write(path, {"weight/a": torch.arange(9.0)}, {"x": 1}, history, iteration, LAYOUT)
+    files.write_checkpoint(path, {"weight/a": torch.arange(9.0)}, {"x": 1}, history, iteration, LAYOUT)
     return path
 
 
@@ -103,7 +113,7 @@ MARKERS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "files has null": set_in("files", PART, value=None),
     "bytes is text": set_in("files", PART, "bytes", value="9"),
     "digest is null": set_in("files", PART, "sha256", value=None),
-    "a file above": set_in("files", "../iter_1.pth/run.json", value=SEALED),
+    "a file above": set_in("files", "../iter_1/run.json", value=SEALED),
     "a file by an absolute name": set_in("files", "/etc/hostname", value=SEALED),
     "a file of a foreign name": set_in("files", "x.pkl", value=SEALED),
 }
@@ -113,12 +123,12 @@ MARKERS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def test_markers(harm: str, tmp_path: Path) -> None:
     good, bad = made(tmp_path, 1), made(tmp_path, 2)
     seal(bad, MARKERS[harm])
-    found, wrong = whole(tmp_path)
+    found, wrong = complete_checkpoints(tmp_path)
     assert found == [good]
     assert wrong == {bad: f"damaged ({MARKER} is not what was written)"}
-    assert intact(tmp_path, pytest.fail) == good
+    assert newest_intact(tmp_path, pytest.fail) == good
     for read in (lambda: check_layout(bad, LAYOUT), lambda: load_weights(ToyModel(), bad)):
-        with pytest.raises(UserError, match=r"iter_2.pth is damaged \(complete.json"):
+        with pytest.raises(UserError, match=r"iter_2 is damaged \(complete.json"):
             read()
 
 
@@ -149,11 +159,11 @@ def test_json_of_other_kinds(name: str, harm: str, tmp_path: Path) -> None:
             os.truncate(bad / name, files._MOST_JSON + 1)  # sparse
         if name == RUN:
             seal(bad)
-    said = [f"{path} is {text}" for path, text in whole(tmp_path)[1].items()]
-    assert intact(tmp_path, said.append) == good
+    said = [f"{path} is {text}" for path, text in complete_checkpoints(tmp_path)[1].items()]
+    assert newest_intact(tmp_path, said.append) == good
     assert len(said) == 1
     assert name in said[0]
-    with pytest.raises(UserError, match="iter_2.pth is (damaged|half written)"):
+    with pytest.raises(UserError, match="iter_2 is (damaged|half written)"):
         load_weights(ToyModel(), bad)
 
 
@@ -179,7 +189,7 @@ def test_tensors_that_are_none(name: str, harm: str, tmp_path: Path) -> None:
     (bad / name).write_bytes(HISTORIES[harm])
     seal(bad)
     said: list[str] = []
-    assert intact(tmp_path, said.append) == good
+    assert newest_intact(tmp_path, said.append) == good
     assert len(said) == 1
     assert name in said[0]
 
@@ -214,8 +224,8 @@ def run_json() -> dict[str, Any]:
     wrapper = DeepSpeedOptimWrapper(one.optimizer)
     schedule = PolyLR(wrapper, power=1.0, eta_min=0.0, begin=0, end=10, by_epoch=False)
     state = {"meta": {"epoch": 0, "iter": 4}, "message_hub": {"runtime_info": {"best": NAN}, "log_scalars": {}}}
-    about, _ = run_state.collect(state, wrapper, [schedule])
-    about["engine"] = resharding.gather(one)[1]
+    about, _ = run_state.gather_state(state, wrapper, [schedule])
+    about["engine"] = resharding.gather_tensors(one)[1]
     return json.loads(json.dumps(about))
 
 
@@ -244,10 +254,10 @@ RUNS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_runs_of_other_shapes(harm: str, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resharding, "_replicas", lambda parameter: None)
     about, (change, said) = run_json(), RUNS[harm]
-    run_state.check(about, Path("iter_4.pth"))
+    run_state.check(about, Path("iter_4"))
     change(about)
-    with pytest.raises(UserError, match=f"iter_4.pth has .*{said}.* in run.json"):
-        run_state.check(about, Path("iter_4.pth"))
+    with pytest.raises(UserError, match=f"iter_4 has .*{said}.* in run.json"):
+        run_state.check(about, Path("iter_4"))
 
 
 STATES: dict[str, tuple[str, Any, str]] = {
@@ -268,12 +278,12 @@ STATES: dict[str, tuple[str, Any, str]] = {
 @pytest.mark.parametrize("harm", STATES)
 def test_tensors_of_another_run(harm: str, alone: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resharding, "_replicas", lambda parameter: None)
-    tensors, about = resharding.gather(engine())
-    resharding.restore(engine(), tensors, about)
+    tensors, about = resharding.gather_tensors(engine())
+    resharding.restore_tensors(engine(), tensors, about)
     key, value, said = STATES[harm]
     tensors = {name: x for name, x in tensors.items() if name != key} | ({} if value is None else {key: value})
     with pytest.raises(UserError, match=said):
-        resharding.restore(engine(), tensors, about)
+        resharding.restore_tensors(engine(), tensors, about)
 
 
 def foreign_weights(path: Path, kind: str) -> Path:
@@ -340,11 +350,11 @@ def in_the_way(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["a file", "a file for the work dir"])
 def test_names_that_are_taken(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "work" / "iter_1.pth"
+    path = tmp_path / "work" / "iter_1"
     path.parent.mkdir()
     in_the_way(path, kind)
-    with pytest.raises(UserError, match=r"iter_1.pth cannot be written: .*--resume"):
-        files.write(path, {"weight/a": torch.ones(1)}, {}, {}, 1, LAYOUT)
+    with pytest.raises(UserError, match=r"iter_1 cannot be written: .*--resume"):
+        files.write_checkpoint(path, {"weight/a": torch.ones(1)}, {}, {}, 1, LAYOUT)
     assert (path if kind == "a file" else path.parent).read_text() == "mine"
     assert not list(tmp_path.rglob("*.partial"))
 
@@ -359,17 +369,21 @@ def test_a_folder_is_not_replaced_by_a_file(tmp_path: Path) -> None:
 
 def test_what_a_killed_replacement_left_is_no_obstacle(tmp_path: Path) -> None:
     path = made(tmp_path, 1)
-    (tmp_path / "iter_1.pth.replaced").mkdir()
-    (tmp_path / "iter_1.pth.replaced" / PART).touch()
-    partial = made(tmp_path, 2).rename(tmp_path / "iter_1.pth.partial")
+    (tmp_path / "iter_1.replaced").mkdir()
+    (tmp_path / "iter_1.replaced" / PART).touch()
+    partial = made(tmp_path, 2).rename(tmp_path / "iter_1.partial")
     put_in_place(partial, path)
-    assert [one.name for one in tmp_path.iterdir()] == ["iter_1.pth"]
+    assert [one.name for one in tmp_path.iterdir()] == ["iter_1"]
     assert files._marker(path).iteration == 2
 
 
 def test_a_model_that_cannot_be_exported(tmp_path: Path) -> None:
     runner = SimpleNamespace(
-        strategy=SimpleNamespace(whole_state_dict=lambda: {"a": torch.ones(1)}), work_dir=str(tmp_path / "gone")
+        strategy=SimpleNamespace(whole_state_dict=lambda: {"a": torch.ones(1)}),
+        work_dir=str(tmp_path / "gone"),
+        cfg=Config({"model": {"type": "ToyModel"}}),
+        train_loop=SimpleNamespace(dataloader=SimpleNamespace(dataset=[])),
+        message_hub=SimpleNamespace(runtime_info={}),
     )
     with pytest.raises(UserError, match=r"gone/model.safetensors cannot be written"):
         ExportHook().after_train(runner)

@@ -7,14 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from mmengine.hooks import CheckpointHook
 from mmengine.optim import CosineAnnealingLR, LinearLR, PolyLR
 from timm.layers import Mlp
 from torch import nn
 
 from rmoe.engine.checkpoint import run_state
 from rmoe.engine.clipping import check_precision
-from rmoe.engine.hooks import EMAHook
+from rmoe.engine.hooks import CheckpointHook, EMAHook
 from rmoe.engine.optim import DeepSpeedOptimWrapper, ParamGroups, checked_settings, param_groups
 from rmoe.engine.randomness import EpochSampler, InfiniteSampler
 from rmoe.engine.strategy import Runner
@@ -64,14 +63,14 @@ def test_a_run_goes_on_with_its_own_schedule(other: list[dict[str, Any]], said: 
 
     state = {"meta": {}, "message_hub": {"runtime_info": {}, "log_scalars": {}}}
     wrapper, saved = schedule()
-    about, history = run_state.collect(state, wrapper, [saved])
+    about, history = run_state.gather_state(state, wrapper, [saved])
     for options in other:
         if "last_step" in options:
             about["schedulers"][0] |= options
             options.clear()
     wrapper = schedule()[0]
     with pytest.raises(UserError, match=said):
-        run_state.restore(about, history, wrapper, [schedule(**options)[1] for options in other])
+        run_state.restore_state(about, history, wrapper, [schedule(**options)[1] for options in other])
 
 
 @pytest.mark.parametrize("momentum", ["1e-4", True, 1, 0, None, NAN, float("inf"), -0.1, [0.1], {"a": 1}])
@@ -157,11 +156,11 @@ def test_float16_without_a_norm(dtype: str) -> None:
         ({"published_keys": ["state_dict"]}, "published_keys"),
         ({"filename_tmpl": "last.pth"}, "filename_tmpl is 'last.pth'"),
         ({"filename_tmpl": "/tmp/{}.pth"}, "filename_tmpl"),
-        ({}, r"iter_4.pth is a file"),
+        ({}, r"iter_4 is a file"),
     ],
 )
 def test_savers(options: dict[str, Any], said: str, tmp_path: Path) -> None:
-    (tmp_path / "iter_4.pth").touch()
+    (tmp_path / "iter_4").touch()
     runner = Runner.__new__(Runner)
     runner._hooks, runner._work_dir = [CheckpointHook(by_epoch=False, **options)], str(tmp_path)
     with pytest.raises(UserError, match=said):

@@ -19,17 +19,9 @@ from rmoe.engine.cost import counted_flops
 from rmoe.engine.optim import param_groups
 from rmoe.errors import UserError
 from rmoe.registry import MODELS
-from rmoe.reporting.estimate import (
-    Estimate,
-    Setting,
-    Work,
-    _image_size,
-    estimate,
-    run_once,
-    share_out,
-    trace,
-    training_loss,
-)
+from rmoe.reporting.estimate import Estimate, Setting, estimate, share_out
+from rmoe.reporting.tracing import trace, training_loss
+from rmoe.reporting.work import Work, _image_size, run_once
 
 SIZE, IMAGES = 64, 2
 SWIN = dict(embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8), window_size=4, drop_path_rate=0.1)

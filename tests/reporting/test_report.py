@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from rmoe.cli import main
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
-from rmoe.reporting.report import Row, Run, report, table
+from rmoe.reporting.report import report, table
+from rmoe.reporting.runs import Row, Run
 
 KEYS = {
     "arm",

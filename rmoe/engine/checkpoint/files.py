@@ -59,7 +59,7 @@ class Layout:
 
     @property
     def iteration_batch(self) -> int:
-        """Samples of all processes in one iteration."""
+        """Returns how many samples all processes together draw in one iteration."""
         return self.processes * self.micro_batch
 
 
@@ -81,9 +81,9 @@ class _Marker(BaseModel):
     sha256: str
 
 
-def whole(folder: Path) -> tuple[list[Path], dict[Path, str]]:
-    """The checkpoints of `folder` with all their files in full length, those of most iterations first; and what is
-    wrong with each of the others. Contents are not read, see `intact`.
+def complete_checkpoints(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Returns the checkpoints of `folder` with all their files in full length, those of most iterations first, and what
+    is wrong with each of the others. Contents are not read, see `newest_intact`.
     """
     found, wrong = {}, {}
     for path in sorted(path for path in folder.glob("*/") if is_checkpoint(path)):
@@ -94,8 +94,8 @@ def whole(folder: Path) -> tuple[list[Path], dict[Path, str]]:
     return sorted(found, key=found.__getitem__, reverse=True), wrong
 
 
-def intact(folder: Path, warn: Callable[[str], object]) -> Path:
-    """The newest checkpoint of `folder` whose files are what was written. All processes call it and share the reading.
+def newest_intact(folder: Path, warn: Callable[[str], object]) -> Path:
+    """Returns the newest checkpoint of `folder` whose files are what was written; collective, the reading is shared.
 
     Args:
         folder: a work dir.
@@ -104,7 +104,7 @@ def intact(folder: Path, warn: Callable[[str], object]) -> Path:
     Raises:
         UserError: there is none.
     """
-    for path in whole(folder)[0]:
+    for path in complete_checkpoints(folder)[0]:
         if not (harm := damage(path)):
             return path
         warn(f"{path} is {harm}; it is ignored")
@@ -132,7 +132,7 @@ def check_layout(path: Path, layout: Layout) -> None:
     )
 
 
-def write(
+def write_checkpoint(
     path: Path,
     tensors: Mapping[str, Tensor],
     about: Mapping[str, Any],
@@ -144,7 +144,7 @@ def write(
 
     Args:
         path: its name.
-        tensors: this process's share, see `rmoe.engine.checkpoint.resharding.gather`.
+        tensors: this process's share, see `rmoe.engine.checkpoint.resharding.gather_tensors`.
         about: what JSON can hold; the first process's is written, as is its `history`.
         history: what has been logged.
         iteration: how many the run has done.
@@ -162,10 +162,10 @@ def write(
     with all_or_none(partial):
         if tensors:
             name = f"part_{get_dist_info()[0]:05d}.safetensors"
-            save_file(dict(tensors), partial / name)
+            save_tensors(partial / name, tensors)
             written[name] = _seal(partial / name)
         if is_main_process():
-            save_file(dict(history), partial / HISTORY)
+            save_tensors(partial / HISTORY, history)
             (partial / RUN).write_text(json.dumps(about, indent=1) + "\n")
             written |= {name: _seal(partial / name) for name in (HISTORY, RUN)}
     files = {name: about for each in all_gather_object(written) for name, about in each.items()}
@@ -179,7 +179,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     """Writes a file of a whole model's weights, such as the best one's. All processes call it; the first one writes.
 
     Raises:
-        UserError: see `write`.
+        UserError: see `write_checkpoint`.
     """
     partial = path.with_name(path.name + PARTIAL)
     with all_or_none(partial):
@@ -189,6 +189,15 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
             torch.save({"state_dict": dict(state)}, partial)
             _sync(partial)
             put_in_place(partial, path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself lets nobody."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, dict(metadata) if metadata else None)
+    path.chmod(mode)
 
 
 def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -222,7 +231,7 @@ def _remove(path: Path) -> None:
 
 @contextmanager
 def all_or_none(partial: Path) -> Iterator[None]:
-    """What one process cannot write ends all of them, with the same error. All processes wait for each other."""
+    """Ends all processes with the same error where one of them cannot write. They wait for each other."""
     error = ""
     try:
         yield
@@ -239,7 +248,7 @@ def all_or_none(partial: Path) -> Iterator[None]:
 
 
 def _seal(path: Path) -> dict[str, Any]:
-    """Brings a file to the disk; what its marker says of it."""
+    """Brings a file to the disk, and returns what the marker says of it."""
     _sync(path)
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
@@ -292,7 +301,7 @@ def _read(path: Path) -> bytes:
 
 
 def _missing(path: Path) -> str:
-    """What a look at the names and lengths of its files tells against a checkpoint; empty where nothing does."""
+    """Returns what the names and lengths of its files tell against a checkpoint; nothing where it is complete."""
     try:
         if not (path / MARKER).is_file():
             return f"half written (it has no {MARKER})"
@@ -309,7 +318,7 @@ def _missing(path: Path) -> str:
 
 
 def damage(path: Path) -> str:
-    """What the contents of its files tell against a checkpoint. The processes share them and agree."""
+    """Returns what the contents of its files tell against a checkpoint. The processes share the reading and agree."""
     rank, processes = get_dist_info()
     bad = _missing(path)
     try:
@@ -352,7 +361,7 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read_run(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns what `write` was given as `about` and `history`.
+    """Returns what `write_checkpoint` was given as `about` and `history`.
 
     Raises:
         UserError: a file cannot be read, or holds something else.

@@ -31,8 +31,8 @@ _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 _STEP = "step"
 
 
-def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint of `engine` holds. All processes call it.
+def gather_tensors(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Returns what a checkpoint of `engine` holds. All processes call it.
 
     Args:
         engine: what `deepspeed.initialize` returned, at any ZeRO stage.
@@ -71,21 +71,21 @@ def gather(engine: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def gather_weights(module: nn.Module, kind: str = WEIGHT) -> dict[str, Tensor]:
-    """This process's share of the weights of a model whose parameters are whole, see `gather`."""
+    """Returns this process's share of the weights of a model whose parameters are whole, see `gather_tensors`."""
     names = _Names(module)
     leading = {name: x for name, x in names.weights().items() if names.leads(name)}
     return {kind + key: _copy(one) for name, x in leading.items() for key, one in names.split(name, x)}
 
 
-def restore(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Brings a freshly initialised `engine` to the state that `gather` saw, whatever the layout was there.
+def restore_tensors(engine: Any, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Brings a freshly initialised `engine` to the state that `gather_tensors` saw, whatever the layout was there.
 
     Each process reads what it needs of `tensors`. All processes call it.
 
     Args:
         engine: what `deepspeed.initialize` returned, before its first step.
-        tensors: of all processes of the run that called `gather`; values may be read when they are asked for.
-        about: what `gather` returned besides.
+        tensors: of all processes of the run that called `gather_tensors`; values may be read when they are asked for.
+        about: what `gather_tensors` returned besides.
 
     Raises:
         UserError: another model's or another optimizer's.
@@ -128,19 +128,19 @@ class _Names:
         }
 
     def weights(self) -> dict[str, Tensor]:
-        """Parameters, those of experts stacked, and persistent buffers."""
+        """Returns parameters, those of experts stacked, and persistent buffers."""
         stacked = {name: p.detach() for name, p in self._parameters.items() if self.stacked(name)}
         single = {k: x for k, x in self._module.state_dict().items() if "deepspeed_experts." not in k}
         return {**single, **stacked}
 
     def split(self, name: str, x: Tensor) -> list[tuple[str, Tensor]]:
-        """`x`, of the shape of the parameter `name` or a single number for all of it, under its names in a file."""
+        """Returns `x`, of the shape of the parameter `name` or one number for all of it, under its names in a file."""
         keys = self.keys(name)
         each = [x] if not self.stacked(name) else x.unbind() if x.ndim else [x] * len(keys)
         return list(zip(keys, each, strict=True))
 
     def keys(self, name: str) -> list[str]:
-        """The names in a file of the parameter or buffer `name`: of experts, one for each of this process."""
+        """Returns the names in a file of the parameter or buffer `name`: of experts, one for each of this process."""
         layer = self._layer(name)
         if layer is None:
             return [name]
@@ -149,11 +149,11 @@ class _Names:
         return [f"{prefix}.deepspeed_experts.{first + e}.{field}" for e in range(layer.num_local_experts)]
 
     def stacked(self, name: str) -> bool:
-        """Whether the first dimension of the parameter `name` is that of experts."""
+        """Returns whether the first dimension of the parameter `name` is that of experts."""
         return self._layer(name) is not None
 
     def leads(self, name: str) -> bool:
-        """Whether this process is the first of those that hold the same values of the parameter or buffer `name`."""
+        """Returns whether this process is the first of those that hold the same values of a parameter or buffer."""
         parameter = self._parameters.get(name)
         return dist.get_rank() == 0 if parameter is None else dist.get_rank(_replicas(parameter)) == 0
 
@@ -162,7 +162,7 @@ class _Names:
 
 
 def _replicas(parameter: nn.Parameter) -> Any:
-    """The processes that hold the same values of a parameter."""
+    """Returns the processes that hold the same values of a parameter."""
     if is_moe_param(parameter):
         return groups._get_expert_data_parallel_group(parameter.group_name)  # type: ignore[attr-defined]
     return groups._get_data_parallel_group()
@@ -188,7 +188,7 @@ class _Holder:
 
 
 def _holders(engine: Any, names: _Names) -> Iterator[_Holder]:
-    """All tensors that the optimizer steps, in the same order on every process."""
+    """Yields all tensors that the optimizer steps, in the same order on every process."""
     of, stage, optimizer = names.of, engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         for group in optimizer.param_groups:
@@ -217,7 +217,7 @@ def _partitioned_part(name: str, p: Any, optimizer: Any) -> _Part:
 
 
 def _parameters_of_groups(engine: Any) -> list[list[nn.Parameter]]:
-    """The model's parameters of each group of the optimizer, whose own may be flat partitions."""
+    """Returns the model's parameters of each group of the optimizer, whose own may be flat partitions."""
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return [group["params"] for group in optimizer.param_groups]
@@ -234,7 +234,7 @@ def _base_optimizer(engine: Any) -> torch.optim.Optimizer:
 
 
 def _state(engine: Any, values: Tensor) -> dict[str, Any]:
-    """What the optimizer keeps of `values`."""
+    """Returns what the optimizer keeps of `values`."""
     state = _base_optimizer(engine).state.get(values, {})
     return {kind: value for kind, value in state.items() if value is not None}
 
@@ -244,12 +244,12 @@ def _shape(parameter: Any) -> torch.Size:
 
 
 def _is_number(kind: str, value: Any, values: Tensor) -> bool:
-    """Whether a state is one number for all of `values`."""
+    """Returns whether a state is one number for all of `values`."""
     return kind == _STEP or not isinstance(value, Tensor) or value.ndim < min(values.ndim, 1)
 
 
 def _whole(engine: Any, part: _Part, values: Tensor, kind: str, value: Any) -> Tensor:
-    """A state of a whole parameter; at ZeRO stages, collective over the processes that share it."""
+    """Returns a state of a whole parameter; with ZeRO, collective over the processes that share it."""
     if _is_number(kind, value, values):
         return torch.as_tensor(value, dtype=torch.float32).reshape(())
     if value.shape != values.shape:
@@ -325,7 +325,7 @@ def _number(names: _Names, parts: list[_Part], kind: str, tensors: Mapping[str, 
 
 
 def _read(names: _Names, part: _Part, kind: str, tensors: Mapping[str, Tensor], target: Tensor) -> None:
-    """Those values of a parameter's state that this process holds go to their place in `target`."""
+    """Puts those values of a parameter's state that this process holds into their place in `target`."""
     if not part.count:
         return
     shape = _shape(part.parameter)
@@ -336,7 +336,7 @@ def _read(names: _Names, part: _Part, kind: str, tensors: Mapping[str, Tensor], 
 
 
 def _taken(tensors: Mapping[str, Tensor], key: str, shape: torch.Size | tuple[int, ...]) -> Tensor:
-    """Reads a state from a checkpoint: finite values of its parameter's shape."""
+    """Reads a state from a checkpoint, and checks that it has finite values of its parameter's shape."""
     if key not in tensors:
         raise UserError(f"the checkpoint lacks {key}, which it has for other parameters; give an earlier checkpoint")
     x = tensors[key]
@@ -349,13 +349,13 @@ def _taken(tensors: Mapping[str, Tensor], key: str, shape: torch.Size | tuple[in
 
 
 def _number_device(engine: Any, values: Tensor) -> torch.device:
-    """Fused and capturable optimizers count on the device."""
+    """Returns where the optimizer keeps its counts: fused and capturable ones keep them on the device."""
     first = engine.optimizer.param_groups[0]
     return values.device if first.get("fused") or first.get("capturable") else torch.device("cpu")
 
 
 def _whole_parameters(engine: Any, modified: bool = False) -> Any:
-    """Inside, parameters are whole at ZeRO stage 3 too."""
+    """Makes parameters whole inside the block, at ZeRO stage 3 too."""
     sharded = engine.zero_optimization_partition_weights()
     return deepspeed.zero.GatheredParameters(
         list(engine.module.parameters()), modifier_rank=0 if modified else None, enabled=sharded

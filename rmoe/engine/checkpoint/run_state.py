@@ -76,7 +76,7 @@ class _Engine(_Strict):
 
 
 class _Run(_Strict):
-    """What `collect` returns, with what `rmoe.engine.checkpoint.resharding.gather` says of the engine."""
+    """What `gather_state` returns, with what `rmoe.engine.checkpoint.resharding.gather_tensors` says of the engine."""
 
     meta: _Progress
     info: _Info
@@ -89,10 +89,10 @@ _PLAIN = (str, int, float, bool, type(None))
 _BY_GROUP = ("base_values", "_last_value")  # of a scheduler: lists by group of the optimizer, which can tell
 
 
-def collect(
+def gather_state(
     state: Mapping[str, Any], wrapper: BaseOptimWrapper, schedulers: list[Any]
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What a checkpoint says of a run besides its tensors.
+    """Returns what a checkpoint says of a run besides its tensors.
 
     Args:
         state: `meta` and `message_hub`, the state of mmengine's message hub.
@@ -117,7 +117,7 @@ def collect(
 
 
 def check(about: Mapping[str, Any], path: Path) -> None:
-    """Checks that `run.json` of the checkpoint `path` has what `restore`, here and in resharding.py, reads of it.
+    """Checks that `run.json` of the checkpoint `path` has what `restore_state`, here and in resharding.py, reads of it.
 
     Raises:
         UserError: a key is missing or unknown, or a value of another type or not finite.
@@ -132,10 +132,10 @@ def check(about: Mapping[str, Any], path: Path) -> None:
         ) from error
 
 
-def restore(
+def restore_state(
     about: Mapping[str, Any], history: Mapping[str, Tensor], wrapper: BaseOptimWrapper, schedulers: list[Any]
 ) -> dict[str, Any]:
-    """Sets `wrapper`, whose optimizer has been restored, and `schedulers`; returns what `collect` had as `state`.
+    """Sets `wrapper`, whose optimizer has been restored, and `schedulers`; returns what `gather_state` had as `state`.
 
     Raises:
         UserError: the run had other schedulers.
@@ -182,7 +182,7 @@ def _same_kind(own: Any, saved: Any) -> bool:
 
 
 def _arguments(kind: type) -> set[str]:
-    """The names of what a scheduler is made from."""
+    """Returns the names of the arguments that a scheduler is made from."""
     makers = [cls.__init__ for cls in kind.__mro__ if "__init__" in vars(cls)]  # type: ignore[misc]
     return {name for maker in makers for name in inspect.signature(maker).parameters} - {"last_step", "verbose"}
 
@@ -199,7 +199,7 @@ def relocate(info: dict[str, Any], folder: Path) -> None:
 
 
 def _plain_items(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that JSON can hold; what is not saved is said."""
+    """Returns those of the values that JSON can hold, and logs which are not saved."""
     kept = {}
     for key, value in values.items():
         try:

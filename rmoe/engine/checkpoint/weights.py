@@ -58,7 +58,7 @@ def _some(what: str, keys: list[str]) -> str:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    """All weights of a training checkpoint, as `global_state_dict` names them."""
+    """Returns all weights of a training checkpoint, as `global_state_dict` names them."""
     if harm := damage(path):
         raise UserError(f"{path} is {harm}; give an earlier checkpoint")
     tensors = Tensors(path)

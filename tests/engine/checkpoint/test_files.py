@@ -22,10 +22,10 @@ from rmoe.engine.checkpoint.files import (
     Layout,
     Tensors,
     check_layout,
-    intact,
+    complete_checkpoints,
+    newest_intact,
     read_run,
-    whole,
-    write,
+    write_checkpoint,
     write_weights,
 )
 from rmoe.engine.checkpoint.weights import load_weights
@@ -38,7 +38,9 @@ PART = "part_00000.safetensors"
 
 def made(path: Path, iteration: int = 1, **tensors: Tensor) -> Path:
     """A checkpoint as one process writes it."""
-    write(path, tensors or {"weight/a": torch.arange(9.0)}, {"x": 1}, {"loss": torch.ones(2, 3)}, iteration, LAYOUT)
+    write_checkpoint(
+        path, tensors or {"weight/a": torch.arange(9.0)}, {"x": 1}, {"loss": torch.ones(2, 3)}, iteration, LAYOUT
+    )
     return path
 
 
@@ -47,35 +49,40 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    path = made(tmp_path / "iter_1.pth")
+    path = made(tmp_path / "iter_1")
     assert {file.name for file in path.iterdir()} == {PART, RUN, HISTORY, MARKER}
-    assert [one.name for one in tmp_path.iterdir()] == ["iter_1.pth"]
+    assert [one.name for one in tmp_path.iterdir()] == ["iter_1"]
     assert Tensors(path)["weight/a"].equal(torch.arange(9.0))
     about, history = read_run(path)
     assert about == {"x": 1}
     assert history["loss"].equal(torch.ones(2, 3))
-    assert intact(tmp_path, pytest.fail) == path
+    assert newest_intact(tmp_path, pytest.fail) == path
 
 
 def test_the_newest_whole_one_counts(tmp_path: Path) -> None:
-    assert whole(tmp_path / "absent") == ([], {})
-    made(tmp_path / "iter_12.pth.partial", 12)
-    (tmp_path / "iter_12.pth.partial" / MARKER).unlink()
-    (tmp_path / "iter_10.pth").mkdir()
-    (tmp_path / "iter_10.pth" / RUN).touch()
+    assert complete_checkpoints(tmp_path / "absent") == ([], {})
+    made(tmp_path / "iter_12.partial", 12)
+    (tmp_path / "iter_12.partial" / MARKER).unlink()
+    (tmp_path / "iter_10").mkdir()
+    (tmp_path / "iter_10" / RUN).touch()
     (tmp_path / "best_iter_11.pth").write_bytes(b"x")
     (tmp_path / "vis_data").mkdir()
-    found, wrong = whole(tmp_path)
+    found, wrong = complete_checkpoints(tmp_path)
     assert not found
-    assert [path.name for path in wrong] == ["iter_10.pth", "iter_12.pth.partial"]
+    assert [path.name for path in wrong] == ["iter_10", "iter_12.partial"]
     assert all("half written" in harm for harm in wrong.values())
     for iteration in (9, 8, 10):
-        made(tmp_path / f"iter_{iteration}.pth", iteration)
-    assert [path.name for path in whole(tmp_path)[0]] == ["iter_10.pth", "iter_9.pth", "iter_8.pth"]
+        made(tmp_path / f"iter_{iteration}", iteration)
+    assert [path.name for path in complete_checkpoints(tmp_path)[0]] == ["iter_10", "iter_9", "iter_8"]
+    for iteration in (10, 11):
+        made(tmp_path / f"iter_{iteration}.pth", iteration)  # as they were called once
+    found = [path.name for path in complete_checkpoints(tmp_path)[0]]
+    assert found == ["iter_11.pth", "iter_10", "iter_10.pth", "iter_9", "iter_8"]
+    assert newest_intact(tmp_path, pytest.fail).name == "iter_11.pth"
 
 
 def test_an_old_one_lives_until_the_new_one_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = made(tmp_path / "iter_4.pth", 4)
+    path = made(tmp_path / "iter_4", 4)
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -85,17 +92,17 @@ def test_an_old_one_lives_until_the_new_one_is_there(tmp_path: Path, monkeypatch
             patch.setattr(files, step, stop)
             with pytest.raises(KeyboardInterrupt):
                 made(path, 4, **{"weight/a": torch.ones(3)})
-        assert intact(tmp_path, pytest.fail).name.startswith("iter_4.pth")
+        assert newest_intact(tmp_path, pytest.fail).name.startswith("iter_4")
         assert Tensors(path)["weight/a"].equal(torch.arange(9.0))
     made(path, 4, **{"weight/a": torch.ones(3)})
     assert Tensors(path)["weight/a"].equal(torch.ones(3))
-    assert [one.name for one in tmp_path.iterdir()] == ["iter_4.pth"]
+    assert [one.name for one in tmp_path.iterdir()] == ["iter_4"]
 
 
 @pytest.mark.parametrize("file", [PART, RUN, HISTORY, MARKER])
 @pytest.mark.parametrize("harm", ["cut", "missing", "flipped"])
 def test_a_damaged_one_is_named_and_the_one_before_is_used(file: str, harm: str, tmp_path: Path) -> None:
-    good, bad = made(tmp_path / "iter_1.pth", 1), made(tmp_path / "iter_2.pth", 2)
+    good, bad = made(tmp_path / "iter_1", 1), made(tmp_path / "iter_2", 2)
     data = bytearray((bad / file).read_bytes())
     data[len(data) // 2] ^= 1
     if harm == "missing":
@@ -103,8 +110,8 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(file: str, harm: str,
     else:
         (bad / file).write_bytes(data[:-1] if harm == "cut" else data)
     before = content(tmp_path)
-    said: list[str] = [f"{path} is {what}" for path, what in whole(tmp_path)[1].items()]
-    assert intact(tmp_path, said.append) == good
+    said: list[str] = [f"{path} is {what}" for path, what in complete_checkpoints(tmp_path)[1].items()]
+    assert newest_intact(tmp_path, said.append) == good
     assert len(said) == 1
     assert said[0].startswith(f"{bad} is ")
     assert file in said[0]
@@ -112,24 +119,24 @@ def test_a_damaged_one_is_named_and_the_one_before_is_used(file: str, harm: str,
 
 
 def test_none_is_left(tmp_path: Path) -> None:
-    path = made(tmp_path / "iter_1.pth")
+    path = made(tmp_path / "iter_1")
     (path / RUN).write_text('{"x": 2}\n'.ljust((path / RUN).stat().st_size))
     with pytest.raises(UserError, match="every checkpoint in .* is damaged; move them away"):
-        intact(tmp_path, lambda said: None)
+        newest_intact(tmp_path, lambda said: None)
 
 
 @pytest.mark.parametrize("limit", [0, 300, 2000])
 def test_a_full_disk(limit: int, tmp_path: Path) -> None:
     """No file may get longer than `limit` bytes: at once, in the middle of the tensors, or after them."""
-    made(tmp_path / "iter_1.pth")
-    made(tmp_path / "iter_2.pth", 2)
+    made(tmp_path / "iter_1")
+    made(tmp_path / "iter_2", 2)
     before = content(tmp_path)
     small, large = {"weight/a": torch.ones(4)}, {"weight/a": torch.ones(10**4)}
     hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
-        with pytest.raises(UserError, match=r"iter_2.pth cannot be written: .*File too large.*--resume"):
-            write(tmp_path / "iter_2.pth", small if limit > 300 else large, {"x": "y" * 3000}, {}, 2, LAYOUT)
+        with pytest.raises(UserError, match=r"iter_2 cannot be written: .*File too large.*--resume"):
+            write_checkpoint(tmp_path / "iter_2", small if limit > 300 else large, {"x": "y" * 3000}, {}, 2, LAYOUT)
         with pytest.raises(UserError, match=r"best.pth cannot be written"):
             write_weights(tmp_path / "best.pth", large)
     finally:
@@ -138,20 +145,20 @@ def test_a_full_disk(limit: int, tmp_path: Path) -> None:
 
 
 def test_a_work_dir_that_is_removed_meanwhile(tmp_path: Path) -> None:
-    made(tmp_path / "work" / "iter_1.pth")
+    made(tmp_path / "work" / "iter_1")
     shutil.rmtree(tmp_path / "work")
-    path = made(tmp_path / "work" / "iter_2.pth", 2)
-    assert intact(tmp_path / "work", pytest.fail) == path
+    path = made(tmp_path / "work" / "iter_2", 2)
+    assert newest_intact(tmp_path / "work", pytest.fail) == path
 
 
 @pytest.mark.parametrize("function", ["mkdir", "write_text", "rename"])
 def test_a_work_dir_that_becomes_read_only(function: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made(tmp_path / "iter_1.pth")
+    made(tmp_path / "iter_1")
     before = content(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(Path, function, Mock(side_effect=OSError(30, "Read-only file system")))
-        with pytest.raises(UserError, match=r"iter_2.pth cannot be written: .*Read-only.*--resume"):
-            made(tmp_path / "iter_2.pth", 2)
+        with pytest.raises(UserError, match=r"iter_2 cannot be written: .*Read-only.*--resume"):
+            made(tmp_path / "iter_2", 2)
     assert content(tmp_path) == before
 
 
@@ -167,7 +174,7 @@ def test_a_work_dir_that_becomes_read_only(function: str, tmp_path: Path, monkey
     ],
 )
 def test_which_layouts_resume(layout: Layout, message: str | None, tmp_path: Path) -> None:
-    path = made(tmp_path / "iter_1.pth")
+    path = made(tmp_path / "iter_1")
     if message is None:
         check_layout(path, layout)
     else:
@@ -191,7 +198,7 @@ def save(path: Path, state: dict[str, Tensor], kind: str) -> Path:
     if kind == "work dir":
         save_file(state, path / "model.safetensors")
         return path
-    return made(path / "iter_1.pth", **{f"weight/{key}": x for key, x in state.items()}, **{"step/x": torch.ones(())})
+    return made(path / "iter_1", **{f"weight/{key}": x for key, x in state.items()}, **{"step/x": torch.ones(())})
 
 
 @pytest.mark.parametrize("kind", ["pth", "safetensors", "work dir", "training checkpoint"])

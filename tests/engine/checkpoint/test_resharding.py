@@ -78,7 +78,7 @@ def test_by_hand() -> None:
     step(first, "ab")
     first.optimizer.param_groups[0]["lr"] = 0.025
     first.global_steps = 2
-    tensors, about = resharding.gather(first)
+    tensors, about = resharding.gather_tensors(first)
     assert set(tensors) == {
         f"{kind}/{name}.{part}"
         for kind in ("weight", "exp_avg", "exp_avg_sq", "step")
@@ -86,7 +86,7 @@ def test_by_hand() -> None:
         for part in ("weight", "bias")
     }
     assert about["numbers"] == ["step"]
-    resharding.restore(flat, tensors, json.loads(json.dumps(about)))
+    resharding.restore_tensors(flat, tensors, json.loads(json.dumps(about)))
     values = flat.optimizer.single_partition_of_fp32_groups[0]
     state = flat.optimizer.optimizer.state[values]
     assert values[:6].equal(first.module["a"].weight.detach().flatten())
@@ -95,7 +95,7 @@ def test_by_hand() -> None:
     assert flat.optimizer.param_groups[0]["lr"] == 0.025
     assert flat.optimizer.param_groups[0]["betas"] == (0.9, 0.999)
     assert flat.global_steps == 2
-    resharding.restore(last, *resharding.gather(flat))
+    resharding.restore_tensors(last, *resharding.gather_tensors(flat))
     for one in (first, last):
         step(one, "ab")
     for name, parameter in first.module.named_parameters():
@@ -105,9 +105,9 @@ def test_by_hand() -> None:
 def test_what_was_never_trained_has_no_state() -> None:
     first, flat = engine(), engine(stage=1)
     step(first, "a")
-    tensors, about = resharding.gather(first)
+    tensors, about = resharding.gather_tensors(first)
     assert "exp_avg/b.weight" not in tensors
-    resharding.restore(flat, tensors, about)
+    resharding.restore_tensors(flat, tensors, about)
     state = flat.optimizer.optimizer.state[flat.optimizer.single_partition_of_fp32_groups[0]]
     assert not state["exp_avg"][8:].any()
     assert state["step"] == 1
@@ -117,18 +117,18 @@ def test_counts_that_zero_cannot_keep() -> None:
     first = engine()
     step(first, "a")
     step(first, "ab")
-    resharding.restore(engine(), *resharding.gather(first))
+    resharding.restore_tensors(engine(), *resharding.gather_tensors(first))
     with pytest.raises(UserError, match=r"different values of 'step', from 1 to 2.*stage 0"):
-        resharding.restore(engine(stage=1), *resharding.gather(first))
+        resharding.restore_tensors(engine(stage=1), *resharding.gather_tensors(first))
 
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adagrad, torch.optim.NAdam, torch.optim.RMSprop])
 def test_other_optimizers(kind: Any) -> None:
     first, flat = engine(kind), engine(kind, stage=1)
     step(first, "ab")
-    tensors, about = resharding.gather(first)
-    resharding.restore(flat, tensors, about)
-    again, _ = resharding.gather(flat)
+    tensors, about = resharding.gather_tensors(first)
+    resharding.restore_tensors(flat, tensors, about)
+    again, _ = resharding.gather_tensors(flat)
     assert again.keys() == tensors.keys()
     assert all(again[key].equal(tensors[key]) for key in tensors)
 
@@ -137,16 +137,16 @@ def test_states_that_cannot_be_spread() -> None:
     one = engine(torch.optim.Adafactor)
     step(one, "ab")
     with pytest.raises(UserError, match=r"Adafactor keeps 'col_var' of shape .*a.weight.*AdamW or SGD"):
-        resharding.gather(one)
+        resharding.gather_tensors(one)
 
 
 def test_another_optimizer_or_model() -> None:
-    tensors, about = resharding.gather(engine())
+    tensors, about = resharding.gather_tensors(engine())
     with pytest.raises(UserError, match="optimizer AdamW, the config's is SGD"):
-        resharding.restore(engine(torch.optim.SGD), tensors, about)
+        resharding.restore_tensors(engine(torch.optim.SGD), tensors, about)
     del tensors["weight/a.bias"]
     with pytest.raises(UserError, match=r"another model's: 1 weights differ, such as a.bias"):
-        resharding.restore(engine(), tensors, about)
+        resharding.restore_tensors(engine(), tensors, about)
 
 
 def test_milestones_are_met_after_a_resume() -> None:
@@ -157,11 +157,11 @@ def test_milestones_are_met_after_a_resume() -> None:
         for step in range(6):
             if resumed and step == 3:
                 state = {"meta": {}, "message_hub": {"runtime_info": {}, "log_scalars": {}}}
-                about, history = run_state.collect(state, wrapper, [schedule])
+                about, history = run_state.gather_state(state, wrapper, [schedule])
                 saved = settings(wrapper.param_groups[0])
                 wrapper, schedule = milestones()
                 change_settings(wrapper.param_groups[0], saved)
-                run_state.restore(json.loads(json.dumps(about)), history, wrapper, [schedule])
+                run_state.restore_state(json.loads(json.dumps(about)), history, wrapper, [schedule])
             schedule.step()
         rates.append(wrapper.param_groups[0]["lr"])
     assert rates == [pytest.approx(0.001)] * 2
@@ -188,11 +188,11 @@ def test_the_run_as_plain_data() -> None:
     hub.update_info("dataset_meta", {"palette": np.arange(2), "classes": ("x",)})
     hub.update_info("open", open)
     state = {"meta": {"iter": 4}, "message_hub": hub.state_dict()}
-    about, history = run_state.collect(state, wrappers[0], schedules[:1])
+    about, history = run_state.gather_state(state, wrappers[0], schedules[:1])
     about = json.loads(json.dumps(about))
     for group, saved in zip(wrappers[1].optimizer.param_groups, wrappers[0].optimizer.param_groups, strict=True):
-        change_settings(group, settings(saved))  # as `resharding.restore` does
-    restored = run_state.restore(about, history, wrappers[1], schedules[1:])
+        change_settings(group, settings(saved))  # as `resharding.restore_tensors` does
+    restored = run_state.restore_state(about, history, wrappers[1], schedules[1:])
     assert restored["meta"] == {"iter": 4}
     other = MessageHub("other")
     other.load_state_dict(restored["message_hub"])

@@ -1,0 +1,135 @@
+"""What a finished run leaves: its whole model in `model.safetensors`, which says what it is, and a dense backbone as
+timm reads it in `backbone.safetensors`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+import rmoe
+from rmoe.backbones.build import timm_model
+from rmoe.engine.checkpoint.files import PARTIAL, save_tensors
+from rmoe.engine.model_config import mappings
+from rmoe.errors import UserError
+
+MODEL, BACKBONE = "model.safetensors", "backbone.safetensors"
+_JSON = ("model", "classes", "initial")  # the keys of the metadata whose strings are JSON
+
+
+def write_model(
+    folder: Path,
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    stage: str | None = None,
+    classes: Sequence[str] | None = None,
+    core_sha256: str | None = None,
+) -> None:
+    """Writes `model.safetensors` and, for a dense timm model, `backbone.safetensors` into `folder`.
+
+    The metadata of both, which `read_metadata` reads, are `format` ("pt"), `rmoe` (the version that wrote it), `stage`,
+    `model` (the model's config), `classes` and `core_sha256`, without those that are not known. The backbone's says
+    with `initial` which of its weights the model does not have, see `timm_state`.
+
+    Args:
+        folder: a work dir.
+        state: what `rmoe.moe.state.global_state_dict` returned.
+        config: of the model, as plain data.
+        stage: of the pipeline, as the config says.
+        classes: their names, in the order of their indices.
+        core_sha256: see `core_sha256`.
+    """
+    known = {"stage": stage, "core_sha256": core_sha256}
+    metadata = {"format": "pt", "rmoe": rmoe.__version__, "model": json.dumps(config)}
+    metadata |= {key: text for key, text in known.items() if text is not None}
+    if classes is not None:
+        metadata["classes"] = json.dumps([*classes])
+    _write(folder / MODEL, state, metadata)
+    if found := timm_state(config, state):
+        _write(folder / BACKBONE, found[0], {**metadata, "initial": json.dumps(found[1])})
+    else:
+        (folder / BACKBONE).unlink(missing_ok=True)  # of an earlier run
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """Reads what `write_model` says of the weights in a file, or in the `model.safetensors` of a work dir.
+
+    Returns:
+        The metadata by name, as Python values; empty for files of other origin and of earlier versions.
+
+    Raises:
+        UserError: there is no such file, it cannot be read, or its metadata are damaged.
+    """
+    path = path / MODEL if path.is_dir() else path
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+        if "rmoe" not in metadata:
+            return {}
+        return {key: json.loads(text) if key in _JSON else text for key, text in metadata.items()}
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
+        raise UserError(
+            f"{path} cannot be read ({error}); give the work dir of a finished run, or a file of it"
+        ) from error
+
+
+def core_sha256(config: Any) -> str | None:
+    """Returns the SHA-256 of the file of the core that a model's config names, as `sha256sum` prints it; None where
+    there is none. Of a finished run's folder that is its `model.safetensors`.
+    """
+    core = next((node["core"] for node in mappings(config) if node.get("core")), None)
+    if core is None:
+        return None
+    path = Path(core) / MODEL if Path(core).is_dir() else Path(core)
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def timm_state(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]] | None:
+    """Returns the weights of the dense timm model in a model, under timm's own names.
+
+    `timm.create_model(NAME, **kwargs, checkpoint_path=FILE)` takes them, with `num_classes=0` for the backbone of a
+    segmentor or detector. That has no use for some weights, such as a last norm; timm wants them all.
+
+    Args:
+        config: of the model.
+        state: of the model.
+
+    Returns:
+        All weights, and the names of those that the model does not have and that are timm's initial ones; None where
+        the model is no timm model, or a mixture of experts.
+    """
+    found = [(prefix, node) for prefix, node in _timm_nodes(config) if node.get("moe") is None]
+    if len(found) != 1:
+        return None
+    prefix, node = found[0]
+    own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+    kwargs = {k: x for k, x in (node.get("kwargs") or {}).items() if k not in ("pretrained", "checkpoint_path")}
+    with torch.random.fork_rng([]):
+        whole = timm_model(node["model"], {**kwargs, "num_classes": node.get("num_classes", 0)}).state_dict()
+    return {**whole, **own}, sorted(whole.keys() - own.keys())
+
+
+def _timm_nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the prefix of the weights and the config of every timm model in a model's config."""
+    if isinstance(config, Mapping):
+        if str(config.get("type")).rpartition(".")[2] in ("TimmPyramid", "TimmClassifier"):
+            yield f"{prefix}model.", config
+        for key, value in config.items():
+            yield from _timm_nodes(value, f"{prefix}{key}.")
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    partial = path.with_name(path.name + PARTIAL)
+    save_tensors(partial, tensors, metadata)
+    partial.replace(path)
