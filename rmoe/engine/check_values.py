@@ -133,6 +133,7 @@ _TABLES = {
         "work_dir": _TEXT | _NOTHING,
         "default_scope": _TEXT | _NOTHING,
         "stage": _TEXT | _NOTHING,
+        "card": _SECTION | _NOTHING,
         "resume": _FLAG | _TEXT,
     },
     "train_dataloader": _LOADER,
