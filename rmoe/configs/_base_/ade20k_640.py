@@ -1,4 +1,4 @@
-"""ADE20K in crops of 640 pixels, as for the large Swins with UPerNet, 2 images for each of 8 GPUs."""
+"""Reads ADE20K in crops of 640 pixels, as for the large Swins with UPerNet, 2 images for each of 8 GPUs."""
 
 _base_ = ["ade20k_512.py"]
 

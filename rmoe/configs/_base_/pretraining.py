@@ -1,4 +1,4 @@
-"""Classifiers with label smoothing and mixup, trained by AdamW, as published for Swin (arXiv 2103.14030)."""
+"""Trains classifiers with label smoothing, mixup and AdamW, as published for Swin (arXiv 2103.14030)."""
 
 stage = "core"
 default_scope = "mmengine"

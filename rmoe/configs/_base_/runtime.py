@@ -1,4 +1,4 @@
-"""Logs, TensorBoard and checkpoints, the same in all configs. The engine adds what DeepSpeed needs."""
+"""Sets logs, TensorBoard and checkpoints, alike for all configs. The engine adds what DeepSpeed needs."""
 
 env_cfg = dict(mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0))
 default_hooks = dict(

@@ -1,5 +1,5 @@
-"""90 000 steps with 32 images each, nearly 25 epochs, as published for Swin-T with DyHead. Optimizer and warm-up are
-those of the 12 epochs.
+"""Trains 90 000 steps with 32 images each, nearly 25 epochs, as published for Swin-T with DyHead. Optimizer and warm-up
+are those of the schedule of 12 epochs.
 """
 
 _base_ = ["schedule_1x.py"]

@@ -1,9 +1,9 @@
-"""The upper bound: a mixture of 8 experts, each a network of its own from the start.
+"""Defines the upper bound: a mixture of 8 experts, each of which is a network of its own from the start.
 
 Top-1, the capacity and the place of the experts are those of Swin-MoE, whose published runs have 8 to 32 of them; the
 softmax before the choice, the gate's noise and the weights of its losses are those of V-MoE (arXiv 2106.05974).
 
-A config takes it out of its bases and puts it where its backbone stands: moe=_base_.pop("upper_bound").
+Configs take this key out of what they inherit and put it into their backbone: moe=_base_.pop("upper_bound").
 """
 
 upper_bound = dict(

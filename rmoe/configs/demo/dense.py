@@ -56,7 +56,7 @@ model = dict(
         num_classes=num_classes,
         norm_cfg=dict(type="GN", num_groups=8),  # not BN: its running means differ from process to process
         align_corners=False,
-        # 8 kinds of stuff, then 24 of things: without weights so short a training answers with stuff alone
+        # 8 kinds of stuff, then 24 of things; without these weights, so short a training predicts stuff alone
         loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.5] * 8 + [2.0] * 24),
     ),
     train_cfg=dict(),

@@ -3,8 +3,8 @@
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_large_dense_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is the work dir of upstream/swin_large_core_imagenet22k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True
+The core comes from the work dir of upstream/swin_large_core_imagenet22k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True
 model.backbone.model=swin_large_patch4_window12_384.ms_in22k. The recipe is mmdetection's.
 """
 

@@ -4,8 +4,8 @@ gates from intermediate finetuning.
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_large_intermediate_residual_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
 
-All but where the weights come from is as in detection/atss_dyhead_swin_large_residual_coco_2x.py: core, residuals and
-gates are the work dir of upstream/swin_large_intermediate_imagenet22k.py.
+It differs from detection/atss_dyhead_swin_large_residual_coco_2x.py only in where it starts: core, residuals and gates
+come from the work dir of upstream/swin_large_intermediate_imagenet22k.py.
 """
 
 _base_ = ["atss_dyhead_swin_large_residual_coco_2x.py"]

@@ -4,9 +4,9 @@ experts in every other block of the last two stages, their cores frozen.
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_tiny_residual_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
+Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
 """
 
 _base_ = ["atss_dyhead_swin_tiny_dense_coco_2x.py"]

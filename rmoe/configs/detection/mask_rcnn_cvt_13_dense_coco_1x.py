@@ -3,8 +3,8 @@
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_dense_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is the work dir of upstream/cvt_13_core_imagenet1k.py. Its three maps have the strides 4, 8 and 16; the feature
-pyramid adds 32 and 64. The recipe is Swin-T's, this project's choice.
+The core comes from the work dir of upstream/cvt_13_core_imagenet1k.py. CvT has three feature maps, of strides 4, 8 and
+16; the feature pyramid adds strides 32 and 64. To use Swin-T's recipe is this project's choice.
 """
 
 _base_ = [

@@ -4,8 +4,8 @@ finetuning.
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_intermediate_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-All but where the weights come from is as in detection/mask_rcnn_cvt_13_residual_coco_1x.py: core, residuals and gates
-are the work dir of upstream/cvt_13_intermediate_imagenet1k.py.
+It differs from detection/mask_rcnn_cvt_13_residual_coco_1x.py only in where it starts: core, residuals and gates come
+from the work dir of upstream/cvt_13_intermediate_imagenet1k.py.
 """
 
 _base_ = ["mask_rcnn_cvt_13_residual_coco_1x.py"]

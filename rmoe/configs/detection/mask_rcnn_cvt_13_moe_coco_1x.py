@@ -4,8 +4,8 @@ every other block of the last two stages.
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_moe_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-The weights are the work dir of upstream/cvt_13_moe_imagenet1k.py. The mixture is that of _base_/upper_bound.py;
-schedule and data are those of the other finetunes, for comparison.
+The weights come from the work dir of upstream/cvt_13_moe_imagenet1k.py. The mixture is that of _base_/upper_bound.py.
+Schedule and data are those of the other finetunes, so that they can be compared.
 """
 
 _base_ = ["mask_rcnn_cvt_13_dense_coco_1x.py", "../_base_/upper_bound.py"]

@@ -3,8 +3,8 @@
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_dense_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is the work dir of upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
+The core comes from the work dir of upstream/swin_tiny_core_imagenet1k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
 """
 
 _base_ = [

@@ -4,11 +4,11 @@ every other block of the last two stages.
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_moe_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-The weights are the work dir of upstream/swin_tiny_moe_imagenet1k.py. The mixture is that of _base_/upper_bound.py;
-schedule and data are those of the other finetunes, for comparison.
+The weights come from the work dir of upstream/swin_tiny_moe_imagenet1k.py. The mixture is that of
+_base_/upper_bound.py. Schedule and data are those of the other finetunes, so that they can be compared.
 
-Arm, by what follows --cfg-options:
-    model.backbone.moe.train_residual=False  experts fixed: Swin-MoE's best for COCO
+A variant of this config, with the words to write after --cfg-options:
+    model.backbone.moe.train_residual=False  experts are fixed, which was best for Swin-MoE on COCO
 """
 
 _base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py", "../_base_/upper_bound.py"]

@@ -4,11 +4,11 @@ last two stages, their cores frozen.
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
+Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
 
-Arms, each by what follows --cfg-options:
+Variants of this config, each with the words to write after --cfg-options:
     model.backbone.moe.residual=full     each expert has a residual of the core's shape
     model.backbone.moe.residual=experts  sparse upcycling: each expert is a copy of the core, trained whole
     model.backbone.moe.train_core=True   the cores are trained as well

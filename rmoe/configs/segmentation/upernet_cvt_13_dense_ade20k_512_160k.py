@@ -3,8 +3,9 @@
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_cvt_13_dense_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is the work dir of upstream/cvt_13_core_imagenet1k.py. Its three maps have the strides 4, 8 and 16; the last
-one is pooled as Swin-T's of stride 32. The recipe is Swin-T's, this project's choice.
+The core comes from the work dir of upstream/cvt_13_core_imagenet1k.py. CvT has three feature maps, of strides 4, 8 and
+16; UPerNet pools the last one where it pools Swin-T's map of stride 32. To use Swin-T's recipe is this project's
+choice.
 """
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]

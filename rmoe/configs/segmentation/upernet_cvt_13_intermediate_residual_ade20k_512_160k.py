@@ -4,8 +4,8 @@ gates from intermediate finetuning.
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_cvt_13_intermediate_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-All but where the weights come from is as in segmentation/upernet_cvt_13_residual_ade20k_512_160k.py: core, residuals
-and gates are the work dir of upstream/cvt_13_intermediate_imagenet1k.py.
+It differs from segmentation/upernet_cvt_13_residual_ade20k_512_160k.py only in where it starts: core, residuals and
+gates come from the work dir of upstream/cvt_13_intermediate_imagenet1k.py.
 """
 
 _base_ = ["upernet_cvt_13_residual_ade20k_512_160k.py"]

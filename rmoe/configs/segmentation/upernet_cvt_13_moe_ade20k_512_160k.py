@@ -4,8 +4,8 @@ a mixture of 8 experts in every other block of the last two stages.
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_cvt_13_moe_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-The weights are the work dir of upstream/cvt_13_moe_imagenet1k.py. The mixture is that of _base_/upper_bound.py;
-schedule and data are those of the other finetunes, for comparison.
+The weights come from the work dir of upstream/cvt_13_moe_imagenet1k.py. The mixture is that of _base_/upper_bound.py.
+Schedule and data are those of the other finetunes, so that they can be compared.
 """
 
 _base_ = ["upernet_cvt_13_dense_ade20k_512_160k.py", "../_base_/upper_bound.py"]

@@ -4,9 +4,9 @@ every other block of the last two stages, their cores frozen.
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_cvt_13_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
+Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
 """
 
 _base_ = ["upernet_cvt_13_dense_ade20k_512_160k.py"]

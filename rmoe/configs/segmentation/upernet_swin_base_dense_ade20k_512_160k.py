@@ -3,8 +3,8 @@
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_base_dense_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is the work dir of upstream/swin_base_core_imagenet1k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is Swin-T's, as published.
+The core comes from the work dir of upstream/swin_base_core_imagenet1k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is Swin-T's, as published.
 """
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]

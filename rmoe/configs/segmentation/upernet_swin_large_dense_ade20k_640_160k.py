@@ -3,10 +3,10 @@
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_large_dense_ade20k_640_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is the work dir of upstream/swin_large_core_imagenet22k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True
-model.backbone.model=swin_large_patch4_window12_384.ms_in22k. The recipe is Swin-T's, drop
-path included, as in mmsegmentation's configs of Swin-L; the size of the crops is the paper's.
+The core comes from the work dir of upstream/swin_large_core_imagenet22k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True
+model.backbone.model=swin_large_patch4_window12_384.ms_in22k. The recipe is Swin-T's, drop path included, as in
+mmsegmentation's configs of Swin-L; the crop size is the paper's.
 """
 
 _base_ = [

@@ -4,8 +4,8 @@ gates from intermediate finetuning.
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_large_intermediate_residual_ade20k_640_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-All but where the weights come from is as in segmentation/upernet_swin_large_residual_ade20k_640_160k.py: core,
-residuals and gates are the work dir of upstream/swin_large_intermediate_imagenet22k.py.
+It differs from segmentation/upernet_swin_large_residual_ade20k_640_160k.py only in where it starts: core, residuals and
+gates come from the work dir of upstream/swin_large_intermediate_imagenet22k.py.
 """
 
 _base_ = ["upernet_swin_large_residual_ade20k_640_160k.py"]

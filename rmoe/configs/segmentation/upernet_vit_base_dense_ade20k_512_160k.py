@@ -3,9 +3,9 @@
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_vit_base_dense_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is the work dir of upstream/vit_base_core_imagenet1k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True. Maps of the blocks 3, 6, 9 and 12 are brought to the
-strides 4, 8, 16 and 32; drop path and heads are mmsegmentation's.
+The core comes from the work dir of upstream/vit_base_core_imagenet1k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True. The outputs of blocks 3, 6, 9 and 12 are
+resized to strides 4, 8, 16 and 32. Drop path and heads are mmsegmentation's.
 """
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]

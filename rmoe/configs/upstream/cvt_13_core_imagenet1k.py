@@ -7,8 +7,8 @@
         ds_configs/zero1.json work_dirs/cvt_13_core_imagenet1k \
         --cfg-options train_dataloader.batch_size=64
 
-Batch, decay, drop path and augmentation are the published ones. The learning rate is that of the published
-configuration, 2.5e-4 for each of 8 GPUs; the paper says 0.02. The published weights have QuickGELU, this model GELU.
+Batch size, weight decay, drop path and augmentation are the published ones. The learning rate is that of the published
+configuration, 2.5e-4 for each of 8 GPUs; the paper says 0.02. The published network has QuickGELU, this one GELU.
 """
 
 _base_ = ["swin_tiny_core_imagenet1k.py"]

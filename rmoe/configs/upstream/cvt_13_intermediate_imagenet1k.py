@@ -8,11 +8,11 @@ block of the last two stages, their cores frozen.
         ds_configs/zero1.json work_dirs/cvt_13_intermediate_imagenet1k \
         --cfg-options train_dataloader.batch_size=64
 
-The core is the work dir of upstream/cvt_13_core_imagenet1k.py. Residuals and gates are trained, and at the same rate
-what is not in the experts' networks, as in the finetunes; that, the number of epochs and the rate are this project's
-choices.
+The core comes from the work dir of upstream/cvt_13_core_imagenet1k.py. As in the finetunes, the residuals, the gates
+and all that lies outside the experts' networks are trained at one rate. That, the rate and the number of epochs are
+this project's choices.
 
-Every process has all experts; --cfg-options model.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.moe.ep_size=8 spreads them over 8 processes.
 """
 
 _base_ = ["cvt_13_core_imagenet1k.py"]

@@ -6,8 +6,8 @@
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/cvt_w24_core_imagenet22k.py \
         ds_configs/zero2_bf16.json work_dirs/cvt_w24_core_imagenet22k
 
-The weight decay is the published one. How long it was trained on ImageNet-22k, and with which drop path, is not: the
-schedule of Swin-L and the drop path are this project's choices.
+The weight decay is the published one. The length of training on ImageNet-22k and the drop path were not published:
+Swin-L's schedule and this drop path are this project's choices.
 """
 
 _base_ = ["swin_large_core_imagenet22k.py"]

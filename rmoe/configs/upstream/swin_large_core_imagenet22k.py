@@ -6,8 +6,8 @@
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_core_imagenet22k.py \
         ds_configs/zero2_bf16.json work_dirs/swin_large_core_imagenet22k
 
-Schedule, decay and drop path are those of the published configuration (the paper says weight decay 0.01); gradients are
-clipped and images augmented as for ImageNet-1k.
+Schedule, weight decay and drop path are those of the published configuration (the paper says weight decay 0.01).
+Gradients are clipped and images augmented as for ImageNet-1k.
 """
 
 _base_ = ["../_base_/runtime.py", "../_base_/imagenet22k_224.py", "../_base_/pretraining.py"]

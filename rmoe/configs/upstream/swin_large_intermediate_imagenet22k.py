@@ -7,11 +7,11 @@ block of the last two stages, their cores frozen.
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
         ds_configs/zero2_bf16.json work_dirs/swin_large_intermediate_imagenet22k
 
-The core is the work dir of upstream/swin_large_core_imagenet22k.py. Residuals and gates are trained, and at the same
-rate what is not in the experts' networks, as in the finetunes; that, the number of epochs and the rate are this
-project's choices.
+The core comes from the work dir of upstream/swin_large_core_imagenet22k.py. As in the finetunes, the residuals, the
+gates and all that lies outside the experts' networks are trained at one rate. That, the rate and the number of epochs
+are this project's choices.
 
-Every process has all experts; --cfg-options model.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.moe.ep_size=8 spreads them over 8 processes.
 """
 
 _base_ = ["swin_large_core_imagenet22k.py"]

@@ -7,7 +7,7 @@
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_moe_imagenet22k.py \
         ds_configs/zero2_bf16.json work_dirs/swin_large_moe_imagenet22k
 
-The mixture is that of _base_/upper_bound.py; all else is as for the dense core, for comparison.
+The mixture is that of _base_/upper_bound.py. All else is as for the dense core, so that they can be compared.
 """
 
 _base_ = ["swin_large_core_imagenet22k.py", "../_base_/upper_bound.py"]

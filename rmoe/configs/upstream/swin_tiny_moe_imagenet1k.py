@@ -8,7 +8,7 @@
         ds_configs/zero1.json work_dirs/swin_tiny_moe_imagenet1k \
         --cfg-options train_dataloader.batch_size=32
 
-The mixture is that of _base_/upper_bound.py; all else is as for the dense core, for comparison.
+The mixture is that of _base_/upper_bound.py. All else is as for the dense core, so that they can be compared.
 """
 
 _base_ = ["swin_tiny_core_imagenet1k.py", "../_base_/upper_bound.py"]

@@ -6,7 +6,7 @@
     sbatch launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/vit_base_core_imagenet1k.py \
         ds_configs/zero1.json work_dirs/vit_base_core_imagenet1k
 
-Left to timm, unlike there: how weights are drawn.
+Unlike there, timm draws the initial weights in its own way.
 """
 
 _base_ = ["vit_small_core_imagenet1k.py"]

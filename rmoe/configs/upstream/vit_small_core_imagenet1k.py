@@ -7,8 +7,8 @@
         ds_configs/zero1.json work_dirs/vit_small_core_imagenet1k \
         --cfg-options train_dataloader.batch_size=32
 
-As in the published code the weights are averaged with a decay of 0.99996; what is evaluated here is the average, there
-it was the weights.
+As in the published code, the weights are averaged with a decay of 0.99996. Here the average is evaluated; there it was
+the weights themselves.
 """
 
 _base_ = ["swin_tiny_core_imagenet1k.py"]
