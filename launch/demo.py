@@ -16,10 +16,11 @@ import sys
 import time
 from pathlib import Path
 
+from mmengine.config import Config
 from tqdm import tqdm
 
 from rmoe.errors import run_guarded
-from rmoe.pipelines import Failed, Training, installed
+from rmoe.pipelines import Failed, Training, installed, moved
 
 ROOT = Path(__file__).resolve().parents[1]
 DEFAULT = Path("work_dirs/demo")  # as the configs have it
@@ -67,29 +68,21 @@ def main() -> int:
 
 
 def trainings(out: Path, residual: str) -> dict[str, Training]:
-    """The core and the finetunes from it, with residuals of the kind `residual`, by the names of their configs."""
-    core, scenes, objects, splits = out / "core", out / "data/ade20k", out / "data/coco", ("train", "val")
-    classes = {scenes: scenes / "classes.json", objects: objects / "annotations/instances_val2017.json"}
-    roots = [f"{split}_dataloader.dataset.root={out / 'data/upstream'}" for split in splits]
-    moved = {
-        data: [f"model.backbone.core={core}"]
-        + [f"{split}_dataloader.dataset.data_root={data}" for split in splits]
-        + [f"{split}_dataloader.dataset.classes={classes[data]}" for split in splits]
-        for data in classes
-    }
-    moved[objects].append(f"val_evaluator.ann_file={classes[objects]}")
-    if out == DEFAULT:
-        roots, moved = [], {scenes: [], objects: []}
+    """Returns the core and the finetunes from it, by the names of their configs; `residual` is the residuals' kind."""
 
-    def training(name: str, folder: Path, json: str, options: list[str], after: tuple[Training, ...] = ()) -> Training:
-        return Training(folder, f"rmoe/configs/demo/{name}.py", f"ds_configs/{json}.json", options, after, PROCESSES)
+    def training(name: str, folder: str, json: str, options: list[str], after: tuple[Training, ...] = ()) -> Training:
+        path = f"rmoe/configs/demo/{name}.py"
+        if out != DEFAULT:
+            config = Config.fromfile(ROOT / path, import_custom_modules=False)
+            options = [f"{key}={value}" for key, value in moved(config, DEFAULT, out).items()] + options
+        return Training(out / folder, path, f"ds_configs/{json}.json", options, after, PROCESSES)
 
-    runs = {"core": training("core", core, "zero0", roots)}
+    runs = {"core": training("core", "core", "zero0", [])}
     suffix, kind = ("", []) if residual == "low_rank" else (f"_{residual}", [_KIND + residual])
-    for data, prefix in ((scenes, ""), (objects, "detection_")):
-        for arm, ending, more in (("dense", "", []), ("residual", suffix, kind)):
+    for prefix in ("", "detection_"):
+        for arm, ending, options in (("dense", "", []), ("residual", suffix, kind)):
             name = f"{prefix}{arm}"
-            runs[name] = training(name, out / f"{name}{ending}", "zero2", moved[data] + more, (runs["core"],))
+            runs[name] = training(name, f"{name}{ending}", "zero2", options, (runs["core"],))
     return runs
 
 

@@ -118,13 +118,14 @@ class GateLosses:
     Attributes:
         importance: squared coefficient of variation of the summed gate probabilities (V-MoE, arXiv 2106.05974, eq. 8).
         load: the same of the smoothed number of tokens; it is defined by the gate's noise and needs some (V-MoE, A.1).
-        gshard: experts × Σ mean probability × share of first choices (GShard, arXiv 2006.16668, algorithm 1).
+        balance: experts × Σ mean probability × share of first choices (GShard, arXiv 2006.16668, algorithm 1; Switch).
+            CuMo (arXiv 2405.05949) finetunes upcycled experts with it, at 0.1, and with `z`, at 0.01.
         z: mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5).
     """
 
     importance: float = 0.005
     load: float = 0.0
-    gshard: float = 0.0
+    balance: float = 0.0
     z: float = 0.0
 
     def __post_init__(self) -> None:
@@ -158,7 +159,8 @@ class ResidualMoEConfig:
             highest gate values first; None (the default) never drops. Evaluation never drops.
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1).
         losses: weights of the gate's auxiliary losses.
-        gate_std: standard deviation of the router's initial weights.
+        gate_std: standard deviation of the router's initial weights; `rmoe verify` takes 1, for gates that are decided
+            from the start.
         blocks: which blocks become MoE; one of the named rules, or a tuple of module names as they stand in the model.
         train_core: train θ0 as well; by default it is frozen.
         train_residual: train Δ (or the `experts`); False fixes them, as Swin-MoE does while finetuning for detection.

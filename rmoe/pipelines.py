@@ -20,6 +20,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
+from rmoe.engine.check_values import everywhere
 from rmoe.engine.ports import free_port
 from rmoe.errors import UserError
 
@@ -67,6 +68,7 @@ class Training:
     def fingerprint(self) -> str:
         """Of all that the result depends on."""
         config = Config.fromfile(self.config, import_custom_modules=False)
+        config.pop("card", None)
         parts = (config.pretty_text, Path(self.json).read_text(), *self.options, str(self.processes))
         before = (one.fingerprint() for one in self.after)
         return hashlib.sha256("\n".join((*parts, *before)).encode()).hexdigest()
@@ -116,6 +118,20 @@ class Training:
                 "away, or give another work dir"
             )
         shutil.rmtree(self.folder)
+
+
+def moved(config: Config, old: Path, new: Path) -> dict[str, str]:
+    """Returns the options, dotted keys and values, with which all that a config reads below `old` is below `new`."""
+    return {
+        key: str(new / Path(value).relative_to(old))
+        for key, value in everywhere(config.to_dict())
+        if isinstance(value, str) and Path(value).is_relative_to(old)
+    }
+
+
+def with_classes(config: Config, number: int) -> dict[str, int]:
+    """Returns the options with which a config has another number of classes."""
+    return {key: number for key, _ in everywhere(config.to_dict()) if key.rpartition(".")[2] == "num_classes"}
 
 
 def run_logged(command: Sequence[str], log: Path, show: Show | None = None) -> None:

@@ -264,6 +264,20 @@ def test_it_says_how_to_run_it_and_what_to_expect(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_its_card_is_complete_and_begins_as_the_docstring_does(name):
+    card = load(name).card
+    assert set(card) == {"pipeline", "published", "hardware", "full_scale"}
+    assert docstring(name).startswith(f"{card.pipeline}: ")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "_moe_" in name])
+def test_upper_bounds_have_the_mixture_of_one_base(name):
+    config = load(name)
+    assert backbone(config).moe == load("_base_/upper_bound.py").upper_bound
+    assert "upper_bound" not in config
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_schedules_end_with_training(name):
     config = load(name)
     assert config.param_scheduler[-1].end == config.train_cfg.max_iters
@@ -293,8 +307,9 @@ def test_an_arm_is_one_changed_key(name, arm):
 def test_the_papers_table(cell, pipeline):
     name = cell.format(pipeline)
     assert NAMES.count(name) == 1
-    assert docstring(name).startswith(f"{PIPELINES[pipeline]}: ")
     dense, config = load(cell.format("dense")).to_dict(), load(name).to_dict()
+    assert config.pop("card")["pipeline"] == PIPELINES[pipeline]
+    assert dense.pop("card")["pipeline"] == "Lower bound"
     assert config.pop("stage") == STAGES[PIPELINES[pipeline]]
     assert dense.pop("stage") == "dense"
     core, moe = config["model"]["backbone"].pop("core"), config["model"]["backbone"].pop("moe", None)
@@ -310,6 +325,7 @@ def test_residual_configs_differ_from_the_dense_ones_in_the_experts_alone(name):
     lower, ours = load(re.sub("(intermediate_)?residual", "dense", name)).to_dict(), load(name).to_dict()
     assert ours["model"]["backbone"].pop("moe")["num_experts"] == 8
     assert (lower.pop("stage"), ours.pop("stage")) == ("dense", "residual")
+    assert lower.pop("card")["hardware"] == ours.pop("card")["hardware"]
     if "intermediate" in name:
         lower["model"]["backbone"].pop("core"), ours["model"]["backbone"].pop("core")
     assert lower == ours

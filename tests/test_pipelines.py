@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from mmengine.config import Config
 
 from rmoe import pipelines
 from rmoe.errors import UserError
-from rmoe.pipelines import Failed, Training, run_logged
+from rmoe.pipelines import Failed, Training, moved, run_logged, with_classes
 
 LINE = "11/22 14:17 - INFO - Iter(train) [ 40/300]  lr: 9.6e-04  eta: 0:06:25  loss: 2.6019  decode.loss_ce: 2.6018"
 FINISHES = (
@@ -43,9 +44,22 @@ def test_the_command():
     assert several[5:] == words
 
 
+def test_a_config_is_moved_with_all_that_it_reads_in_a_folder():
+    dataset = {"root": "old/data", "classes": "old/data/classes.json", "num_classes": 3}
+    config = Config({"a": {"core": "old", "other": "older/x"}, "pipeline": [{"root": "no"}, dataset], "num_classes": 3})
+    assert moved(config, Path("old"), Path("new/place")) == {
+        "a.core": "new/place",
+        "pipeline.1.root": "new/place/data",
+        "pipeline.1.classes": "new/place/data/classes.json",
+    }
+    assert with_classes(config, 5) == {"pipeline.1.num_classes": 5, "num_classes": 5}
+
+
 def test_a_complete_run_is_skipped_unless_something_changed(tmp_path, monkeypatch):
     one = training(tmp_path, monkeypatch, FINISHES)
     assert one.run()
+    assert not one.run()
+    (tmp_path / "config.py").write_text("steps = 3\ncard = dict(published='nothing')\n")  # which is prose
     assert not one.run()
     assert (tmp_path / "runs").read_text() == "x"
     (tmp_path / "ds.json").write_text("{ }")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
+
+from mmengine.config import Config
 
 from rmoe.data.emoji_scenes.textures import STUFF
 
@@ -17,7 +20,9 @@ MODEL: dict[str, Any] = {
     "model": "cvt_13",
     "kwargs": {"_delete_": True, "embed_dims": (32, 96, 192), "depths": (1, 2, 4), "num_heads": (1, 3, 6)},
 }
-OWN = EXPERTS | {"residual": "experts", "expert_init": "random", "capacity_factor": 1.25}
+# The shipped upper bound, on one process.
+OWN = Config.fromfile(Path(__file__).parents[2] / "rmoe/configs/_base_/upper_bound.py").upper_bound.to_dict()
+OWN |= {"ep_size": 1}
 
 
 @dataclass(frozen=True)
@@ -126,18 +131,12 @@ class Task:
 
     Attributes:
         base: its dense config, in `BASES`.
-        data: its folder within the embedded set.
-        classes: file with its class list, within that.
         stuff: classes besides the scenes' categories of things.
-        counts: dotted keys that hold the number of classes.
         options: dotted keys, and their values, that fit the config to `MODEL` and the data.
     """
 
     base: str
-    data: str
-    classes: str
     stuff: int
-    counts: tuple[str, ...]
     options: Mapping[str, Any]
 
 
@@ -145,16 +144,7 @@ CATEGORIES = 8  # of things
 TASKS = {
     "segmentation": Task(
         "dense.py",
-        "ade20k",
-        "classes.json",
         len(STUFF),
-        (
-            "model.decode_head.num_classes",
-            "train_dataloader.dataset.num_classes",
-            "train_dataloader.dataset.pipeline.1.num_classes",
-            "val_dataloader.dataset.num_classes",
-            "val_dataloader.dataset.pipeline.1.num_classes",
-        ),
         {
             "model.backbone.out_indices": (0, 1, 2),
             "model.decode_head.in_channels": [32, 96, 192],
@@ -164,15 +154,7 @@ TASKS = {
     ),
     "detection": Task(
         "detection_dense.py",
-        "coco",
-        "annotations/instances_val2017.json",
         0,
-        (
-            "model.roi_head.bbox_head.num_classes",
-            "model.roi_head.mask_head.num_classes",
-            "train_dataloader.dataset.num_classes",
-            "val_dataloader.dataset.num_classes",
-        ),
         {"model.backbone.out_indices": (1, 2), "model.neck.in_channels": [96, 192]},
     ),
 }

@@ -18,11 +18,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.claims.arms import ANALYSED, CATEGORIES, HEADLINE, MODEL, TASKS, UPSTREAM, Arm, Size
 from benchmarks.common import Row
-from rmoe.pipelines import Training, installed
+from rmoe.pipelines import Training, installed, moved, with_classes
 from rmoe.reporting.report import analyze
 from rmoe.reporting.runs import Run
 
 BASES = Path("rmoe/configs/demo")
+DATA = Path("work_dirs/demo/data")  # where those look for theirs
 JSON = "ds_configs/zero0.json"
 
 # A run's key: (stage or arm, "upstream" or task, seed).
@@ -48,43 +49,57 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Trainin
             one = UPSTREAM[stage]
             before = () if one.after is None else (upstream(one.after, seed),)
             steps = max(1, round(one.share * size.upstream_steps))
-            split = {
-                f"{part}_dataloader.dataset.root": str(folder / "data/pictures/upstream") for part in ("train", "val")
+            config = _demo("core.py")
+            options = {
+                **moved(config, DATA, folder / "data/pictures"),
+                "stage": stage,
+                "model.core": str(before[0].folder) if before else None,
             }
-            options = {**split, "stage": stage, "model.core": str(before[0].folder) if before else None}
             options |= {f"model.{key}": value for key, value in MODEL.items()}
-            config = _config("core.py", steps, size.batch["upstream"], seed, options, "model", one.moe)
+            _change(config, steps, size.batch["upstream"], seed, options, "model", one.moe)
             runs[key] = _training(folder / f"{stage}_{seed}", config, before)
         return runs[key]
 
     for task_name in size.tasks:
-        task, data = TASKS[task_name], folder / "data/scenes" / TASKS[task_name].data
+        task = TASKS[task_name]
         for seed in sorted({*size.seeds, *size.headline_seeds}):
             for name, arm in arms.items():
                 if seed not in (size.headline_seeds if name in HEADLINE else size.seeds):
                     continue
                 before = upstream(arm.upstream, seed)
-                options = {"stage": name, "model.backbone.core": str(before.folder), **task.options, **arm.options}
-                options |= {f"model.backbone.{key}": value for key, value in MODEL.items()}
-                options |= dict.fromkeys(("num_classes", *task.counts), task.stuff + CATEGORIES)
-                options |= {f"{split}_dataloader.dataset.data_root": str(data) for split in ("train", "val")}
-                options |= {
-                    f"{split}_dataloader.dataset.classes": str(data / task.classes) for split in ("train", "val")
+                config = _demo(task.base)
+                options = {
+                    **moved(config, DATA, folder / "data/scenes"),
+                    **with_classes(config, task.stuff + CATEGORIES),
+                    "stage": name,
+                    "model.backbone.core": str(before.folder),
+                    **task.options,
+                    **arm.options,
                 }
-                if task_name == "detection":
-                    options["val_evaluator.ann_file"] = str(data / task.classes)
+                options |= {f"model.backbone.{key}": value for key, value in MODEL.items()}
                 steps, batch = size.steps[task_name], size.batch[task_name]
-                config = _config(task.base, steps, batch, seed, options, "model.backbone", arm.moe)
+                _change(config, steps, batch, seed, options, "model.backbone", arm.moe)
                 place = folder / f"{task_name}_{steps}" / f"{name.replace(' ', '_')}_{seed}"
                 runs[(name, task_name, seed)] = _training(place, config, (before,))
     return runs
 
 
-def _config(
-    base: str, steps: int, batch: int, seed: int, options: Mapping[str, Any], place: str, moe: Mapping[str, Any] | None
-) -> Config:
-    """Returns a demo config with another length, seed and mixture."""
-    config = Config.fromfile(BASES / base, import_custom_modules=False)
+def _demo(name: str) -> Config:
+    config = Config.fromfile(BASES / name, import_custom_modules=False)
+    config.pop("card")  # which speaks of the demo
+    return config
+
+
+def _change(
+    config: Config,
+    steps: int,
+    batch: int,
+    seed: int,
+    options: Mapping[str, Any],
+    place: str,
+    moe: Mapping[str, Any] | None,
+) -> None:
+    """Gives a demo config another length, seed and mixture."""
     warmup = max(1, steps // 10)
     config.merge_from_dict(
         {
@@ -100,7 +115,6 @@ def _config(
             **({f"{place}.moe": dict(moe)} if moe else {}),
         }
     )
-    return config
 
 
 def _training(folder: Path, config: Config, after: tuple[Training, ...]) -> Training:

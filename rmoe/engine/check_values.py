@@ -131,6 +131,7 @@ _TABLES = {
         "work_dir": _TEXT | _NOTHING,
         "default_scope": _TEXT | _NOTHING,
         "stage": _TEXT | _NOTHING,
+        "card": _SECTION | _NOTHING,
         "resume": _FLAG | _TEXT,
     },
     "train_dataloader": _LOADER,
@@ -183,7 +184,7 @@ def check_values(cfg: Mapping[str, Any]) -> None:
             for where, value in _found(cfg, ".".join(filter(None, (section, path)))):
                 if not rule.accepts(value):
                     raise UserError(f"{where} is {_shown(value)}; it takes {rule.words}")
-    for where, value in _everywhere(cfg):
+    for where, value in everywhere(cfg):
         if isinstance(value, float) and math.isnan(value):
             raise UserError(f"{where} is {value}, which is not a number; give one")
         if (
@@ -241,12 +242,13 @@ def _found(node: Any, path: str) -> Iterator[tuple[str, Any]]:
             yield f"{key}.{where}".rstrip("."), value
 
 
-def _everywhere(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def everywhere(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields (dotted key, value) of all that stands in a config, sections before what they hold."""
     keys: Any = node if isinstance(node, Mapping) else range(len(node)) if isinstance(node, list | tuple) else ()
     for key in keys:
         where = f"{path}.{key}".lstrip(".")
         yield where, node[key]
-        yield from _everywhere(node[key], where)
+        yield from everywhere(node[key], where)
 
 
 def _short(kind: Any) -> str:

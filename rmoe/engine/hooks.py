@@ -22,7 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from tqdm import tqdm
 
 from rmoe.engine import cost
-from rmoe.engine.checkpoint.files import PARTIAL, all_or_none, export
+from rmoe.engine.checkpoint import export
+from rmoe.engine.checkpoint.files import PARTIAL, all_or_none
 from rmoe.engine.ds_json import precision, zero_stage
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers
@@ -228,7 +229,7 @@ class CheckpointHook(MMCheckpointHook):
 
 class ExportHook(Hook):
     """Leaves in the work dir `model.safetensors`, the whole model, `model.json`, what it is, and of a dense timm model
-    `backbone.safetensors`; see `rmoe.engine.checkpoint.files.export`.
+    `backbone.safetensors`; see `rmoe.engine.checkpoint.export`.
 
     Args:
         stage: of the pipeline, as the config says.

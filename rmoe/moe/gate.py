@@ -141,9 +141,9 @@ def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
         loss = loss + weights.importance * _squared_variation(sums.probability_E)
     if weights.load:
         loss = loss + weights.load * _squared_variation(sums.load_E)
-    if weights.gshard:
+    if weights.balance:
         mean_E, share_E = sums.probability_E / sums.tokens, sums.first_E / sums.tokens
-        loss = loss + weights.gshard * num_experts * (mean_E * share_E).sum()
+        loss = loss + weights.balance * num_experts * (mean_E * share_E).sum()
     if weights.z:
         loss = loss + weights.z * sums.z / sums.tokens
     return loss

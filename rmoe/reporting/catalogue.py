@@ -1,12 +1,10 @@
-"""The shipped configs in a table, as each tells of itself: in its keys, and in its docstring, which begins with the
-pipeline and a colon and has a paragraph of the fields Hardware, Published and Run at full scale.
+"""Lists the shipped configs in a table, from their keys: `card` says what the others do not.
 
-A module of its own, as the table needs neither torch nor what a report of runs imports: it is there at once.
+This module is apart from the reports, as it needs neither torch nor what a report imports: the table is there at once.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 import sys
 from collections.abc import Sequence
@@ -20,22 +18,21 @@ from rich.table import Table
 from rmoe.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "configs"
-_TASKS = {"mmengine": "classification", "mmseg": "segmentation", "mmdet": "detection"}  # by the config's default_scope
-_FIELDS = re.compile(r"\n\nHardware: (.+?)\.\s+Published: (.+?)\.\s+Run at full scale: (.+?)\.(?:\n\n|\n?$)", re.DOTALL)
+_TASKS = {"mmengine": "classification", "mmseg": "segmentation", "mmdet": "detection"}  # by the key default_scope
 _WIDTH = 230  # columns of the table where the output is a file: paths are not cut
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One config.
+    """Describes one config.
 
     Attributes:
-        config: its path as one types it: from the working directory, if it is in there.
+        config: its path as one types it: from the working directory, if it lies in there.
         task: classification, segmentation or detection.
-        backbone: timm's name.
+        backbone: its name in timm.
         pipeline: Lower bound, RMoE-D, …
-        published: the figure to compare with and its source.
-        hardware: what the config is meant for.
+        published: the figure to compare a run with, and where it was published.
+        hardware: the machines that the config is meant for.
         full_scale: whether anybody has run it at full scale.
     """
 
@@ -49,10 +46,10 @@ class Entry:
 
 
 def entries(words: Sequence[str] = ()) -> list[Entry]:
-    """The shipped configs, in the order of their paths, that have all of `words` in what is told of them.
+    """Returns the shipped configs whose entries hold all of `words`, in the order of their paths.
 
     Raises:
-        UserError: there is none.
+        UserError: no config has all of them.
     """
     paths = sorted(path for path in FOLDER.glob("*/*.py") if path.parent.name != "_base_")
     known = [_entry(path) for path in paths]
@@ -66,7 +63,7 @@ def entries(words: Sequence[str] = ()) -> list[Entry]:
 
 
 def show(found: Sequence[Entry]) -> None:
-    """Prints the table; what stands in brackets is left out."""
+    """Prints the table, without what stands in brackets."""
     table, screen = Table(), sys.stdout.isatty()
     for field in fields(Entry):
         whole = field.name == "config" and not screen
@@ -77,18 +74,10 @@ def show(found: Sequence[Entry]) -> None:
 
 
 def _entry(path: Path) -> Entry:
-    text = ast.get_docstring(ast.parse(path.read_text())) or ""
-    told = _FIELDS.search(text)
-    assert told, f"{path} lacks the fields Hardware, Published and Run at full scale in its docstring"
-    published, hardware, full_scale = (" ".join(told[number].split()) for number in (2, 1, 3))
-    config = Config.fromfile(path, import_custom_modules=False)
-    here = Path.cwd()
+    config, here = Config.fromfile(path, import_custom_modules=False), Path.cwd()
     return Entry(
         config=str(path.relative_to(here) if path.is_relative_to(here) else path),
         task=_TASKS[config.default_scope],
         backbone=config.model.get("backbone", config.model).model,
-        pipeline=text.partition(":")[0],
-        published=published,
-        hardware=hardware,
-        full_scale=full_scale,
+        **config.card,
     )

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rmoe.engine.building import user_errors
-from rmoe.engine.checkpoint.files.export import MODEL
+from rmoe.engine.checkpoint.export import MODEL
 from rmoe.engine.model_config import for_one_process
 from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError

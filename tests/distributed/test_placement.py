@@ -11,7 +11,7 @@ import torch
 from conftest import run_processes
 
 SCRIPT = Path(__file__).with_name("place.py")
-LOSSES = {"importance": 0.1, "gshard": 0.1, "z": 0.01}
+LOSSES = {"importance": 0.1, "balance": 0.1, "z": 0.01}
 # What is trained: every kind, every way to combine and to exchange, with a capacity and without.
 LAYERS: dict[str, dict[str, Any]] = {
     "low_rank": {"losses": LOSSES},

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, Finished, run_processes
-from rmoe.engine.checkpoint.files.export import read_metadata
 from safetensors.torch import load_file
 from torch import Tensor
 from toy import write_config, write_json
 
+from rmoe.engine.checkpoint.export import read_metadata
 from rmoe.engine.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]

@@ -86,8 +86,8 @@ def test_losses_by_hand() -> None:
     # importance: sums 2.5 and 1.5, mean 2, variance 1/4
     assert gate_loss(sums, GateLosses(importance=1.0)).item() == pytest.approx(0.25 / 4)
     assert gate_loss(sums, GateLosses(importance=0.0, load=2.0)).item() == pytest.approx(2 * 0.25 / 4)
-    # gshard: 2 · (0.625 · 0.75 + 0.375 · 0.25)
-    assert gate_loss(sums, GateLosses(importance=0.0, gshard=1.0)).item() == pytest.approx(1.125)
+    # balance: 2 · (0.625 · 0.75 + 0.375 · 0.25)
+    assert gate_loss(sums, GateLosses(importance=0.0, balance=1.0)).item() == pytest.approx(1.125)
     assert gate_loss(sums, GateLosses(importance=0.0, z=1.0)).item() == pytest.approx(0.0, abs=1e-12)
     shifted = sums_of(p, p, p.log() + 3.0)
     assert gate_loss(shifted, GateLosses(importance=0.0, z=1.0)).item() == pytest.approx(9.0)
@@ -127,7 +127,7 @@ def test_balanced_gate_costs_nothing_and_a_collapsed_one_does() -> None:
 
 
 def test_the_gate_learns_from_every_loss() -> None:
-    for name in ("importance", "load", "gshard", "z"):
+    for name in ("importance", "load", "balance", "z"):
         module = gate(noise=1.0, losses=GateLosses(**{"importance": 0.0, name: 1.0}))
         sums = module(LOGITS + torch.tensor([1.0, 0.0, 0.0])).sums
         gate_loss(sums, module.config.losses).backward()

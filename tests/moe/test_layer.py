@@ -181,7 +181,7 @@ class Two(nn.Module):
 
     def __init__(self, reentrant: bool | None) -> None:
         super().__init__()
-        weights = GateLosses(importance=1.0, gshard=0.5, z=0.1)
+        weights = GateLosses(importance=1.0, balance=0.5, z=0.1)
         self.layers = nn.ModuleList(layer(seed, spread=0.3, losses=weights, noise=0.0) for seed in (1, 2))
         self.reentrant = reentrant
 

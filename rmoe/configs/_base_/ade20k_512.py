@@ -1,4 +1,4 @@
-"""ADE20K in crops of 512 pixels, augmented as for Swin with UPerNet, 2 images for each of 8 GPUs."""
+"""Reads ADE20K in crops of 512 pixels, augmented as for Swin with UPerNet, 2 images for each of 8 GPUs."""
 
 custom_imports = dict(imports=["rmoe.tasks.segmentation"], allow_failed_imports=False)
 num_classes = 150
@@ -16,7 +16,7 @@ train_pipeline = [
 val_pipeline = [
     dict(type="rmoe.LoadImage"),
     dict(type="Resize", scale=(2048, 512), keep_ratio=True),
-    dict(type="rmoe.LoadLabels", num_classes=num_classes),  # after Resize: the truth keeps its size
+    dict(type="rmoe.LoadLabels", num_classes=num_classes),  # after Resize, so that the truth keeps its size
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(

@@ -1,4 +1,4 @@
-"""ATSS with a dynamic head of 6 blocks (arXiv 2106.08322) on Swin-T, as published with it."""
+"""Builds ATSS with a dynamic head of 6 blocks (arXiv 2106.08322) on Swin-T, as published with it."""
 
 model = dict(
     type="ATSS",
@@ -7,7 +7,7 @@ model = dict(
         mean=[123.675, 116.28, 103.53],
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
-        pad_size_divisor=128,  # each level is exactly half as large as the one before
+        pad_size_divisor=128,  # so that each level is exactly half as large as the one before
     ),
     backbone=dict(
         type="rmoe.TimmPyramid",

@@ -1,4 +1,4 @@
-"""COCO instances in many sizes, cropped by chance, as for Swin with Mask R-CNN; 2 images for each of 8 GPUs."""
+"""Reads COCO instances in many sizes, cropped at random as for Swin with Mask R-CNN, 2 images for each of 8 GPUs."""
 
 custom_imports = dict(imports=["rmoe.tasks.detection"], allow_failed_imports=False)
 num_classes = 80
@@ -24,7 +24,7 @@ train_pipeline = [
 val_pipeline = [
     dict(type="rmoe.LoadImage"),
     dict(type="Resize", scale=(1333, 800), keep_ratio=True),
-    dict(type="rmoe.LoadObjects"),  # after Resize: the truth keeps its size
+    dict(type="rmoe.LoadObjects"),  # after Resize, so that the truth keeps its size
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 train_dataloader = dict(

@@ -1,4 +1,4 @@
-"""COCO boxes in several sizes, flipped by chance, as for Swin-T with DyHead, 4 images for each of 8 GPUs."""
+"""Reads COCO boxes in several sizes, flipped at random as for Swin-T with DyHead, 4 images for each of 8 GPUs."""
 
 _base_ = ["coco.py"]
 

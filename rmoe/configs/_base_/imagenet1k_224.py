@@ -1,6 +1,7 @@
-"""ImageNet-1k at 224 pixels, augmented as for Swin (arXiv 2103.14030, appendix A2.1), 128 images for each of 8 GPUs.
+"""Reads ImageNet-1k at 224 pixels, augmented as for Swin (arXiv 2103.14030, appendix A2.1), 128 images for each of 8
+GPUs.
 
-Folders SPLIT/CLASS/*.jpg, SPLIT.zip, or SPLIT/CLASS.tar or .zip: see rmoe.ImageFolder.
+The images lie in SPLIT/CLASS/*.jpg, in SPLIT.zip, or in SPLIT/CLASS.tar or .zip: see rmoe.ImageFolder.
 """
 
 num_classes = 1000

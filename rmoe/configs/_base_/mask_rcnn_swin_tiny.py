@@ -1,4 +1,4 @@
-"""Mask R-CNN with a feature pyramid network on Swin-T, as published with Swin."""
+"""Builds Mask R-CNN with a feature pyramid network on Swin-T, as published with Swin."""
 
 box_loss = dict(type="L1Loss", loss_weight=1.0)
 model = dict(

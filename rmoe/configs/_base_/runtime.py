@@ -1,4 +1,4 @@
-"""What all runs share: logs, TensorBoard, checkpoints. The engine adds what DeepSpeed needs."""
+"""Sets logs, TensorBoard and checkpoints, alike for all configs. The engine adds what DeepSpeed needs."""
 
 env_cfg = dict(mp_cfg=dict(mp_start_method="fork", opencv_num_threads=0))
 default_hooks = dict(
@@ -14,3 +14,4 @@ visualizer = dict(type="Visualizer", vis_backends=[dict(type="LocalVisBackend"),
 randomness = dict(seed=0)
 load_from = None
 resume = False
+card = dict(full_scale="no")  # what `rmoe configs` shows; nobody has run these configs in full yet

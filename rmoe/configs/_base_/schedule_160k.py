@@ -1,4 +1,4 @@
-"""160 000 steps of AdamW, as published for Swin with UPerNet."""
+"""Trains 160 000 steps with AdamW, as published for Swin with UPerNet."""
 
 optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),

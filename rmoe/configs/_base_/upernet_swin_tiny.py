@@ -1,4 +1,4 @@
-"""UPerNet on Swin-T, as published with Swin."""
+"""Builds UPerNet on Swin-T, as published with Swin."""
 
 norm_cfg = dict(type="SyncBN", requires_grad=True)
 loss = dict(type="CrossEntropyLoss", use_sigmoid=False)

@@ -2,14 +2,16 @@
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/core.py --deepspeed_config ds_configs/zero0.json \
         --work-dir work_dirs/demo/core
-
-Hardware: 2 CPU cores, about 3 minutes.
-Published: nothing; the full-size recipe is upstream/swin_tiny_core_imagenet1k.py.
-Run at full scale: yes, it is the demo.
 """
 
 _base_ = ["../_base_/runtime.py"]
 
+card = dict(
+    pipeline="Demo, step 1",
+    published="nothing; the full-size recipe is upstream/swin_tiny_core_imagenet1k.py",
+    hardware="2 CPU cores, about 3 minutes",
+    full_scale="yes, it is the demo",
+)
 stage = "core"
 default_scope = "mmengine"
 num_classes = 120

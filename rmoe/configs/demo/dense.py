@@ -2,24 +2,27 @@
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/dense.py --deepspeed_config ds_configs/zero2.json \
         --work-dir work_dirs/demo/dense
-
-Hardware: 2 CPU cores, about 2 minutes.
-Published: nothing; the full-size recipe is segmentation/upernet_swin_tiny_dense_ade20k_512_160k.py.
-Run at full scale: yes, it is the demo.
 """
 
 _base_ = ["../_base_/runtime.py"]
 
+card = dict(
+    pipeline="Demo, step 2a",
+    published="nothing; the full-size recipe is segmentation/upernet_swin_tiny_dense_ade20k_512_160k.py",
+    hardware="2 CPU cores, about 2 minutes",
+    full_scale="yes, it is the demo",
+)
 custom_imports = dict(imports=["rmoe.tasks.segmentation"], allow_failed_imports=False)
 stage = "dense"
 default_scope = "mmseg"
 num_classes = 32
 steps = 500
 size = (128, 128)
+data_root = "work_dirs/demo/data/ade20k"
 dataset = dict(
     type="rmoe.SegDataset",
-    data_root="work_dirs/demo/data/ade20k",
-    classes="work_dirs/demo/data/ade20k/classes.json",
+    data_root=data_root,
+    classes=f"{data_root}/classes.json",
     num_classes=num_classes,
     reduce_zero_label=True,
 )
@@ -53,7 +56,7 @@ model = dict(
         num_classes=num_classes,
         norm_cfg=dict(type="GN", num_groups=8),  # not BN: its running means differ from process to process
         align_corners=False,
-        # 8 kinds of stuff, then 24 of things: without weights so short a training answers with stuff alone
+        # 8 kinds of stuff, then 24 of things; without these weights, so short a training predicts stuff alone
         loss_decode=dict(type="CrossEntropyLoss", class_weight=[0.5] * 8 + [2.0] * 24),
     ),
     train_cfg=dict(),

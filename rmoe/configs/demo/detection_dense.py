@@ -2,14 +2,16 @@
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/detection_dense.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/detection_dense
-
-Hardware: 2 CPU cores, about 2 minutes.
-Published: nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_dense_coco_1x.py.
-Run at full scale: yes, it is the demo.
 """
 
 _base_ = ["../_base_/runtime.py"]
 
+card = dict(
+    pipeline="Demo, step 3a",
+    published="nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_dense_coco_1x.py",
+    hardware="2 CPU cores, about 2 minutes",
+    full_scale="yes, it is the demo",
+)
 custom_imports = dict(imports=["rmoe.tasks.detection"], allow_failed_imports=False)
 stage = "dense"
 default_scope = "mmdet"

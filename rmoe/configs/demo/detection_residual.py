@@ -2,13 +2,13 @@
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/detection_residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/detection_residual
-
-Hardware: 2 CPU cores, about 2 minutes.
-Published: nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_residual_coco_1x.py.
-Run at full scale: yes, it is the demo.
 """
 
 _base_ = ["detection_dense.py"]
 
+card = dict(
+    pipeline="Demo, step 3b",
+    published="nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_residual_coco_1x.py",
+)
 stage = "residual"
 model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, residual="low_rank", ep_size=2)))

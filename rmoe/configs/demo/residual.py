@@ -3,14 +3,14 @@
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/residual
 
-Hardware: 2 CPU cores, about 2 minutes.
-Published: nothing; the full-size recipe is segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py.
-Run at full scale: yes, it is the demo.
-
 --cfg-options model.backbone.moe.residual=full gives every expert a residual of the core's shape.
 """
 
 _base_ = ["dense.py"]
 
+card = dict(
+    pipeline="Demo, step 2b",
+    published="nothing; the full-size recipe is segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py",
+)
 stage = "residual"
 model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, residual="low_rank", ep_size=2)))

@@ -4,17 +4,19 @@ experts in every other block of the last two stages, their cores frozen.
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_tiny_residual_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 4 images each (32 in all; keep that product).
-Published: AP + 1.4 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D
-and RMoE-I); dense: box AP 49.8.
-Run at full scale: no.
+Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
-
-Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
 """
 
 _base_ = ["atss_dyhead_swin_tiny_dense_coco_2x.py"]
 
+card = dict(
+    pipeline="RMoE-D",
+    published=(
+        "AP + 1.4 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D "
+        "and RMoE-I); dense: box AP 49.8"
+    ),
+)
 stage = "residual"
 model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))

@@ -3,12 +3,8 @@
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_dense_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: no figure of a dense CvT-13 found.
-Run at full scale: no.
-
-The core is the work dir of upstream/cvt_13_core_imagenet1k.py. Its three maps have the strides 4, 8 and 16; the feature
-pyramid adds 32 and 64. The recipe is Swin-T's, this project's choice.
+The core comes from the work dir of upstream/cvt_13_core_imagenet1k.py. CvT has three feature maps, of strides 4, 8 and
+16; the feature pyramid adds strides 32 and 64. To use Swin-T's recipe is this project's choice.
 """
 
 _base_ = [
@@ -18,6 +14,11 @@ _base_ = [
     "../_base_/schedule_1x.py",
 ]
 
+card = dict(
+    pipeline="Lower bound",
+    published="no figure of a dense CvT-13 found",
+    hardware="8 GPUs with 2 images each (16 in all; keep that product)",
+)
 stage = "dense"
 default_scope = "mmdet"
 model = dict(

@@ -4,15 +4,12 @@ finetuning.
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_intermediate_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: AP + 1.6 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D
-and RMoE-I); dense: no figure found.
-Run at full scale: no.
-
-All but where the weights come from is as in detection/mask_rcnn_cvt_13_residual_coco_1x.py: core, residuals and gates
-are the work dir of upstream/cvt_13_intermediate_imagenet1k.py.
+It differs from detection/mask_rcnn_cvt_13_residual_coco_1x.py only in where it starts: core, residuals and gates come
+from the work dir of upstream/cvt_13_intermediate_imagenet1k.py.
 """
 
 _base_ = ["mask_rcnn_cvt_13_residual_coco_1x.py"]
+
+card = dict(pipeline="RMoE-I")
 
 model = dict(backbone=dict(core="work_dirs/cvt_13_intermediate_imagenet1k"))

@@ -3,12 +3,8 @@
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_dense_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: box AP 43.7, mask AP 39.8 (arXiv 2103.14030 and its code).
-Run at full scale: no.
-
-The core is the work dir of upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
+The core comes from the work dir of upstream/swin_tiny_core_imagenet1k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
 """
 
 _base_ = [
@@ -18,5 +14,10 @@ _base_ = [
     "../_base_/schedule_1x.py",
 ]
 
+card = dict(
+    pipeline="Lower bound",
+    published="box AP 43.7, mask AP 39.8 (arXiv 2103.14030 and its code)",
+    hardware="8 GPUs with 2 images each (16 in all; keep that product)",
+)
 stage = "dense"
 default_scope = "mmdet"

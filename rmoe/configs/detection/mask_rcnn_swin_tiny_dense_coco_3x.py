@@ -3,21 +3,16 @@
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_dense_coco_3x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: box AP 46.0, mask AP 41.6 (arXiv 2103.14030 and its code).
-Run at full scale: no.
-
-The core is the work dir of upstream/swin_tiny_core_imagenet1k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
+The core comes from the work dir of upstream/swin_tiny_core_imagenet1k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True. The recipe is the published one.
 """
 
-_base_ = [
-    "../_base_/runtime.py",
-    "../_base_/coco.py",
-    "../_base_/mask_rcnn_swin_tiny.py",
-    "../_base_/schedule_3x.py",
-]
+_base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py"]
 
-stage = "dense"
-default_scope = "mmdet"
+card = dict(
+    published="box AP 46.0, mask AP 41.6 (arXiv 2103.14030 and its code)",
+)
 model = dict(backbone=dict(kwargs=dict(drop_path_rate=0.2)))
+epoch, warmup = _base_.epoch, _base_.warmup
+_base_.param_scheduler[1].update(end=36 * epoch, milestones=[27 * epoch - warmup, 33 * epoch - warmup])
+train_cfg = dict(max_iters=36 * epoch)

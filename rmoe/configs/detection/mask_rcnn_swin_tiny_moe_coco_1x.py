@@ -4,34 +4,18 @@ every other block of the last two stages.
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_moe_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: no figure of the upper bound; dense: box AP 43.7, mask AP 39.8.
-Run at full scale: no.
+The weights come from the work dir of upstream/swin_tiny_moe_imagenet1k.py. The mixture is that of
+_base_/upper_bound.py. Schedule and data are those of the other finetunes, so that they can be compared.
 
-The weights are the work dir of upstream/swin_tiny_moe_imagenet1k.py. Each expert is a network of its own from the
-start. Top-1, the capacity and the place of the experts are Swin-MoE's, whose published runs have 8 to 32 of them; the
-gate's noise and the weights of its losses V-MoE's (arXiv 2106.05974). 8 experts, schedule and data are as for RMoE, for
-comparison.
-
-Arm, by what follows --cfg-options:
-    model.backbone.moe.train_residual=False  experts fixed: Swin-MoE's best for COCO
+A variant of this config, with the words to write after --cfg-options:
+    model.backbone.moe.train_residual=False  experts are fixed, which was best for Swin-MoE on COCO
 """
 
-_base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py"]
+_base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py", "../_base_/upper_bound.py"]
 
-stage = "moe"
-model = dict(
-    backbone=dict(
-        core="work_dirs/swin_tiny_moe_imagenet1k",
-        moe=dict(
-            num_experts=8,
-            top_k=1,
-            residual="experts",
-            expert_init="random",
-            combine="softmax",
-            capacity_factor=1.25,
-            losses=dict(importance=0.005, load=0.005),
-            ep_size=8,
-        ),
-    )
+card = dict(
+    pipeline="Upper bound",
+    published="no figure of the upper bound; dense: box AP 43.7, mask AP 39.8",
 )
+stage = "moe"
+model = dict(backbone=dict(core="work_dirs/swin_tiny_moe_imagenet1k", moe=_base_.pop("upper_bound")))

@@ -4,16 +4,11 @@ last two stages, their cores frozen.
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: AP + 1.4 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D
-and RMoE-I); dense: box AP 43.7, mask AP 39.8.
-Run at full scale: no.
+Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
+Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
 
-Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
-
-Arms, each by what follows --cfg-options:
+Variants of this config, each with the words to write after --cfg-options:
     model.backbone.moe.residual=full     each expert has a residual of the core's shape
     model.backbone.moe.residual=experts  sparse upcycling: each expert is a copy of the core, trained whole
     model.backbone.moe.train_core=True   the cores are trained as well
@@ -21,5 +16,12 @@ Arms, each by what follows --cfg-options:
 
 _base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py"]
 
+card = dict(
+    pipeline="RMoE-D",
+    published=(
+        "AP + 1.4 over dense, the detector unnamed (arXiv 2204.09636, whose abstract does not say by which of RMoE-D "
+        "and RMoE-I); dense: box AP 43.7, mask AP 39.8"
+    ),
+)
 stage = "residual"
 model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))

@@ -3,15 +3,14 @@
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_cvt_13_dense_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: no figure of a dense CvT-13 found.
-Run at full scale: no.
-
-The core is the work dir of upstream/cvt_13_core_imagenet1k.py. Its three maps have the strides 4, 8 and 16; the last
-one is pooled as Swin-T's of stride 32. The recipe is Swin-T's, this project's choice.
+The core comes from the work dir of upstream/cvt_13_core_imagenet1k.py. CvT has three feature maps, of strides 4, 8 and
+16; UPerNet pools the last one where it pools Swin-T's map of stride 32. To use Swin-T's recipe is this project's
+choice.
 """
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
+
+card = dict(published="no figure of a dense CvT-13 found")
 
 model = dict(
     backbone=dict(model="cvt_13", out_indices=(0, 1, 2), core="work_dirs/cvt_13_core_imagenet1k"),

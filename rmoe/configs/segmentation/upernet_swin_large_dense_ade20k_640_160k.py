@@ -3,14 +3,10 @@
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_large_dense_ade20k_640_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs of 80 GB with 2 images each (16 in all; keep that product).
-Published: mIoU 52.05, multi-scale 53.53 (arXiv 2103.14030 and its code).
-Run at full scale: no.
-
-The core is the work dir of upstream/swin_large_core_imagenet22k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True
-model.backbone.model=swin_large_patch4_window12_384.ms_in22k. The recipe is Swin-T's, drop
-path included, as in mmsegmentation's configs of Swin-L; the size of the crops is the paper's.
+The core comes from the work dir of upstream/swin_large_core_imagenet22k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True
+model.backbone.model=swin_large_patch4_window12_384.ms_in22k. The recipe is Swin-T's, drop path included, as in
+mmsegmentation's configs of Swin-L; the crop size is the paper's.
 """
 
 _base_ = [
@@ -20,6 +16,11 @@ _base_ = [
     "../_base_/schedule_160k.py",
 ]
 
+card = dict(
+    pipeline="Lower bound",
+    published="mIoU 52.05, multi-scale 53.53 (arXiv 2103.14030 and its code)",
+    hardware="8 GPUs of 80 GB with 2 images each (16 in all; keep that product)",
+)
 stage = "dense"
 default_scope = "mmseg"
 model = dict(

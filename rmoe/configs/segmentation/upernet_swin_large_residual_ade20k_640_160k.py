@@ -4,17 +4,19 @@ every other block of the last two stages, their cores frozen.
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_large_residual_ade20k_640_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs of 80 GB with 2 images each (16 in all; keep that product).
-Published: mIoU + 1.0 over dense (arXiv 2204.09636, whose abstract does not say by which of RMoE-D and RMoE-I); dense:
-mIoU 52.05, multi-scale 53.53.
-Run at full scale: no.
+Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
-
-Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
 """
 
 _base_ = ["upernet_swin_large_dense_ade20k_640_160k.py"]
 
+card = dict(
+    pipeline="RMoE-D",
+    published=(
+        "mIoU + 1.0 over dense (arXiv 2204.09636, whose abstract does not say by which of RMoE-D and RMoE-I); dense: "
+        "mIoU 52.05, multi-scale 53.53"
+    ),
+)
 stage = "residual"
 model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))

@@ -4,16 +4,11 @@ every other block of the last two stages, their cores frozen.
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: mIoU + 1.1 over dense (arXiv 2204.09636, whose abstract does not say by which of RMoE-D and RMoE-I); dense:
-mIoU 44.51, multi-scale 45.81.
-Run at full scale: no.
+Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Schedule, data and core are those of the dense finetune. The experts' number, kind and place are this project's choices.
+Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
 
-Every process has all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8.
-
-Arms, each by what follows --cfg-options:
+Variants of this config, each with the words to write after --cfg-options:
     model.backbone.moe.residual=full     each expert has a residual of the core's shape
     model.backbone.moe.residual=experts  sparse upcycling: each expert is a copy of the core, trained whole
     model.backbone.moe.train_core=True   the cores are trained as well
@@ -21,5 +16,12 @@ Arms, each by what follows --cfg-options:
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
 
+card = dict(
+    pipeline="RMoE-D",
+    published=(
+        "mIoU + 1.1 over dense (arXiv 2204.09636, whose abstract does not say by which of RMoE-D and RMoE-I); dense: "
+        "mIoU 44.51, multi-scale 45.81"
+    ),
+)
 stage = "residual"
 model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))

@@ -3,16 +3,14 @@
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_vit_base_dense_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-Hardware: 8 GPUs with 2 images each (16 in all; keep that product).
-Published: mIoU 47.73, multi-scale 49.95 (mmsegmentation, with its own neck and core).
-Run at full scale: no.
-
-The core is the work dir of upstream/vit_base_core_imagenet1k.py, or timm's published one: --cfg-options
-model.backbone.core=None model.backbone.kwargs.pretrained=True. Maps of the blocks 3, 6, 9 and 12 are brought to the
-strides 4, 8, 16 and 32; drop path and heads are mmsegmentation's.
+The core comes from the work dir of upstream/vit_base_core_imagenet1k.py. With timm's published core instead:
+--cfg-options model.backbone.core=None model.backbone.kwargs.pretrained=True. The outputs of blocks 3, 6, 9 and 12 are
+resized to strides 4, 8, 16 and 32. Drop path and heads are mmsegmentation's.
 """
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
+
+card = dict(published="mIoU 47.73, multi-scale 49.95 (mmsegmentation, with its own neck and core)")
 
 model = dict(
     backbone=dict(

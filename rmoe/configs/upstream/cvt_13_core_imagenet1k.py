@@ -7,15 +7,16 @@
         ds_configs/zero1.json work_dirs/cvt_13_core_imagenet1k \
         --cfg-options train_dataloader.batch_size=64
 
-Hardware: 8 GPUs with 256 images each, or 4 nodes of 8 with 64 (2048 in all; keep that product).
-Published: top-1 81.6 (arXiv 2103.15808).
-Run at full scale: no.
-
-Batch, decay, drop path and augmentation are the published ones. The learning rate is that of the published
-configuration, 2.5e-4 for each of 8 GPUs; the paper says 0.02. The published weights have QuickGELU, this model GELU.
+Batch size, weight decay, drop path and augmentation are the published ones. The learning rate is that of the published
+configuration, 2.5e-4 for each of 8 GPUs; the paper says 0.02. The published network has QuickGELU, this one GELU.
 """
 
 _base_ = ["swin_tiny_core_imagenet1k.py"]
+
+card = dict(
+    published="top-1 81.6 (arXiv 2103.15808)",
+    hardware="8 GPUs with 256 images each, or 4 nodes of 8 with 64 (2048 in all; keep that product)",
+)
 
 epoch = 625  # steps of 2048 images
 

@@ -6,15 +6,15 @@
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/cvt_w24_core_imagenet22k.py \
         ds_configs/zero2_bf16.json work_dirs/cvt_w24_core_imagenet22k
 
-Hardware: 8 nodes of 8 GPUs with 80 GB and 64 images each (4096 in all; keep that product).
-Published: after finetuning on ImageNet-1k at 384 pixels, which is not part of this, top-1 87.7 (arXiv 2103.15808).
-Run at full scale: no.
-
-The weight decay is the published one. How long it was trained on ImageNet-22k, and with which drop path, is not: the
-schedule of Swin-L and the drop path are this project's choices.
+The weight decay is the published one. The length of training on ImageNet-22k and the drop path were not published:
+Swin-L's schedule and this drop path are this project's choices.
 """
 
 _base_ = ["swin_large_core_imagenet22k.py"]
+
+card = dict(
+    published="after finetuning on ImageNet-1k at 384 pixels, which is not part of this, top-1 87.7 (arXiv 2103.15808)",
+)
 
 model = dict(model="cvt_w24", kwargs=dict(drop_path_rate=0.3))
 optim_wrapper = dict(optimizer=dict(weight_decay=0.1), clip_grad=None)

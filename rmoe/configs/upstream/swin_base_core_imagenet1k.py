@@ -7,13 +7,11 @@
         ds_configs/zero1.json work_dirs/swin_base_core_imagenet1k \
         --cfg-options train_dataloader.batch_size=32
 
-Hardware: 8 GPUs with 128 images each, or 4 nodes of 8 with 32 (1024 in all; keep that product).
-Published: top-1 83.5 (arXiv 2103.14030, table 1).
-Run at full scale: no.
-
 The recipe is Swin-T's with the drop path of the published configuration, 0.5.
 """
 
 _base_ = ["swin_tiny_core_imagenet1k.py"]
+
+card = dict(published="top-1 83.5 (arXiv 2103.14030, table 1)")
 
 model = dict(model="swin_base_patch4_window7_224", kwargs=dict(drop_path_rate=0.5))

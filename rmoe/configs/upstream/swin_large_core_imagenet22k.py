@@ -6,35 +6,28 @@
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_core_imagenet22k.py \
         ds_configs/zero2_bf16.json work_dirs/swin_large_core_imagenet22k
 
-Hardware: 8 nodes of 8 GPUs with 80 GB and 64 images each (4096 in all; keep that product).
-Published: after finetuning on ImageNet-1k, which is not part of this, top-1 86.3 at 224 and 87.3 at 384 pixels (arXiv
-2103.14030).
-Run at full scale: no.
-
-Schedule, decay and drop path are those of the published configuration (the paper says weight decay 0.01); gradients are
-clipped and images augmented as for ImageNet-1k.
+Schedule, weight decay and drop path are those of the published configuration (the paper says weight decay 0.01).
+Gradients are clipped and images augmented as for ImageNet-1k.
 """
 
-_base_ = ["../_base_/runtime.py", "../_base_/imagenet22k_224.py"]
+_base_ = ["../_base_/runtime.py", "../_base_/imagenet22k_224.py", "../_base_/pretraining.py"]
 
-stage = "core"
-default_scope = "mmengine"
+card = dict(
+    pipeline="Core pretraining",
+    published=(
+        "after finetuning on ImageNet-1k, which is not part of this, top-1 86.3 at 224 and 87.3 at 384 pixels (arXiv "
+        "2103.14030)"
+    ),
+    hardware="8 nodes of 8 GPUs with 80 GB and 64 images each (4096 in all; keep that product)",
+)
 epoch = 3466  # steps of 4096 images
 
 model = dict(
-    type="rmoe.TimmClassifier",
     model="swin_large_patch4_window7_224",
     kwargs=dict(drop_path_rate=0.2),
     num_classes={{_base_.num_classes}},
-    label_smoothing=0.1,
-    mixup=dict(mixup_alpha=0.8, cutmix_alpha=1.0),
 )
 train_dataloader = dict(batch_size=64)
-optim_wrapper = dict(
-    optimizer=dict(type="AdamW", lr=1e-3, betas=(0.9, 0.999), weight_decay=0.05),
-    constructor="rmoe.ParamGroups",
-    clip_grad=dict(max_norm=5.0),
-)
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=5 * epoch),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=False, begin=5 * epoch, end=90 * epoch),

@@ -8,21 +8,21 @@ block of the last two stages, their cores frozen.
         ds_configs/zero1.json work_dirs/swin_tiny_intermediate_imagenet1k \
         --cfg-options train_dataloader.batch_size=32
 
-Hardware: 8 GPUs with 128 images each, or 4 nodes of 8 with 32 (1024 in all; keep that product).
-Published: no figure of this stage (arXiv 2204.09636, whose abstract gives those of the finetunes after it).
-Run at full scale: no.
+The core comes from the work dir of upstream/swin_tiny_core_imagenet1k.py. As in the finetunes, the residuals, the gates
+and all that lies outside the experts' networks are trained at one rate. That, the rate and the number of epochs are
+this project's choices.
 
-The core is the work dir of upstream/swin_tiny_core_imagenet1k.py. Residuals and gates are trained, and at the same rate
-what is not in the experts' networks, as in the finetunes; that, the number of epochs and the rate are this project's
-choices.
-
-Every process has all experts; --cfg-options model.moe.ep_size=8 spreads them over 8.
+Every process holds all experts; --cfg-options model.moe.ep_size=8 spreads them over 8 processes.
 """
 
 _base_ = ["swin_tiny_core_imagenet1k.py"]
 
+card = dict(
+    pipeline="RMoE-I, first half",
+    published="no figure of this stage (arXiv 2204.09636, whose abstract gives those of the finetunes after it)",
+)
 stage = "intermediate"
-epoch = 1251  # steps of 1024 images
+epoch = _base_.epoch
 
 model = dict(core="work_dirs/swin_tiny_core_imagenet1k", moe=dict(num_experts=8, top_k=1))
 optim_wrapper = dict(optimizer=dict(lr=1e-4))

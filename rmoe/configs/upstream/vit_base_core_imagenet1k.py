@@ -6,14 +6,15 @@
     sbatch launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/vit_base_core_imagenet1k.py \
         ds_configs/zero1.json work_dirs/vit_base_core_imagenet1k
 
-Hardware: 4 nodes of 8 GPUs with 128 images each (4096 in all; keep that product).
-Published: top-1 82.3 of the averaged weights, by this recipe (arXiv 2111.06377, appendix A.2).
-Run at full scale: no.
-
-Left to timm, unlike there: how weights are drawn.
+Unlike there, timm draws the initial weights in its own way.
 """
 
 _base_ = ["vit_small_core_imagenet1k.py"]
+
+card = dict(
+    published="top-1 82.3 of the averaged weights, by this recipe (arXiv 2111.06377, appendix A.2)",
+    hardware="4 nodes of 8 GPUs with 128 images each (4096 in all; keep that product)",
+)
 
 epoch = 312  # steps of 4096 images
 

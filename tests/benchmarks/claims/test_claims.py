@@ -132,6 +132,14 @@ def test_arms_of_a_seed_differ_in_the_experts_alone(runs: dict[Any, Training]) -
     assert dense["param_scheduler"][-1]["end"] == dense["train_cfg"]["max_iters"] == 2
 
 
+@pytest.mark.parametrize("where", ["upstream", "segmentation"])
+def test_the_upper_bound_is_the_shipped_one(runs: dict[Any, Training], where: str) -> None:
+    name = {"upstream": "cvt_13_moe_imagenet1k", "segmentation": "upernet_cvt_13_moe_ade20k_512_160k"}[where]
+    files = (f"rmoe/configs/{where}/{name}.py", runs["moe", where, 0].config)
+    shipped, ours = (Config.fromfile(file, import_custom_modules=False).model for file in files)
+    assert ours.get("backbone", ours).moe == shipped.get("backbone", shipped).moe | {"ep_size": 1}
+
+
 def test_a_pipeline_costs_the_sum_of_its_stages(runs: dict[Any, Training]) -> None:
     found = pipeline_cost(runs["moe", "segmentation", 0])
     assert found["finetune_device_seconds"] == 150

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import timm
 import torch
-from rmoe.engine.checkpoint.files.export import BACKBONE, MODEL, core_sha256, read_metadata, timm_state, write_model
 from safetensors.torch import load_file, save_file
 from timm.layers import Mlp
 
 from rmoe.backbones.pyramid import TimmPyramid
+from rmoe.engine.checkpoint.export import BACKBONE, MODEL, core_sha256, read_metadata, timm_state, write_model
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
 from rmoe.tasks.classification import TimmClassifier
