@@ -59,12 +59,16 @@ def test_the_configuration_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
 
 
-def test_the_layer_works_with_torch_and_timm_alone() -> None:
-    """As in an environment without DeepSpeed and OpenMMLab: their imports fail."""
-    code = """
+def test_the_layer_and_cores_work_with_torch_and_timm_alone(tmp_path: Path) -> None:
+    """As in an environment without DeepSpeed and OpenMMLab: their imports fail. Reports go to Python's logging."""
+    code = f"""
 import sys
 sys.modules.update(dict.fromkeys(("deepspeed", "mmengine", "mmcv", "mmseg", "mmdet")))
-import copy, pickle, timm, torch, rmoe
+import copy, logging, pickle, timm, torch, rmoe
+from pathlib import Path
+from rmoe.backbones.build import add_weights, import_core, timm_model
+from rmoe.backbones.load_core import load_core
+
 model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
 model, report = rmoe.upcycle(model, rmoe.ResidualMoEConfig(num_experts=4))
 images = torch.randn(2, 3, 32, 32)
@@ -73,5 +77,19 @@ with rmoe.collect() as records:
 (loss + records.loss()).backward()
 again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
 assert torch.equal(again.eval()(images), model.eval()(images))
+
+folder = Path({str(tmp_path)!r})
+logging.basicConfig(filename=folder / "log", level=logging.INFO)
+dense, again, mixture = (timm_model("test_vit", dict(num_classes=3)).eval() for _ in range(3))
+torch.save(dense.state_dict(), folder / "core.pth")
+assert import_core(folder / "core.pth", "test_vit", folder / "core.safetensors").loaded == len(dense.state_dict())
+assert load_core(again, folder / "core.safetensors").loaded == len(dense.state_dict())
+add_weights(mixture, folder / "core.safetensors", dict(num_experts=2, blocks="all"))
+images = torch.randn(1, 3, 160, 160)
+assert torch.equal(again(images), dense(images))
+torch.testing.assert_close(mixture(images), dense(images))
 """
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
+    log = (tmp_path / "log").read_text()
+    assert "weights loaded" in log
+    assert "feed-forward networks became MoE" in log

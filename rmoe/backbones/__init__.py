@@ -1,3 +1,3 @@
-"""timm backbones: made residual mixtures of experts, loaded with a dense core, seen as feature pyramids."""
+"""Makes timm backbones into residual mixtures of experts, loads dense cores, and gives heads feature pyramids."""
 
 from rmoe.backbones import cvt  # noqa: F401  registers CvT with timm

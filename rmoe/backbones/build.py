@@ -1,21 +1,26 @@
-"""The order in which a backbone comes to be: timm model → dense core → residual experts."""
+"""Builds a backbone in its order: the timm model, its dense core, then the residual experts around the core.
+
+Nothing here needs mmengine; where it is loaded, the reports go to the log of its run.
+"""
 
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 import re
+import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import timm
-from mmengine.logging import print_log
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmoe.backbones.checkpoint_formats import translate
-from rmoe.backbones.load_core import CoreReport, a_path, level_keys, load_core, read_checkpoint
+from rmoe.backbones.load_core import CoreReport, checked_path, level_keys, load_core, read_checkpoint
+from rmoe.backbones.networks import one_line
 from rmoe.backbones.upcycle import upcycle
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
@@ -37,16 +42,17 @@ def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
     kwargs = checked_kwargs(kwargs)
     try:
         return timm.create_model(name, **kwargs)
-    except Exception as error:  # whatever timm raises while it builds
-        said = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"timm cannot build {name} with kwargs {kwargs}: {said}") from error
+    except Exception as error:  # timm raises errors of many types while it builds
+        raise UserError(
+            f"timm cannot build {name} with kwargs {kwargs}: {one_line(error)}; change kwargs to what timm takes"
+        ) from error
 
 
 def checked_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Returns the keyword arguments of a timm model as a dict; None are none.
+    """Returns the keyword arguments of a timm model as a dict, which is empty for None.
 
     Raises:
-        UserError: no mapping, or a key that is no string.
+        UserError: `kwargs` is no mapping, or has a key that is no string.
     """
     if not isinstance(kwargs, Mapping | None) or not all(isinstance(key, str) for key in kwargs or ()):
         raise UserError(f"kwargs are {kwargs!r}; they are a dict of timm's arguments by name, such as drop_path_rate")
@@ -59,7 +65,7 @@ def brings_weights(kwargs: Mapping[str, Any]) -> bool:
 
 
 def allow_random_cores(config: Any) -> None:
-    """Tells every backbone in a model's config without a core, in place, that its weights come after it is built."""
+    """Sets `allow_random_core` for every backbone without a core in a model's config, in place: weights come later."""
     if isinstance(config, MutableMapping):
         kind = config.get("type")
         name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
@@ -77,38 +83,39 @@ def add_weights(
     *,
     allow_random_core: bool = False,
 ) -> None:
-    """Loads the core, if there is one, and adds residual experts, if `moe` is given; logs what became of every key.
+    """Loads the core if one is given, adds residual experts if `moe` is given, and logs what became of every key.
 
-    A dense core is loaded before the experts are made around it. The checkpoint of a mixture (a finished intermediate
-    stage, say) is loaded after that, and brings residuals, or experts, and gates along.
+    A dense core is loaded before the experts are made around it. The checkpoint of a mixture, such as a finished
+    intermediate stage, is loaded after the experts are made, since it holds weights for them and their gates too.
 
     Args:
         model: a timm model; changed in place.
         core: see `load_core`.
         moe: keys of `ResidualMoEConfig`.
-        level_norms: norms of output levels, outside `model`; see `load_core`.
-        allow_random_core: `model` has its weights already, or gets them later, or need not have any.
+        level_norms: the norms of output levels, which are not part of `model`; see `load_core`.
+        allow_random_core: accept a frozen core of random weights: `model` has its weights already, gets them later, or
+            needs none.
 
     Raises:
-        UserError: a mixture's checkpoint without `moe`; `moe` would freeze weights that are random; see `load_core`,
-            `ResidualMoEConfig` and `upcycle`.
+        UserError: the checkpoint is a mixture's and `moe` is None, or `moe` would freeze random weights; also what
+            `load_core`, `ResidualMoEConfig` and `upcycle` raise.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {model!r}; give a torch.nn.Module, such as timm.create_model returns")
     config = None if moe is None else ResidualMoEConfig.from_dict(moe)
     if core is None and config is not None and not allow_random_core:
         _check_trained(config)
-    state = None if core is None else read_checkpoint(a_path(core, "core"))
+    state = None if core is None else read_checkpoint(checked_path(core, "core"))
     mixture = state is not None and holds_experts(state)
     if mixture and config is None:
         raise UserError(
             f"{core} is the checkpoint of a mixture of experts, and moe is None; give the moe of the run that wrote it "
-            "(its model.json has it), or the dense core that it was made from"
+            "(it stands in its model.json), or the dense core that it was made from"
         )
     if mixture:
         _add_experts(model, config)
     if core is not None:
-        print_log(str(load_core(model, core, level_norms, state)), logger="current")
+        _run_log().info(str(load_core(model, core, level_norms, state)))
     if not mixture:
         _add_experts(model, config)
 
@@ -120,14 +127,20 @@ def _check_trained(config: ResidualMoEConfig) -> None:
     frozen = "moe.train_residual=False fixes the experts" if experts else "the core of residuals is frozen"
     train = "moe.train_residual" if experts else "moe.train_core"
     raise UserError(
-        f"{frozen} and there is no core, so that random weights would stay; give core=, a dense checkpoint, "
-        f"kwargs=dict(pretrained=True), {train}=True, or allow_random_core=True for a trial"
+        f"{frozen} and there is no core, so that random weights would stay; give a dense checkpoint by core=, or "
+        f"kwargs=dict(pretrained=True), or {train}=True, or allow_random_core=True for a trial"
     )
 
 
 def _add_experts(model: nn.Module, config: ResidualMoEConfig | None) -> None:
     if config is not None:
-        print_log(str(upcycle(model, config).report), logger="current")
+        _run_log().info(str(upcycle(model, config).report))
+
+
+def _run_log() -> logging.Logger:
+    """Returns mmengine's current logger, which writes to the work dir, or without mmengine Python's logger "rmoe"."""
+    mmengine = sys.modules.get("mmengine.logging")
+    return mmengine.MMLogger.get_current_instance() if mmengine else logging.getLogger("rmoe")
 
 
 def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
@@ -135,17 +148,17 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
 
     Args:
         source: the checkpoint; see `load_core`.
-        model: the timm model that it is of; position tables are resized to its window or image.
-        out: the `.safetensors` file to write, which must not exist. It holds what was found: the backbone, the
-            classifier of however many classes, and norms of output levels as "norm0.weight" etc.
+        model: the timm model whose weights it holds; position tables are resized to its window or image.
+        out: the `.safetensors` file to write, which must not exist. It gets everything that was found: the backbone, a
+            classifier of any number of classes, and the norms of output levels as "norm0.weight" etc.
 
     Returns:
-        What became of every key.
+        The report on what became of every key.
 
     Raises:
-        UserError: `out` exists or has no folder or another suffix, and what `timm_model` and `load_core` raise.
+        UserError: `out` exists, lies in no folder or has another suffix; also what `timm_model` and `load_core` raise.
     """
-    source, out = a_path(source, "source"), a_path(out, "out")
+    source, out = checked_path(source, "source"), checked_path(out, "out")
     if out.suffix != ".safetensors" or not out.parent.is_dir():
         raise UserError(
             f"{out} cannot be written; give a file name with the suffix .safetensors in a folder that exists"
@@ -167,7 +180,7 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
     try:
         save_file(written, partial)
         partial.replace(out)
-    except Exception as error:  # whatever safetensors and the system raise
+    except Exception as error:  # safetensors and the system raise errors of many types
         partial.unlink(missing_ok=True)
         raise UserError(f"{out} cannot be written ({error}); give another place") from error
     return report

@@ -1,7 +1,7 @@
-"""Official dense checkpoints: what other code bases call the weights of a backbone, and how they become timm's.
+"""Translates the dense checkpoints of other code bases to timm's names and layouts.
 
-The rules are data, one `Format` for each code base. A file is recognised by its keys; whatever no rule covers is passed
-on as it is, so that `rmoe.backbones.load_core` refuses it by name.
+The rules are data, one `Format` for each code base. A file is recognised by its keys. A key that no rule covers is
+passed on as it is, and `rmoe.backbones.load_core` then refuses it by name.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ NOT_BACKBONE = "not part of the backbone"
 
 @dataclass(frozen=True)
 class Format:
-    """How a code base names, and stores, the weights of a backbone.
+    """Tells how a code base names and stores the weights of a backbone.
 
     Attributes:
-        source: its name.
-        sign: pattern of a key that every such file has and no file of the formats below it; what stands before it is
-            the name of the backbone within a larger model.
-        names: (pattern, replacement) to apply to a key in turn, the backbone's own name taken off. Parts of one weight
-            get numbers at the end, as in "attn.qkv.weight.0", and are put together.
-        left_out: (pattern, reason) of keys that timm's model has no use for.
-        reordered: (pattern of timm's key, what is done, function of the value).
+        source: name of the code base.
+        sign: pattern of a key that every such file has, and no file of a format further down the list. What stands
+            before the match is the name of the backbone within a larger model.
+        names: pairs (pattern, replacement), applied in turn to a key without the backbone's own name. Parts of one
+            weight get numbers at the end, as in "attn.qkv.weight.0", and are then joined.
+        left_out: pairs (pattern, reason) for keys that timm's model does not have.
+        reordered: triples (pattern of timm's key, what is done, function of the value).
         note: what a user must know besides.
     """
 
@@ -46,11 +46,11 @@ class Format:
 
 @dataclass
 class Translation:
-    """A checkpoint under timm's names.
+    """Holds a checkpoint under timm's names.
 
     Attributes:
-        state: value by timm's key; output levels' norms are called "norm0.weight" etc.
-        source: the format that was recognised; "timm" if the file has no other's sign.
+        state: the values by timm's key; norms of output levels are called "norm0.weight" etc.
+        source: the format that was recognised, or "timm" if there was none.
         converted: keys whose values changed, by what was done.
         left_out: keys of the file that are not in `state`, by reason.
         note: what a user must know besides.
@@ -64,12 +64,12 @@ class Translation:
 
 
 def translate(state: Mapping[str, Tensor]) -> Translation:
-    """Recognises the format of a checkpoint and brings its keys and values to timm's, those of the backbone alone.
+    """Recognises the format of a checkpoint and translates the keys and values of its backbone to timm's.
 
-    A checkpoint of timm's own names, or of names that nobody knows, is returned as it is.
+    A checkpoint with timm's own names, or with names of no known format, is returned as it is.
 
     Raises:
-        UserError: two keys that become the same.
+        UserError: two keys become the same.
     """
     for form in FORMATS:
         for key in state:
@@ -86,10 +86,12 @@ def _translated(form: Format, prefix: str, state: Mapping[str, Tensor]) -> Trans
         name = _renamed(form.names, bare)
         if reason := next((reason for pattern, reason in form.left_out if re.search(pattern, bare)), None):
             left_out[reason].append(key)
-        elif name == key and prefix:  # not the backbone's, nor its classifier's under another name
+        elif name == key and prefix:  # no rule knows it: it belongs to a head
             left_out[NOT_BACKBONE].append(key)
         elif name in renamed:
-            raise UserError(f"two keys of the checkpoint, '{key}' and another one, are timm's '{name}'; remove either")
+            raise UserError(
+                f"two keys of the checkpoint, '{key}' and another one, become timm's '{name}'; remove either"
+            )
         else:
             renamed[name] = value
     joined, converted = _joined(renamed)
@@ -107,8 +109,8 @@ def _renamed(names: Names, key: str) -> str:
 
 
 def _joined(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[str]]]:
-    """Puts query, key and value together: parts 0, 1, 2 of one weight. Parts that do not fit keep their names, to be
-    refused.
+    """Joins query, key and value, the parts 0, 1, 2 of one weight. Parts that do not fit keep their names, and the
+    model will refuse them.
     """
     joined = dict(state)
     converted: dict[str, list[str]] = defaultdict(list)
@@ -123,27 +125,27 @@ def _joined(state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, l
 
 
 def _numbered(before: str, shift: int, after: str = "") -> Callable[[re.Match[str]], str]:
-    """Replacement of a match whose first group is a number: that number moved by `shift`, between two texts."""
+    """Returns a replacement that adds `shift` to the number in the first group and sets it between two texts."""
     return lambda match: f"{before}{int(match[1]) + shift}{after}"
 
 
 def _neighbours_outside(x: Tensor) -> Tensor:
-    """[…, C·4] with a pixel's four neighbours innermost, row by row → [..., 4·C], outermost, column by column.
+    """Turns [..., C·4], four neighbours innermost and row by row, into [..., 4·C], outermost and column by column.
 
-    What cannot be such a value stays as it is, to be refused by its shape.
+    A value of another shape is returned as it is, and is refused later for its shape.
     """
     if not x.ndim or not x.numel() or x.shape[-1] % 4:
         return x
     return x.unflatten(-1, (-1, 4))[..., [0, 2, 1, 3]].transpose(-1, -2).flatten(-2)
 
 
-# timm merges patches at the start of a stage, all others at the end of the one before.
+# timm merges patches at the start of a stage, all others merge them at the end of the stage before.
 _MERGING = (r"^layers\.(\d+)\.downsample\.", _numbered("layers.", 1, ".downsample."))
 
 _HF_BLOCK: Names = (
     (r"\.layernorm_before\.", ".norm1."),
     (r"\.layernorm_after\.", ".norm2."),
-    # The files' names first, then those of transformers 5 in memory.
+    # First the names in files, then the names that transformers 5 has in memory.
     (r"\.attention\.(?:self|attention)\.query\.(\w+)$", r".attn.qkv.\1.0"),
     (r"\.attention\.(?:self|attention)\.key\.(\w+)$", r".attn.qkv.\1.1"),
     (r"\.attention\.(?:self|attention)\.value\.(\w+)$", r".attn.qkv.\1.2"),

@@ -1,8 +1,8 @@
-"""CvT, the convolutional vision transformer (arXiv 2103.15808), as a timm model: `timm.create_model("cvt_13")`.
+"""Registers CvT, the convolutional vision transformer (arXiv 2103.15808), with timm: `timm.create_model("cvt_13")`.
 
-Three stages at the strides 4, 8, 16, each a convolutional embedding of the map before it and blocks whose queries, keys
-and values pass through depthwise convolutions first: hence no position table, and images of any size. Only the last
-stage has a class token. Weights have the published model's names, but for `stages.0` instead of `stage0`.
+It has three stages at the strides 4, 8, 16. Each stage embeds the map before it by a convolution and then runs blocks
+whose queries, keys and values pass through depthwise convolutions first. So it needs no position table and takes images
+of any size. Only the last stage has a class token. Weights have the published names, with `stages.0` for `stage0`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STRIDES = (4, 2, 2)  # of the stages' embeddings
 
 
 class CvT(nn.Module):
-    """A CvT with the interface of timm's models.
+    """Is a CvT with the interface of timm's models.
 
     Args:
         in_chans: channels of the images.
@@ -37,8 +37,8 @@ class CvT(nn.Module):
         depths: blocks of each stage.
         num_heads: attention heads of each stage; each divides the stage's width.
         mlp_ratio: hidden width of the feed-forward networks as a multiple of the stage's.
-        drop_path_rate: share of dropped residual branches in the last block; grows linearly over the last stage's
-            blocks, as in the published configurations.
+        drop_path_rate: share of dropped residual branches in the last block; it grows linearly from 0 over the last
+            stage's blocks, as in the published configurations.
         act_layer: timm's name of the activation; the published weights were trained with "quick_gelu".
     """
 
@@ -79,20 +79,20 @@ class CvT(nn.Module):
         self.apply(_init_weights)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters that are no weights; norms and biases go without saying."""
+        """Returns the names of parameters that get no weight decay; optimisers exempt norms and biases themselves."""
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute the blocks' activations in the backward pass, to save memory."""
+        """Recomputes the blocks' activations in the backward pass, to save memory, if `enable` is true."""
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     def get_classifier(self) -> nn.Module:
-        """The classifier; an identity where there is none."""
+        """Returns the classifier, an identity if there is none."""
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, of the class token: `global_pool` has no choice here and is ignored."""
+        """Makes a new classifier, which reads the class token; `global_pool` offers no choice here and is ignored."""
         self.num_classes = num_classes
         self.head = _classifier(self.num_features, num_classes)
 
@@ -104,18 +104,18 @@ class CvT(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of stages, without the class token.
+        """Returns the maps of stages, without the class token.
 
         Args:
             x: images [B, in_chans, H, W].
-            indices: stages to take: these, the last so many, or all.
+            indices: the stages whose maps are returned: a list of them, a number of last ones, or None for all.
             norm: apply the final norm to the last stage's map.
-            output_fmt: "NCHW", there is no other.
-            intermediates_only: do not run what the maps do not need.
+            output_fmt: "NCHW", the only format.
+            intermediates_only: return the maps alone, and do not run what they do not need.
 
         Returns:
-            Maps [B, C, ⌈H/s⌉, ⌈W/s⌉] for sides that are multiples of 4, s = 4, 8, 16; unless `intermediates_only`,
-            (what `forward_features` returns, maps).
+            Maps [B, C, ⌈H/s⌉, ⌈W/s⌉], s = 4, 8, 16, for sides that are multiples of 4. Without `intermediates_only` a
+            tuple of what `forward_features` returns and the maps.
         """
         assert output_fmt == "NCHW", output_fmt
         taken, last = feature_take_indices(len(self.stages), indices)
@@ -130,7 +130,7 @@ class CvT(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes what the maps of the stages `indices` do not need; returns these, counted from the front."""
+        """Removes what the maps of the stages `indices` do not need; returns the stages' indices from the front."""
         taken, last = feature_take_indices(len(self.stages), indices)
         if prune_norm or last < len(self.stages) - 1:
             self.norm = nn.Identity()  # it has the last stage's width
@@ -140,18 +140,18 @@ class CvT(nn.Module):
         return taken
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] → the last stage's normalised tokens [B, 1 + H·W/256, C], class token first."""
+        """Takes images [B, in_chans, H, W]; returns the last tokens, normed [B, 1 + H·W/256, C], class token first."""
         token = x[:, :0]
         for stage in self.stages:
             token, x = stage(x)
         return self._normed(token, x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens of `forward_features` → logits [B, num_classes], or the class token [B, C] if `pre_logits`."""
+        """Turns what `forward_features` returns into logits [B, classes], or class tokens [B, C] if `pre_logits`."""
         return x[:, 0] if pre_logits else self.head(x[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] → logits [B, num_classes], or class tokens [B, C] if there is no classifier."""
+        """Turns images [B, in_chans, H, W] into logits [B, num_classes], or class tokens [B, C] without a classifier."""
         return self.forward_head(self.forward_features(x))
 
     def _normed(self, token: Tensor, x: Tensor) -> Tensor:
@@ -159,16 +159,16 @@ class CvT(nn.Module):
 
 
 class Stage(nn.Module):
-    """An embedding of the map before and the blocks on top of it.
+    """Embeds the map before it and runs the blocks of one stage.
 
     Args:
         in_chans: channels of the map before.
         dim: width of this stage.
-        stride: of its embedding.
-        num_heads: of its attention.
-        mlp_ratio: hidden width of its feed-forward networks as a multiple of `dim`.
-        drop_paths: share of dropped residual branches, for each block.
-        class_token: whether it has one.
+        stride: stride of the embedding.
+        num_heads: attention heads of each block.
+        mlp_ratio: hidden width of the feed-forward networks as a multiple of `dim`.
+        drop_paths: for each block the share of dropped residual branches.
+        class_token: whether the stage has a class token.
         act_layer: timm's name of the activation.
     """
 
@@ -192,7 +192,7 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Map [B, in_chans, H, W] → (class token [B, 1 or 0, C], map [B, C, H', W'])."""
+        """Takes a map [B, in_chans, H, W]; returns class token [B, 1 or 0, C] and map [B, C, H', W']."""
         x = self.patch_embed(x)
         size = x.shape[2:]
         tokens = _tokens(x)
@@ -207,21 +207,21 @@ class Stage(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """Overlapping patches: a strided convolution, then a norm over channels."""
+    """Embeds overlapping patches by a strided convolution and norms the channels."""
 
     def __init__(self, in_chans: int, dim: int, stride: int) -> None:
         super().__init__()
-        # Neighbouring patches overlap by stride - 1, so that a side of n·stride pixels gives n patches.
+        # Neighbouring patches overlap by stride - 1 pixels, and a side of n·stride pixels gives n patches.
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=2 * stride - 1, stride=stride, padding=stride // 2)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_chans, H, W] → [B, C, H/stride, W/stride]; odd sides are rounded up where the stride is 2."""
+        """Turns a map [B, in_chans, H, W] into [B, C, H/stride, W/stride]; with stride 2, odd sides are rounded up."""
         return self.norm(self.proj(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Block(nn.Module):
-    """Attention and a feed-forward network, each normed before and added to its input."""
+    """Adds attention and then a feed-forward network to the tokens, each applied to normed tokens."""
 
     def __init__(self, dim: int, num_heads: int, mlp_ratio: float, drop_path: float, act_layer: str) -> None:
         super().__init__()
@@ -232,27 +232,27 @@ class Block(nn.Module):
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=get_act_layer(act_layer))
 
     def forward(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
-        """Tokens [B, (1 +) H·W, C] of a map of `size` (H, W), class token first if there is one → the same shape."""
+        """Maps tokens [B, (1 +) H·W, C] of a map of `size` (H, W), class token first if any, to the same shape."""
         tokens = tokens + self.drop_path(self.attn(self.norm1(tokens), size))
         return tokens + self.drop_path(self.mlp(self.norm2(tokens)))
 
 
 class ConvAttention(nn.Module):
-    """Self-attention whose queries, keys and values are convolved before their linear maps.
+    """Computes self-attention whose queries, keys and values are convolved before their linear maps.
 
-    Keys and values are on every second row and column only. The class token takes part, but is not convolved.
+    Keys and values stand on every second row and column only. The class token takes part but is not convolved.
     """
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.scale = dim**-0.5  # of the whole width, not of a head's: as published
+        self.scale = dim**-0.5  # by the whole width and not by a head's, as published
         self.conv_proj_q, self.conv_proj_k, self.conv_proj_v = (_depthwise(dim, stride) for stride in (1, 2, 2))
         self.proj_q, self.proj_k, self.proj_v = (nn.Linear(dim, dim) for _ in range(3))
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, size: Sequence[int]) -> Tensor:
-        """Tokens [B, (1 +) H·W, C] of a map of `size` (H, W) → the same shape."""
+        """Maps tokens [B, (1 +) H·W, C] of a map of `size` (H, W) to the same shape."""
         token, x = _split(tokens, size)
         query, key, value = (
             rearrange(linear(torch.cat([token, _tokens(convolve(x))], dim=1)), "b t (h d) -> b h t d", h=self.num_heads)
@@ -288,14 +288,14 @@ def _tokens(x: Tensor) -> Tensor:
 
 
 def _split(tokens: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Tokens [B, (1 +) H·W, C] → (class token [B, 1 or 0, C], map [B, C, H, W])."""
+    """Splits tokens [B, (1 +) H·W, C] into class token [B, 1 or 0, C] and map [B, C, H, W]."""
     area = size[0] * size[1]
     token, x = tokens.split([tokens.shape[1] - area, area], dim=1)
     return token, rearrange(x, "b (h w) c -> b c h w", h=size[0])
 
 
 def _recomputed(block: nn.Module, tokens: Tensor, size: Sequence[int]) -> Tensor:
-    """`block(tokens, size)`, of which only the inputs are kept until the backward pass runs it again."""
+    """Returns `block(tokens, size)`; only the inputs are kept, and the backward pass runs the block again."""
 
     def contexts() -> tuple[AbstractContextManager, AbstractContextManager]:
         return nullcontext(), _statistics_untouched(block)
@@ -305,7 +305,7 @@ def _recomputed(block: nn.Module, tokens: Tensor, size: Sequence[int]) -> Tensor
 
 @contextmanager
 def _statistics_untouched(block: nn.Module) -> Iterator[None]:
-    """Batch norms update a copy of their running statistics: a batch that is run twice must not count twice."""
+    """Lets batch norms update copies of their running statistics, so that a recomputed batch does not count twice."""
     kept: list[tuple[nn.Module, dict[str, Any]]] = [
         (module, dict(module.named_buffers(recurse=False)))
         for module in block.modules()
@@ -324,7 +324,7 @@ def _statistics_untouched(block: nn.Module) -> Iterator[None]:
 
 def _cfg(size: int = 224) -> dict[str, Any]:
     return {
-        "url": "",  # the published weights are files to be loaded as a core
+        "url": "",  # load the published weights from a file, as a core
         "num_classes": 1000,
         "input_size": (3, size, size),
         "crop_pct": 0.875 if size == 224 else 1.0,
@@ -346,18 +346,18 @@ def _build(variant: str, pretrained: bool, arguments: dict[str, Any]) -> nn.Modu
 
 @register_model
 def cvt_13(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CvT-13, 20 million parameters; `kwargs` are those of `CvT`."""
+    """Returns CvT-13, 20 million parameters; `kwargs` are arguments of `CvT`."""
     return _build("cvt_13", pretrained, kwargs)
 
 
 @register_model
 def cvt_21(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CvT-21, 32 million parameters; `kwargs` are those of `CvT`."""
+    """Returns CvT-21, 32 million parameters; `kwargs` are arguments of `CvT`."""
     return _build("cvt_21", pretrained, {"depths": (1, 4, 16), **kwargs})
 
 
 @register_model
 def cvt_w24(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """CvT-W24, 277 million parameters; `kwargs` are those of `CvT`."""
+    """Returns CvT-W24, 277 million parameters; `kwargs` are arguments of `CvT`."""
     size = {"embed_dims": (192, 768, 1024), "depths": (2, 2, 20), "num_heads": (3, 12, 16)}
     return _build("cvt_w24", pretrained, {**size, **kwargs})

@@ -1,9 +1,9 @@
-"""Reading a core: from a checkpoint file to the weights of a timm model, with no key lost silently.
+"""Loads a core: the weights of a checkpoint file go to a timm model, and no key is lost silently.
 
-Other code bases' names are brought to timm's first (`rmoe.backbones.checkpoint_formats`). A file may hold more than the
-backbone (a segmentation head, say) under any common prefix: the prefix is found by looking which one makes most keys
-meet. What then stays over on either side must be covered by one of the rules below, and is listed with the rule's
-reason; anything else is another model's checkpoint and is refused.
+The names of other code bases are translated to timm's first (`rmoe.backbones.checkpoint_formats`). A file may hold more
+than the backbone, such as a segmentation head, and the backbone may stand under any prefix: the prefix that makes most
+keys match is taken. Each key that still has no partner, in the file or in the model, must be covered by one of the
+rules below and is reported with the reason of that rule. Otherwise the checkpoint is another model's and is refused.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rmoe.backbones.networks import WEIGHTS, described, is_weight
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict, holds_experts, load_global_state_dict
 
-# (pattern, reason): keys without prefix that the file may hold and the model need not, and the other way round.
+# (pattern, reason). LEFT_OUT: keys that the file may hold and the model lack. ABSENT: keys that the file may lack.
 CLASSIFIER = ((r"^(head|head_dist|fc|classifier)\.", "classifier"),)
 LEFT_OUT = (
     *CLASSIFIER,
@@ -43,13 +43,23 @@ Rules = tuple[tuple[str, str], ...]
 _ADVICE = "give the checkpoint of this architecture"
 _MIXTURE = "give the checkpoint of a run with this architecture and this moe (its model.json says which it had)"
 _CONTAINERS = ("model", "state_dict")
-_LISTED = 3
+_LISTED = 3  # keys that a message names
 _LONGEST = 1000  # characters of a key
 
 
 @dataclass
 class CoreReport:
-    """What became of every key: how many weights were `loaded`, which of them changed, and the others by reason."""
+    """Tells what became of every key.
+
+    Attributes:
+        path: the checkpoint.
+        source: the code base whose names it has.
+        loaded: number of weights that were loaded.
+        converted: which of these changed their values, by what was done.
+        resized: which of these are position tables that were interpolated.
+        left_out: keys that were not loaded, by reason.
+        note: what a user must know besides.
+    """
 
     path: Path
     source: str = "timm"
@@ -82,26 +92,28 @@ def load_core(
 
     Args:
         model: a dense model as `timm.create_model` makes it; for a mixture's checkpoint, the upcycled model. Where its
-            experts are spread over processes, all of them call it, and each takes its own.
+            experts are spread over processes, all processes call this, and each takes its own experts.
         path: a `.pth` file (a state dict, bare or under "model" or "state_dict"), a `.safetensors` file, or a folder
-            with a model.safetensors, such as the work dir of a finished run; of timm's names or those of any format in
-            `rmoe.backbones.checkpoint_formats`.
-        level_norms: a norm for each output level, outside `model`, to be loaded where the file has it.
-        state: what `read_checkpoint` made of `path`, where it has been read already.
+            with a model.safetensors, such as the work dir of a finished run. Its names are timm's or those of a format
+            in `rmoe.backbones.checkpoint_formats`.
+        level_norms: a norm for each output level, not part of `model`, which is loaded where the file has it.
+        state: what `read_checkpoint` returned for `path`, if it has been read already.
 
     Returns:
-        The report to log.
+        The report on what became of every key.
 
     Raises:
-        UserError: no such file, a file cut short, or one that holds more than tensors; weights that are no dense
-            floating-point tensors, or not finite in the model's dtype; a weight of the model that the file lacks, has
-            in another shape, or holds with nowhere to go; a model without values, on the meta device.
+        UserError: there is no such file, it was cut short, or it holds more than tensors; its weights are no dense
+            floating-point tensors, or are not finite in the model's dtype; it lacks a weight of the model, has one in
+            another shape, or has one that the model has no place for; the model is on the meta device, without values.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {model!r}; give a torch.nn.Module, such as timm.create_model returns")
-    path, level_norms = a_path(path), level_norms or {}
+    path, level_norms = checked_path(path), level_norms or {}
     if on_meta := [key for key, x in model.state_dict().items() if x.is_meta]:
-        raise UserError(f"the model has no memory for {_some(on_meta)} (meta device); give it some by to_empty first")
+        raise UserError(
+            f"the model has no memory for {_some(on_meta)} (meta device); call model.to_empty(device=…) first"
+        )
     foreign = translate(read_checkpoint(path) if state is None else state)
     report = CoreReport(
         path, foreign.source, converted=foreign.converted, left_out=dict(foreign.left_out), note=foreign.note
@@ -130,17 +142,17 @@ def load_core(
 
 
 def level_keys(level_norms: Mapping[int, nn.Module]) -> dict[str, Tensor]:
-    """The weights of output levels' norms under the names that mmseg's and mmdet's backbones give them."""
+    """Returns the weights of output levels' norms by the names that mmseg's and mmdet's backbones give them."""
     return {
         f"norm{level}.{key}": value for level, norm in level_norms.items() for key, value in norm.state_dict().items()
     }
 
 
-def a_path(value: Any, name: str = "the checkpoint") -> Path:
+def checked_path(value: Any, name: str = "the checkpoint") -> Path:
     """Returns `value` as a path.
 
     Raises:
-        UserError: neither a string nor a path, or one that the system does not take.
+        UserError: `value` is neither a string nor a path, or is a path that the system refuses.
     """
     if not isinstance(value, str | Path) or not str(value):
         raise UserError(f"{name} is {value!r}; give the path of a checkpoint file or of a finished run's folder")
@@ -152,12 +164,12 @@ def a_path(value: Any, name: str = "the checkpoint") -> Path:
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file or work dir by name, on the CPU; nothing in the file is executed.
+    """Reads the tensors of a checkpoint file or work dir by name, to the CPU; nothing in the file is executed.
 
     Raises:
-        UserError: see `load_core`.
+        UserError: the file is missing, was cut short, or holds something else; see `load_core`.
     """
-    path = a_path(path)
+    path = checked_path(path)
     if path.is_dir():
         path = path / "model.safetensors"
     if not path.is_file():
@@ -168,12 +180,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         safe = path.suffix == ".safetensors"
         state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch says the same of a file whose first bytes are not a checkpoint's and of one that holds other objects
+        # torch raises this for a file that is no checkpoint as well as for one that holds other objects.
         raise UserError(
             f"{path} is not a checkpoint, or holds Python objects besides tensors, which are not loaded; "
             "save its state dict alone"
         ) from error
-    except Exception as error:  # whatever torch, pickle, zipfile and safetensors raise at bytes that are no checkpoint
+    except Exception as error:  # torch, pickle, zipfile and safetensors raise errors of many types at damaged bytes
         raise UserError(
             f"{path} cannot be read ({_first_line(error)}); it was cut short or is no checkpoint: copy or save it again"
         ) from error
@@ -197,7 +209,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], report: CoreReport) -> dict[str, Tensor]:
-    """The part of the file under the prefix that makes most keys those of the model; the rest is reported."""
+    """Returns what stands in the file under the prefix that makes most keys match the model's, and reports the rest."""
     prefixes: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
@@ -211,13 +223,13 @@ def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], r
 
 
 def _is_count(x: Tensor) -> bool:
-    """Returns whether it is a dense tensor of whole numbers, as counts and indices are, or of truth values."""
+    """Returns whether `x` is a dense tensor of whole numbers, as counts and indices are, or of truth values."""
     whole = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8, torch.bool)
     return x.layout == torch.strided and x.dtype in whole
 
 
 def _cast(key: str, value: Tensor, wanted: Tensor, path: Path) -> Tensor:
-    """`value` in the model's dtype, of the same kind: weights stay weights, and counts counts."""
+    """Returns `value` in the dtype of `wanted`; a weight must stay a weight, and a count a count."""
     if is_weight(value) != is_weight(wanted) or (value.dtype == torch.bool) != (wanted.dtype == torch.bool):
         raise UserError(
             f"'{key}' is {described(value)} in {path} and {described(wanted)} in the model; {WEIGHTS}: convert it"
@@ -229,7 +241,7 @@ def _cast(key: str, value: Tensor, wanted: Tensor, path: Path) -> Tensor:
 
 
 def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: CoreReport, advice: str) -> Tensor:
-    """`value` in the model's shape: position tables are interpolated, anything else must have it already."""
+    """Returns `value` in the model's shape: position tables are interpolated, anything else must have it already."""
     if value.shape == shape:
         return value
     owner, _, name = key.rpartition(".")

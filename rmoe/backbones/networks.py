@@ -1,7 +1,7 @@
-"""Which modules of a model are feed-forward networks, and whether a mixture can stand in for one.
+"""Finds the feed-forward networks of a model and checks that a mixture of experts can replace them.
 
-A mixture computes fc2(act(fc1(x))) with its own arithmetic. Whatever else a network computes would be lost without a
-word, so `check_networks` refuses it by name: by looking at the network's parts, then by trying.
+A mixture computes fc2(act(fc1(x))) with its own arithmetic; whatever else a network computes would be lost silently.
+So `check_networks` refuses such a network by name: it looks at the network's parts, then runs it.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from torch.nn.utils.parametrize import is_parametrized
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
 
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # what weights of a core may be
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes of a core's weights
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_IMAGES = (
-    "ClassAtt",
-    "AttentionPool",
-)  # beginnings of the names of timm's attentions whose outputs are whole images
-_IDENTITIES = (nn.Identity, nn.Dropout, DropPath)  # where nothing is dropped
+# The classes of timm whose names begin so give one token for a whole image.
+_POOLING = ("ClassAtt", "AttentionPool")
+_IDENTITIES = (nn.Identity, nn.Dropout, DropPath)  # those that drop something are refused before
 _ELSEWHERE = "leave it dense by naming other blocks"
 
 
 def find_networks(model: nn.Module) -> dict[str, nn.Module]:
     """Returns the dense feed-forward networks of a model by name, in its order.
 
-    Networks behind class attention or attention pooling are left out: they see one token of an image.
+    Networks behind class attention or attention pooling are left out, since they get one token of an image.
 
     Raises:
-        UserError: there is none, or the model has been upcycled already.
+        UserError: the model has none, is one itself, or has been upcycled already.
     """
     modules = dict(model.named_modules())
     if done := [name for name, module in modules.items() if isinstance(module, ResidualMoE)]:
         raise UserError(f"the model is a mixture of experts already ({done[0]}); upcycle the dense model")
-    found = {name: module for name, module in modules.items() if _is_network(module) and not _of_images(modules, name)}
+    found = {
+        name: module for name, module in modules.items() if _is_network(module) and not _gets_one_token(modules, name)
+    }
     if "" in found:
         raise UserError(
             f"the model, {type(model).__name__}, is a feed-forward network itself, which cannot be replaced in place; "
@@ -62,14 +62,14 @@ def _is_network(module: nn.Module) -> bool:
         and isinstance(getattr(module, "act", None), nn.Module)
     ):
         return False
-    # A gated network (GLU) splits fc1's outputs, one with a norm inside is another function: neither is FFN(x; θ).
+    # A gated network (GLU) splits fc1's outputs, and one with a norm inside computes more: neither is FFN(x; θ).
     plain_inside = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
     return fc1.out_features == fc2.in_features and fc1.in_features == fc2.out_features and plain_inside
 
 
-def _of_images(modules: Mapping[str, nn.Module], name: str) -> bool:
+def _gets_one_token(modules: Mapping[str, nn.Module], name: str) -> bool:
     parent = modules[name.rpartition(".")[0]]
-    return any(type(module).__name__.startswith(_OF_IMAGES) for module in (parent, *parent.children()))
+    return any(type(module).__name__.startswith(_POOLING) for module in (parent, *parent.children()))
 
 
 @torch.no_grad()
@@ -77,9 +77,9 @@ def check_networks(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
     """Checks that each of `networks` of `model` computes fc2(act(fc1(x))) and nothing else, with weights of its own.
 
     Raises:
-        UserError: one that stands in the model twice or shares a weight; dropout, a hook, a parametrization, any part
-            besides fc1, act and fc2, or a forward that computes more; weights that are no dense floating-point tensors
-            of one dtype on one device; an activation that is not elementwise.
+        UserError: a network stands in the model twice or shares a weight; it has dropout, a hook, a parametrization or
+            any part besides fc1, act and fc2, or its forward computes more; its weights are not dense floating-point
+            tensors of one dtype on one device; its activation is not elementwise.
     """
     _check_shared(model, networks)
     for name, network in networks.items():
@@ -105,7 +105,7 @@ def _check_shared(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
 
 
 def _place(x: Tensor) -> Any:
-    """Returns what two parameters have in common that are one weight: the memory of their values, or the object."""
+    """Returns what is equal for two parameters that are one weight: where their values lie, or the identity."""
     return (x.device, x.data_ptr()) if x.layout == torch.strided and not x.is_meta and x.numel() else id(x)
 
 
@@ -148,7 +148,7 @@ def is_weight(x: Tensor) -> bool:
 
 
 def described(x: Tensor) -> str:
-    """Returns the dtype and layout of a tensor in words."""
+    """Returns the dtype of a tensor, and its layout unless it is dense, in words."""
     words = str(x.dtype).removeprefix("torch.")
     return words if x.layout == torch.strided else f"{words}, {str(x.layout).removeprefix('torch.')}"
 
@@ -157,7 +157,7 @@ def _check_act(name: str, network: nn.Module) -> None:
     act: Any = _randomised(name, network.act)  # type: ignore[arg-type]
     for training in (True, False):
         act.train(training)
-        h_BTH = tokens(8, network.fc1.weight)  # type: ignore[union-attr,arg-type]
+        h_BTH = random_tokens(8, network.fc1.weight)  # type: ignore[union-attr,arg-type]
         whole = _output(name, act, given := h_BTH.clone())
         if not torch.equal(given, h_BTH):
             raise UserError(f"'{name}' ({type(act).__name__}) overwrites its input; build it with inplace=False")
@@ -166,14 +166,14 @@ def _check_act(name: str, network: nn.Module) -> None:
 
 
 def _check_forward(name: str, network: nn.Module) -> None:
-    """Runs a copy with random weights, since weights that start at zero could hide a part, in both modes."""
+    """Runs a copy with random weights in both modes; weights that start at zero could hide what a part computes."""
     kind: Any = type(network)
     if kind.forward is Mlp.forward and kind.__call__ is nn.Module.__call__:
         return
     twin = _randomised(name, network)
     for training in (True, False):
-        x_BTC = tokens(network.fc1.in_features, network.fc1.weight)  # type: ignore[union-attr,arg-type]
-        if not agree(_output(name, twin.train(training), x_BTC.clone()), plain(twin, x_BTC)):
+        x_BTC = random_tokens(network.fc1.in_features, network.fc1.weight)  # type: ignore[union-attr,arg-type]
+        if not agree(_output(name, twin.train(training), x_BTC.clone()), plain_forward(twin, x_BTC)):
             raise UserError(
                 f"'{name}' ({kind.__name__}) computes more than fc2(act(fc1(x))), which a mixture would drop; "
                 f"{_ELSEWHERE}, or use a model with timm's Mlp"
@@ -184,7 +184,9 @@ def _randomised(name: str, module: nn.Module) -> nn.Module:
     try:
         twin = copy.deepcopy(module)
     except Exception as error:
-        raise UserError(f"'{name}' cannot be copied, to be compared with a mixture ({_told(error)})") from error
+        raise UserError(
+            f"'{name}' cannot be copied to be compared with a mixture ({one_line(error)}); {_ELSEWHERE}"
+        ) from error
     if any(x.is_meta for x in (*twin.parameters(), *twin.buffers())):
         twin = twin.to_empty(device="cpu")
     for x in twin.parameters():
@@ -197,22 +199,23 @@ def _output(name: str, module: nn.Module, x: Tensor) -> Tensor:
         return module(x)
     except Exception as error:
         raise UserError(
-            f"'{name}' ({type(module).__name__}) cannot be run on tokens alone ({_told(error)}), which are all that a "
-            f"mixture gets; {_ELSEWHERE}"
+            f"'{name}' ({type(module).__name__}) cannot be run on tokens alone ({one_line(error)}), which are all "
+            f"that a mixture gets; {_ELSEWHERE}"
         ) from error
 
 
-def _told(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Returns the type and the text of an error in one line of at most 200 characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def plain(network: nn.Module, x: Tensor) -> Tensor:
-    """Returns fc2(act(fc1(x))), all that a mixture knows of a network."""
+def plain_forward(network: nn.Module, x: Tensor) -> Tensor:
+    """Returns fc2(act(fc1(x))): what a mixture computes, and nothing else that the network may do."""
     return network.fc2(network.act(network.fc1(x)))  # type: ignore[operator]
 
 
-def tokens(width: int, like: Tensor) -> Tensor:
-    """Returns tokens [2, 3, width], the same every time, of the dtype of `like`, on its device or else the CPU."""
+def random_tokens(width: int, like: Tensor) -> Tensor:
+    """Returns the same random tokens [2, 3, width] every time, with dtype and device of `like` (CPU for meta)."""
     x = torch.randn(2, 3, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
     return x.to("cpu" if like.is_meta else like.device, like.dtype)
 

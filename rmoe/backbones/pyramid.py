@@ -1,4 +1,4 @@
-"""A timm backbone as a feature pyramid for the heads of mmseg and mmdet."""
+"""Makes a timm backbone a feature pyramid for the heads of mmseg and mmdet."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from rmoe.backbones.build import add_weights, brings_weights, checked_kwargs, ti
 from rmoe.errors import UserError
 from rmoe.registry import MODELS
 
-# What a family needs to take images of any size, by the name of timm's module. Of the others, those that timm marks
-# with a fixed input size take that alone.
+# Arguments that let a model take images of any size, by the name of timm's module that it is in. A model of another
+# module takes one size alone if timm marks it with a fixed input size.
 _SWIN = {"strict_img_size": False, "always_partition": True}
 _VIT = {"dynamic_img_size": True}
 _ANY_SIZE: dict[str, dict[str, Any]] = {
@@ -35,35 +35,34 @@ _ANY_SIZE: dict[str, dict[str, Any]] = {
     "xcit": {},
     "twins": {},
 }
-# These bring maps of odd sizes to half their size, rounded up; others get images of whole cells of their last map.
+# Models of these modules round up when they halve an odd map; for others images are padded to the last map's cells.
 _ROUNDS_UP = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "cvt")
 
 
 @MODELS.register_module()
 class TimmPyramid(nn.Module):
-    """Feature maps of a timm backbone, one LayerNorm for each, for images of any size.
+    """Computes the feature maps of a timm backbone for images of any size, and gives each map a LayerNorm.
 
-    A Swin's maps have the strides 4, 8, 16, 32, and are those of the published Swin for dense tasks. A CvT's three have
-    the strides 4, 8, 16; its class token is split off. A plain ViT's, all of one stride, are brought to the strides
-    4, 8, 16, 32 as in ViTDet (arXiv 2203.16527, section 3); those of stride 14 are interpolated to 16 before. Of other
-    models, some take images of one size only, and say so.
+    A Swin's maps have the strides 4, 8, 16, 32 and equal those of the published Swin for dense tasks. A CvT's three
+    maps have the strides 4, 8, 16, without the class token. The maps of a plain ViT all have one stride and are brought
+    to the strides 4, 8, 16, 32 as in ViTDet (arXiv 2203.16527, section 3); maps of stride 14 are first interpolated to
+    stride 16. Some other models take images of one size only, and an error says so.
 
-    Not an mmengine `BaseModule`, on purpose: mmengine's weight initialisation would run timm's over the loaded core.
+    It is no mmengine `BaseModule`, because mmengine's weight initialisation would overwrite the loaded core.
 
     Args:
         model: a timm model with `forward_intermediates`, such as "swin_tiny_patch4_window7_224".
         kwargs: further arguments of `timm.create_model`: drop_path_rate, embed_dim, depths, pretrained, …
         out_indices: stages (Swin, CvT) or blocks (ViT) whose maps are returned.
-        core: checkpoint of the dense core, or of a mixture that `moe` describes: see `rmoe.backbones.build`.
-        moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the backbone dense. Blocks are chosen of the whole
-            backbone, whatever `out_indices` leave of it, so that upstream and downstream models have the same.
+        core: checkpoint of the dense core, or of a mixture that `moe` describes; see `rmoe.backbones.build`.
+        moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the backbone dense. Blocks are chosen from the whole
+            backbone, before `out_indices` cut it, so that upstream and downstream models have the same experts.
         with_cp: recompute activations in the backward pass, to save memory.
-        allow_random_core: residuals may stand beside a frozen core that no checkpoint filled: for trials, and where
-            weights are loaded later.
+        allow_random_core: accept a frozen core of random weights, for trials and where weights are loaded later.
 
     Raises:
-        UserError: an unknown model or argument, an index that the model does not have, what `load_core` and `upcycle`
-            raise, and in the forward pass, images of a size that the model does not take.
+        UserError: the model or an argument is unknown, or the model has no such index; also what `load_core` and
+            `upcycle` raise. The forward pass raises it for images of a size that the model does not take.
     """
 
     def __init__(
@@ -103,18 +102,18 @@ class TimmPyramid(nn.Module):
         self.norms = nn.ModuleList(norms)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """images [B, 3, H, W] → for each level of stride s a map [B, C, ⌈H/s⌉, ⌈W/s⌉]."""
+        """Takes images [B, 3, H, W]; returns for each level of stride s a map [B, C, ⌈H/s⌉, ⌈W/s⌉]."""
         height, width = images.shape[-2:]
         if self.size is not None and (height, width) != self.size:
             raise UserError(
-                f"{self.name} got images of {height} x {width} pixels and takes {self.size[0]} x {self.size[1]} alone; "
+                f"{self.name} got images of {height} x {width} pixels but takes only {self.size[0]} x {self.size[1]}; "
                 "resize or crop them, build it for their size where timm can, by kwargs=dict(img_size=…), or use a "
                 "Swin, a CvT or a ViT"
             )
         images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         maps = self.model.forward_intermediates(images, indices=self.out_indices, intermediates_only=True)
         levels = zip(maps, self.given, self.rescale, self.norms, self.strides, strict=True)
-        # Contiguous: mmcv's RoIAlign, for one, takes memory to be in this order, whatever the strides say.
+        # mmcv's RoIAlign ignores strides: its input must be contiguous.
         return tuple(
             norm(rescale(self._regular(level, given, images, height, width)))[
                 ..., : math.ceil(height / stride), : math.ceil(width / stride)
@@ -123,7 +122,7 @@ class TimmPyramid(nn.Module):
         )
 
     def _regular(self, level: Tensor, given: int, images: Tensor, height: int, width: int) -> Tensor:
-        """Map of padded images of any stride → map of the images, of a stride that doubles or halves to any other."""
+        """Returns a map of the images, not padded, whose stride is a power of two, from a map of the padded images."""
         cells = tuple(math.ceil(side / given) for side in images.shape[-2:])
         if level.shape[-2:] != cells:
             raise UserError(
@@ -142,7 +141,7 @@ class TimmPyramid(nn.Module):
 
 
 def _family(name: Any) -> str:
-    """Returns the name of timm's module that a model is in."""
+    """Returns the name of the module of timm that defines a model, or "" for an unknown model."""
     known = isinstance(name, str) and timm.is_model(name)
     return model_entrypoint(name).__module__.rpartition(".")[2] if known else ""
 
@@ -157,7 +156,7 @@ def _only_size(family: str, net: Any, kwargs: Mapping[str, Any]) -> tuple[int, i
 
 
 def _levels(name: str, net: Any, out_indices: Sequence[int]) -> list[tuple[int, int]]:
-    """Returns (channels, stride) of the maps asked for."""
+    """Returns (channels, stride) of each map in `out_indices`."""
     if not hasattr(net, "forward_intermediates"):
         raise UserError(f"timm's {name} has no forward_intermediates; use a Swin, a CvT or a ViT")
     known = net.feature_info
@@ -170,19 +169,19 @@ def _levels(name: str, net: Any, out_indices: Sequence[int]) -> list[tuple[int, 
 
 
 def _power_of_two(stride: int) -> int:
-    """Returns the nearest one."""
+    """Returns the power of two nearest to `stride`."""
     return 2 ** round(math.log2(stride))
 
 
 def _interpolation(cells: int, ratio: float, given: int, like: Tensor) -> Tensor:
-    """Returns the weights [cells, given] of linear interpolation, a new cell being `ratio` times as long as a given."""
+    """Returns the weights [cells, given] of linear interpolation to cells that are `ratio` times as long."""
     centre = (torch.arange(cells, device=like.device) + 0.5) * ratio - 0.5
     distance = centre.clamp(0, given - 1)[:, None] - torch.arange(given, device=like.device)
     return (1 - distance.abs()).clamp(min=0).to(like.dtype)
 
 
 def _rescale(channels: int, given: int, wanted: int) -> nn.Module:
-    """From a map of stride `given` to one of stride `wanted`."""
+    """Returns the module that turns a map of stride `given` into one of stride `wanted`."""
     if given <= wanted:
         return nn.MaxPool2d(wanted // given, ceil_mode=True) if given < wanted else nn.Identity()
     steps: list[nn.Module] = []
@@ -195,8 +194,8 @@ def _rescale(channels: int, given: int, wanted: int) -> nn.Module:
 def _on_whole_windows(attend: Callable[[Tensor], Tensor], x: Tensor, window: tuple[int, int]) -> Tensor:
     """Pads the map x [B, H, W, C] to whole windows before `attend` shifts it, as the published Swin does.
 
-    timm shifts first: then tokens from opposite edges of the image share a window and attend to one another wherever
-    the map is not a multiple of the window.
+    timm shifts first: where the map is not a multiple of the window, tokens from opposite edges of the image then share
+    a window and attend to one another.
     """
     height, width = x.shape[1:3]
     rows, columns = window
@@ -222,4 +221,4 @@ def _pad_before_shift(net: nn.Module) -> None:
     for module in net.modules():
         for padded in (_PaddedSwin, _PaddedSwinV2, _PaddedSwinV2Cr):
             if type(module) is padded.__base__:
-                module.__class__ = padded  # not a wrapper: names of modules and weights stay timm's
+                module.__class__ = padded  # a wrapper would change the names of modules and weights

@@ -1,4 +1,4 @@
-"""Dense model → residual mixture of experts: which blocks, and each block's own feed-forward network as the core."""
+"""Turns a dense model into a residual mixture of experts: the network of each chosen block becomes a core."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rmoe.backbones.networks import agree, check_networks, find_networks, plain, tokens
+from rmoe.backbones.networks import agree, check_networks, find_networks, plain_forward, random_tokens
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError, nearest
 from rmoe.moe.layer import ResidualMoE
@@ -20,13 +20,13 @@ from rmoe.moe.state import roles
 
 @dataclass(frozen=True)
 class UpcycleReport:
-    """What `upcycle` did.
+    """Tells what `upcycle` did.
 
     Attributes:
         blocks: names of the networks that became MoE, in the model's order.
-        dense: names of those that stayed dense.
-        parameters: number of parameters of this process by role (core, residual, gate, other).
-        trainable: of these, those with gradient.
+        dense: names of the networks that stayed dense.
+        parameters: number of parameters in this process by role (core, residual, gate, other).
+        trainable: how many of these are trained, by role.
     """
 
     blocks: tuple[str, ...]
@@ -43,7 +43,7 @@ class UpcycleReport:
 
 
 class Upcycled(NamedTuple):
-    """The model and what was done to it."""
+    """Holds the upcycled model and the report on what was done to it."""
 
     model: nn.Module
     report: UpcycleReport
@@ -52,8 +52,8 @@ class Upcycled(NamedTuple):
 def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) -> Upcycled:
     """Turns feed-forward networks of a dense model into residual mixtures of experts around themselves.
 
-    Right afterwards the model computes what it computed before (unless config.combine is "softmax"), which is checked,
-    and the random generators stand where they stood. All networks are replaced, or none.
+    Right afterwards the model computes what it computed before (unless config.combine is "softmax"); this is checked.
+    The states of the random generators are left as they were. Either all selected networks are replaced or none.
 
     Args:
         model: any model whose blocks hold timm-style `Mlp`s (linear `fc1`, activation `act`, linear `fc2`): timm's
@@ -62,8 +62,8 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
         copy: leave `model` as it is and upcycle a copy.
 
     Raises:
-        UserError: no such network in the model, none that `config.blocks` selects, one that computes more than a
-            mixture would (see `rmoe.backbones.networks.check_networks`), or one that is a mixture already.
+        UserError: the model has no such network, `config.blocks` selects none, a selected network computes more than a
+            mixture would (see `rmoe.backbones.networks.check_networks`), or the model has been upcycled already.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"upcycle got a {type(model).__name__} as its model; give a torch.nn.Module, such as timm's")
@@ -77,7 +77,9 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
     networks = find_networks(model)
     selected = _select(list(networks), config)
     gpus = {x.device for x in model.parameters() if x.is_cuda}
-    with torch.random.fork_rng(gpus):  # what is drawn after this, a head say, is what the dense model would have drawn
+    with torch.random.fork_rng(
+        gpus
+    ):  # a head that is made afterwards gets the weights that it would get beside the dense model
         check_networks(model, {name: networks[name] for name in selected})
         if copy:
             model = copying.deepcopy(model)
@@ -91,7 +93,7 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """A mixture freezes the network that it is made of."""
+    """Undoes the freezing of networks if an error is raised: a mixture freezes the network that it is made of."""
     trained = [(x, x.requires_grad) for x in model.parameters()]
     try:
         yield
@@ -107,20 +109,20 @@ def _mixture(name: str, network: Any, config: ResidualMoEConfig) -> ResidualMoE:
         config.residual == "experts" and config.expert_init == "random"
     )
     if preserves and config.ep_size == 1 and not network.fc1.weight.is_meta:
-        _compare(name, network, layer, tokens(network.fc1.in_features, network.fc1.weight))
+        _compare(name, network, layer, random_tokens(network.fc1.in_features, network.fc1.weight))
     return layer
 
 
 @torch.no_grad()
 def _compare(name: str, network: nn.Module, layer: ResidualMoE, x: torch.Tensor) -> None:
     modes = {module: module.training for module in layer.modules()}
-    same = agree(layer.eval()(x), plain(network, x))
+    same = agree(layer.eval()(x), plain_forward(network, x))
     for module, training in modes.items():
         module.training = training
     if not same:
         raise UserError(
-            f"the mixture made of '{name}' ({type(network).__name__}) does not compute what it computed; leave it "
-            "dense by naming other blocks, and report this"
+            f"the mixture made of '{name}' ({type(network).__name__}) does not compute what the network does; leave "
+            "it dense by naming other blocks, and report this"
         )
 
 
@@ -135,7 +137,7 @@ def _select(names: list[str], config: ResidualMoEConfig) -> list[str]:
     stages: dict[str, list[str]] = {}
     for name in names:
         stages.setdefault(_stage(name), []).append(name)
-    # Every second block, beginning with the second: as V-MoE and Swin-MoE place their experts.
+    # Every second block, beginning with the second, as in V-MoE and Swin-MoE.
     selected = {
         "all": names,
         "last_two": names[-2:],
@@ -151,7 +153,7 @@ def _select(names: list[str], config: ResidualMoEConfig) -> list[str]:
 
 
 def _stage(name: str) -> str:
-    """'layers.2.blocks.5.mlp' → 'layers.2.blocks': what stands before the last number."""
+    """Returns what stands before the last number of a network's name: 'layers.2.blocks' of 'layers.2.blocks.5.mlp'."""
     parts = name.split(".")
     last = max((i for i, part in enumerate(parts) if part.isdigit()), default=0)
     return ".".join(parts[:last])

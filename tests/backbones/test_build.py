@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from mmengine.logging import MMLogger
 from safetensors.torch import save_file
 from torch import nn
 
@@ -53,6 +55,15 @@ def test_residuals_and_gates_are_carried_over(kind, tmp_path):
         assert torch.equal(ours.gate.weight, theirs.gate.weight)
         assert all(map(torch.equal, ours.residuals(), theirs.residuals()))
         assert all(p.requires_grad == (kind != "fixed") for p in ours.deepspeed_moe.parameters())
+
+
+def test_the_run_s_log_says_what_became_of_every_key(tmp_path):
+    trained(tmp_path, KINDS["low_rank"])
+    MMLogger.get_instance("test_build", log_file=str(tmp_path / "run.log"))
+    TimmPyramid(NAME, SMALL, core=str(tmp_path), moe=KINDS["low_rank"])
+    log = (tmp_path / "run.log").read_text()
+    assert re.search(rf"core {tmp_path} \(timm\): \d+ weights loaded", log)
+    assert "feed-forward networks became MoE" in log
 
 
 def test_a_classifier_goes_on_with_its_own_head(tmp_path):

@@ -332,7 +332,7 @@ def test_a_mixture_that_computes_something_else_is_refused(monkeypatch: pytest.M
     forward = ResidualMoE.forward
     monkeypatch.setattr(ResidualMoE, "forward", lambda self, x: 1.01 * forward(self, x))
     network = model(Mlp(4, 8))
-    with pytest.raises(UserError, match=r"the mixture made of '0.mlp' \(Mlp\) does not compute what it computed"):
+    with pytest.raises(UserError, match=r"the mixture made of '0.mlp' \(Mlp\) does not compute what the network does"):
         rmoe.upcycle(network, CONFIG)
     assert not moe_layers(network)
     assert all(p.requires_grad for p in network.parameters())

@@ -179,7 +179,7 @@ def test_maps_of_patch_14_are_interpolated_in_place():
 def test_a_model_of_one_image_size_says_so(model, kwargs, own):
     pyramid = TimmPyramid(model, kwargs).eval()
     for size in ((48, 48), (own[0] - 4, own[1]), (256, 288)):
-        message = f"{model} got images of {size[0]} x {size[1]} pixels and takes {own[0]} x {own[1]} alone"
+        message = f"{model} got images of {size[0]} x {size[1]} pixels but takes only {own[0]} x {own[1]};"
         with pytest.raises(UserError, match=message):
             pyramid(image(*size))
     with torch.no_grad():
