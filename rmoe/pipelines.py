@@ -121,7 +121,7 @@ class Training:
 
 
 def moved(config: Config, old: Path, new: Path) -> dict[str, str]:
-    """Returns the options, dotted keys and values, with which all that a config reads below `old` is below `new`."""
+    """Returns the options (dotted keys and values) that move every path of a config from the folder `old` to `new`."""
     return {
         key: str(new / Path(value).relative_to(old))
         for key, value in everywhere(config.to_dict())
@@ -130,7 +130,7 @@ def moved(config: Config, old: Path, new: Path) -> dict[str, str]:
 
 
 def with_classes(config: Config, number: int) -> dict[str, int]:
-    """Returns the options with which a config has another number of classes."""
+    """Returns the options that set every number of classes of a config."""
     return {key: number for key, _ in everywhere(config.to_dict()) if key.rpartition(".")[2] == "num_classes"}
 
 

@@ -28,6 +28,9 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.data.emoji_scenes.params import SceneParams
 from rmoe.data.emoji_scenes.scenes import metainfo, render
 from rmoe.engine import launch
+from rmoe.engine.check_values import check_values
+from rmoe.engine.read_config import read_config
+from rmoe.errors import UserError
 
 FOLDER = ROOT / "rmoe" / "configs"
 CONFIGS = sorted(path for path in FOLDER.glob("*/*.py") if path.parent.name != "_base_")
@@ -268,6 +271,17 @@ def test_its_card_is_complete_and_begins_as_the_docstring_does(name):
     card = load(name).card
     assert set(card) == {"pipeline", "published", "hardware", "full_scale"}
     assert docstring(name).startswith(f"{card.pipeline}: ")
+
+
+def test_a_dumped_config_is_safe_and_its_values_pass_the_checks(tmp_path):
+    config = load("upstream/swin_tiny_moe_imagenet1k.py")
+    config.dump(tmp_path / "config.json")
+    read = read_config(tmp_path / "config.json", {"card.hardware": "a laptop"}, safe=True)
+    check_values(read)
+    assert read.card == config.card | {"hardware": "a laptop"}
+    read.card = "prose"
+    with pytest.raises(UserError, match="card is 'prose'; it takes a dict or None"):
+        check_values(read)
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "_moe_" in name])

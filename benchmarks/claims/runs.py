@@ -23,7 +23,7 @@ from rmoe.reporting.report import analyze
 from rmoe.reporting.runs import Run
 
 BASES = Path("rmoe/configs/demo")
-DATA = Path("work_dirs/demo/data")  # where those look for theirs
+DATA = Path("work_dirs/demo/data")  # where the configs there look for their data
 JSON = "ds_configs/zero0.json"
 
 # A run's key: (stage or arm, "upstream" or task, seed).
@@ -85,8 +85,9 @@ def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Trainin
 
 
 def _demo(name: str) -> Config:
+    """Returns a config of the demo without its card, which would not be true of these runs."""
     config = Config.fromfile(BASES / name, import_custom_modules=False)
-    config.pop("card")  # which speaks of the demo
+    config.pop("card")
     return config
 
 

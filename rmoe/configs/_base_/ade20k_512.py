@@ -1,5 +1,7 @@
 """Reads ADE20K in crops of 512 pixels, augmented as for Swin with UPerNet, 2 images for each of 8 GPUs."""
 
+_base_ = ["loaders.py"]
+
 custom_imports = dict(imports=["rmoe.tasks.segmentation"], allow_failed_imports=False)
 num_classes = 150
 data_root = "data/ade/ADEChallengeData2016"
@@ -21,9 +23,6 @@ val_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=2,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="rmoe.ADE20K",
         data_root=data_root,
@@ -33,9 +32,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="rmoe.ADE20K",
         data_root=data_root,
@@ -44,4 +40,3 @@ val_dataloader = dict(
     ),
 )
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
-val_cfg = dict(type="ValLoop")

@@ -1,5 +1,7 @@
 """Reads COCO instances in many sizes, cropped at random as for Swin with Mask R-CNN, 2 images for each of 8 GPUs."""
 
+_base_ = ["loaders.py"]
+
 custom_imports = dict(imports=["rmoe.tasks.detection"], allow_failed_imports=False)
 num_classes = 80
 data_root = "data/coco"
@@ -29,9 +31,6 @@ val_pipeline = [
 ]
 train_dataloader = dict(
     batch_size=2,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
         type="rmoe.Coco",
         data_root=data_root,
@@ -43,9 +42,6 @@ train_dataloader = dict(
 )
 val_dataloader = dict(
     batch_size=1,
-    num_workers=4,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
         type="rmoe.Coco",
         data_root=data_root,
@@ -61,4 +57,3 @@ val_evaluator = dict(
     metric=["bbox", "segm"],
     classwise=True,
 )
-val_cfg = dict(type="ValLoop")

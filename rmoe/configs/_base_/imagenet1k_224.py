@@ -4,14 +4,14 @@ GPUs.
 The images lie in SPLIT/CLASS/*.jpg, in SPLIT.zip, or in SPLIT/CLASS.tar or .zip: see rmoe.ImageFolder.
 """
 
+_base_ = ["loaders.py"]
+
 num_classes = 1000
 data_root = "data/imagenet"
 train_dataloader = dict(
     batch_size=128,
     num_workers=8,
-    persistent_workers=True,
     drop_last=True,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     collate_fn=dict(type="default_collate"),
     dataset=dict(
         type="rmoe.ImageFolder",
@@ -30,8 +30,6 @@ train_dataloader = dict(
 val_dataloader = dict(
     batch_size=128,
     num_workers=8,
-    persistent_workers=True,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     collate_fn=dict(type="default_collate"),
     dataset=dict(
         type="rmoe.ImageFolder",
@@ -42,4 +40,3 @@ val_dataloader = dict(
     ),
 )
 val_evaluator = dict(type="rmoe.Accuracy")
-val_cfg = dict(type="ValLoop")

@@ -11,5 +11,4 @@ come from the work dir of upstream/swin_large_intermediate_imagenet22k.py.
 _base_ = ["atss_dyhead_swin_large_residual_coco_2x.py"]
 
 card = dict(pipeline="RMoE-I")
-
 model = dict(backbone=dict(core="work_dirs/swin_large_intermediate_imagenet22k"))

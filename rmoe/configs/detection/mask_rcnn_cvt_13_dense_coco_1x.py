@@ -7,20 +7,9 @@ The core comes from the work dir of upstream/cvt_13_core_imagenet1k.py. CvT has 
 16; the feature pyramid adds strides 32 and 64. To use Swin-T's recipe is this project's choice.
 """
 
-_base_ = [
-    "../_base_/runtime.py",
-    "../_base_/coco.py",
-    "../_base_/mask_rcnn_swin_tiny.py",
-    "../_base_/schedule_1x.py",
-]
+_base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py"]
 
-card = dict(
-    pipeline="Lower bound",
-    published="no figure of a dense CvT-13 found",
-    hardware="8 GPUs with 2 images each (16 in all; keep that product)",
-)
-stage = "dense"
-default_scope = "mmdet"
+card = dict(published="no figure of a dense CvT-13 found")
 model = dict(
     backbone=dict(model="cvt_13", out_indices=(0, 1, 2), core="work_dirs/cvt_13_core_imagenet1k"),
     neck=dict(in_channels=[64, 192, 384]),

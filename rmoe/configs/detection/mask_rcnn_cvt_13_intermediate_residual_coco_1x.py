@@ -11,5 +11,4 @@ from the work dir of upstream/cvt_13_intermediate_imagenet1k.py.
 _base_ = ["mask_rcnn_cvt_13_residual_coco_1x.py"]
 
 card = dict(pipeline="RMoE-I")
-
 model = dict(backbone=dict(core="work_dirs/cvt_13_intermediate_imagenet1k"))

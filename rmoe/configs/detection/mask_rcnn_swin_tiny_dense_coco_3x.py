@@ -9,9 +9,7 @@ The core comes from the work dir of upstream/swin_tiny_core_imagenet1k.py. With 
 
 _base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py"]
 
-card = dict(
-    published="box AP 46.0, mask AP 41.6 (arXiv 2103.14030 and its code)",
-)
+card = dict(published="box AP 46.0, mask AP 41.6 (arXiv 2103.14030 and its code)")
 model = dict(backbone=dict(kwargs=dict(drop_path_rate=0.2)))
 epoch, warmup = _base_.epoch, _base_.warmup
 _base_.param_scheduler[1].update(end=36 * epoch, milestones=[27 * epoch - warmup, 33 * epoch - warmup])

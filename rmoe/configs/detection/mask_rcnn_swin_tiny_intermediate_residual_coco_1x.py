@@ -11,5 +11,4 @@ come from the work dir of upstream/swin_tiny_intermediate_imagenet1k.py.
 _base_ = ["mask_rcnn_swin_tiny_residual_coco_1x.py"]
 
 card = dict(pipeline="RMoE-I")
-
 model = dict(backbone=dict(core="work_dirs/swin_tiny_intermediate_imagenet1k"))

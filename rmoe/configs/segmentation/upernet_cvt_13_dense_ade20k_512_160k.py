@@ -11,7 +11,6 @@ choice.
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
 
 card = dict(published="no figure of a dense CvT-13 found")
-
 model = dict(
     backbone=dict(model="cvt_13", out_indices=(0, 1, 2), core="work_dirs/cvt_13_core_imagenet1k"),
     decode_head=dict(in_channels=[64, 192, 384], in_index=[0, 1, 2]),

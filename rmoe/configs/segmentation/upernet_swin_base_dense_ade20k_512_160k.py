@@ -10,7 +10,6 @@ The core comes from the work dir of upstream/swin_base_core_imagenet1k.py. With 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
 
 card = dict(published="mIoU 47.99, multi-scale 49.57 (mmsegmentation)")
-
 model = dict(
     backbone=dict(model="swin_base_patch4_window7_224", core="work_dirs/swin_base_core_imagenet1k"),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),

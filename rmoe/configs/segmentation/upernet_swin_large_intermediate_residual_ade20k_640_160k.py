@@ -11,5 +11,4 @@ gates come from the work dir of upstream/swin_large_intermediate_imagenet22k.py.
 _base_ = ["upernet_swin_large_residual_ade20k_640_160k.py"]
 
 card = dict(pipeline="RMoE-I")
-
 model = dict(backbone=dict(core="work_dirs/swin_large_intermediate_imagenet22k"))

@@ -10,5 +10,4 @@ The core comes from the work dir of upstream/swin_small_core_imagenet1k.py. With
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
 
 card = dict(published="mIoU 47.72, multi-scale 49.24 (mmsegmentation)")
-
 model = dict(backbone=dict(model="swin_small_patch4_window7_224", core="work_dirs/swin_small_core_imagenet1k"))

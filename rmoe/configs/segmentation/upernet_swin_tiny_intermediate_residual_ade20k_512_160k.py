@@ -11,5 +11,4 @@ gates come from the work dir of upstream/swin_tiny_intermediate_imagenet1k.py.
 _base_ = ["upernet_swin_tiny_residual_ade20k_512_160k.py"]
 
 card = dict(pipeline="RMoE-I")
-
 model = dict(backbone=dict(core="work_dirs/swin_tiny_intermediate_imagenet1k"))

@@ -11,7 +11,6 @@ resized to strides 4, 8, 16 and 32. Drop path and heads are mmsegmentation's.
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]
 
 card = dict(published="mIoU 47.73, multi-scale 49.95 (mmsegmentation, with its own neck and core)")
-
 model = dict(
     backbone=dict(
         model="vit_base_patch16_224",

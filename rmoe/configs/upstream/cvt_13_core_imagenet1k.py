@@ -17,7 +17,6 @@ card = dict(
     published="top-1 81.6 (arXiv 2103.15808)",
     hardware="8 GPUs with 256 images each, or 4 nodes of 8 with 64 (2048 in all; keep that product)",
 )
-
 epoch = 625  # steps of 2048 images
 
 model = dict(model="cvt_13", kwargs=dict(drop_path_rate=0.1))

@@ -13,6 +13,5 @@ The recipe is CvT-13's, with the published weight decay of 0.1.
 _base_ = ["cvt_13_core_imagenet1k.py"]
 
 card = dict(published="top-1 82.5 (arXiv 2103.15808)")
-
 model = dict(model="cvt_21")
 optim_wrapper = dict(optimizer=dict(weight_decay=0.1))

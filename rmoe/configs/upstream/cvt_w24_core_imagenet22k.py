@@ -13,8 +13,7 @@ Swin-L's schedule and this drop path are this project's choices.
 _base_ = ["swin_large_core_imagenet22k.py"]
 
 card = dict(
-    published="after finetuning on ImageNet-1k at 384 pixels, which is not part of this, top-1 87.7 (arXiv 2103.15808)",
+    published="after finetuning on ImageNet-1k at 384 pixels, which is not part of this, top-1 87.7 (arXiv 2103.15808)"
 )
-
 model = dict(model="cvt_w24", kwargs=dict(drop_path_rate=0.3))
 optim_wrapper = dict(optimizer=dict(weight_decay=0.1), clip_grad=None)

@@ -13,5 +13,4 @@ The recipe is Swin-T's with the drop path of the published configuration, 0.3.
 _base_ = ["swin_tiny_core_imagenet1k.py"]
 
 card = dict(published="top-1 83.2 (arXiv 2103.14030, table 1)")
-
 model = dict(model="swin_small_patch4_window7_224", kwargs=dict(drop_path_rate=0.3))

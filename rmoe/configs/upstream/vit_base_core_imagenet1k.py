@@ -15,7 +15,6 @@ card = dict(
     published="top-1 82.3 of the averaged weights, by this recipe (arXiv 2111.06377, appendix A.2)",
     hardware="4 nodes of 8 GPUs with 128 images each (4096 in all; keep that product)",
 )
-
 epoch = 312  # steps of 4096 images
 
 model = dict(model="vit_base_patch16_224")

@@ -14,9 +14,8 @@ the weights themselves.
 _base_ = ["swin_tiny_core_imagenet1k.py"]
 
 card = dict(
-    published="top-1 79.9, by the recipe of DeiT-S (arXiv 2012.12877), of which this has all but repeated augmentation",
+    published="top-1 79.9, by the recipe of DeiT-S (arXiv 2012.12877), of which this has all but repeated augmentation"
 )
-
 model = dict(model="vit_small_patch16_224", kwargs=dict(drop_path_rate=0.1))
 optim_wrapper = dict(clip_grad=None)
 _base_.param_scheduler[0].end = _base_.param_scheduler[1].begin = 5 * _base_.epoch
