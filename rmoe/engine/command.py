@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rmoe.engine.terminal import keep_warnings, say
+from rmoe.engine.shipped import find_config, find_json
+from rmoe.engine.terminal import keep_warnings, say, speaks
 
 DESCRIPTION = "Trains what a config describes."
 _TIMEOUT = 300.0  # seconds
@@ -68,6 +69,10 @@ def add_arguments(words: argparse.ArgumentParser) -> None:
 
 def start(arguments: argparse.Namespace) -> int:
     """Imports what training needs, says so, and trains; see `rmoe.engine.launch.run`."""
+    if speaks():  # a wrong name is told before anything is imported
+        find_config(arguments.config)
+        if arguments.deepspeed_config is not None:
+            find_json(arguments.deepspeed_config)
     keep_warnings()
     say("importing PyTorch, DeepSpeed and OpenMMLab (some seconds)")
     import torch

@@ -27,8 +27,13 @@ _KEPT = 1000  # warnings before there is a log file
 
 def say(text: str) -> None:
     """Prints a line that says what is being done, on the first process alone."""
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+    if speaks():
         print(f"rmoe: {text}", flush=True)
+
+
+def speaks() -> bool:
+    """Returns whether this process is the first of its group."""
+    return os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
 
 
 def keep_warnings() -> None:
