@@ -35,7 +35,7 @@ def find_json(path: Path) -> Path:
 def _find(path: Path, folder: Path, what: str, advice: str) -> Path:
     if os.path.lexists(path) or "\0" in str(path):
         return path
-    if (folder / path).is_file():
+    if os.path.isfile(folder / path):
         return folder / path
     known = [str(one.relative_to(folder)) for one in folder.rglob("*.*") if "_base_" not in one.parts]
     close = difflib.get_close_matches(str(path), sorted(known), n=2, cutoff=_CLOSE)
