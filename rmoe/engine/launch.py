@@ -82,7 +82,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Checks, prepares, joins the other processes, trains.
 
     Raises:
-        UserError: see `main`.
+        UserError: see `run`.
         Diverged: the loss or a weight is no longer finite.
         Preempted: a process got a signal, and all have saved.
         Fault: the other processes cannot be reached any more.
@@ -108,7 +108,7 @@ def train(arguments: argparse.Namespace) -> None:
             try:
                 check_unused(cfg)
                 check_data(cfg)
-                say(f"building data, model and optimizer; output: {folder}")
+                say(f"setting up hooks and logs; output: {folder}")
                 with user_errors("the config"):
                     runner = Runner.from_cfg(cfg)
                 for note in notes:
@@ -116,6 +116,7 @@ def train(arguments: argparse.Namespace) -> None:
                 runner.register_hook(StartHook(f"{arguments.config}, {json}{why}"))
                 runner.register_hook(faults.PreemptionHook(signals))
                 runner.register_hook(faults.WatchHook(watch))
+                say("building data, model and optimizer")
                 runner.train()
             except Exception as error:
                 if faults.of_a_collective(error):
