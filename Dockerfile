@@ -25,6 +25,7 @@ ARG CUDA_ARCHITECTURES="8.0;9.0"
 RUN if command -v nvcc; then export FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST="${CUDA_ARCHITECTURES}"; fi \
  && MMCV_WITH_OPS=1 pip install -c constraints.txt --no-build-isolation onedl-mmcv
 COPY setup.cfg pyproject.toml README.md LICENSE ./
+COPY ds_configs ds_configs
 COPY rmoe rmoe
 RUN pip install -c constraints.txt . \
  && pip install -c constraints.txt --force-reinstall --no-deps opencv-python-headless \

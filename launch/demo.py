@@ -17,8 +17,8 @@ import time
 from pathlib import Path
 
 from mmengine.config import Config
-from tqdm import tqdm
 
+from rmoe.engine.terminal import progress_bar
 from rmoe.errors import run_guarded
 from rmoe.pipelines import Failed, Training, installed, moved
 
@@ -33,6 +33,7 @@ TITLES = {
     "detection_dense": "Dense finetune: the core with Mask R-CNN on scenes",
     "detection_residual": "Upcycling and residual finetune: the same with 8 experts",
 }
+_TELL = 20.0  # seconds from one line to the next where there is no terminal
 _KIND = "model.backbone.moe.residual="
 
 
@@ -99,15 +100,19 @@ def _train(training: Training) -> None:
     if training.folder.exists() and not training.current():
         print(f"{training.folder} is of another configuration")
     print(f"$ {shlex.join(training.command())}\n  output: {training.folder / 'output.log'}")
-    with tqdm(unit="step", mininterval=0.2 if sys.stderr.isatty() else 20) as bar:
+    terminal, told = sys.stderr.isatty(), time.monotonic()
+    with progress_bar() as bar:
+        task = bar.add_task("train", total=None, visible=terminal, note="")
 
         def show(step: int, steps: int, loss: str) -> None:
-            bar.total = steps
-            bar.set_postfix(loss=loss, refresh=False)
-            bar.update(step - bar.n)
+            nonlocal told
+            bar.update(task, completed=step, total=steps, note=f"loss {loss}", refresh=terminal)
+            if not terminal and time.monotonic() - told > _TELL:
+                told = time.monotonic()
+                print(f"step {step}/{steps}, loss {loss}", flush=True)
 
         if not training.run(show):
-            bar.write(f"complete in {training.folder}")
+            bar.console.print(f"complete in {training.folder}")
 
 
 def _heading(number: int, text: str) -> None:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import rmoe
+from rmoe.engine import command
 from rmoe.errors import UserError, exit_code
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
@@ -23,9 +25,19 @@ _MOST = 65536  # processes, images of one, pixels of a side
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line `argv` (default: the process's); returns its exit code: 0, or 2 after a user's error."""
     parser = argparse.ArgumentParser(prog="rmoe", description="Residual mixture-of-experts vision transformers.")
+    parser.add_argument("--version", action="version", version=f"rmoe {rmoe.__version__}")
     parser.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
     groups = parser.add_subparsers(metavar="COMMAND", required=True)
-    for add in (_add_configs, _add_data, _add_import, _add_estimate, _add_report, _add_analyze, _add_verify):
+    for add in (
+        _add_train,
+        _add_configs,
+        _add_data,
+        _add_import,
+        _add_estimate,
+        _add_report,
+        _add_analyze,
+        _add_verify,
+    ):
         add(groups)
     arguments = parser.parse_args(argv)
     return exit_code(lambda: arguments.run(arguments), parser.prog, arguments.debug)
@@ -46,6 +58,13 @@ def _new_file(text: str) -> Path:
     if not fits:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be written: its folder must be there; make it first")
     return path
+
+
+def _add_train(groups: argparse._SubParsersAction) -> None:
+    text = f"{command.DESCRIPTION} The same as launch/train.py, which DeepSpeed's launcher and srun start."
+    parser = groups.add_parser("train", help="train what a config describes", description=text)
+    command.add_arguments(parser)
+    parser.set_defaults(run=command.start)
 
 
 def _add_configs(groups: argparse._SubParsersAction) -> None:

@@ -48,6 +48,37 @@ def test_elsewhere_every_path_of_the_configs_is_changed(demo):
         assert ("'residual': 'full'" in used) == one.folder.name.endswith("residual_full")
 
 
+class Steps:
+    """A training of two steps, without any."""
+
+    folder = Path("run")
+
+    def current(self):
+        return True
+
+    def command(self):
+        return ["train"]
+
+    def run(self, show):
+        for step in (1, 2):
+            show(step, 2, "0.25")
+        return True
+
+
+def test_a_training_is_followed_in_a_file_and_on_a_terminal(demo, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "_TELL", 0.0)
+    demo._train(Steps())
+    out, err = capsys.readouterr()
+    assert out.endswith("step 1/2, loss 0.25\nstep 2/2, loss 0.25\n")
+    assert not err
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    demo._train(Steps())
+    out, err = capsys.readouterr()
+    assert "step 1/2" not in out
+    assert "2/2" in err
+    assert "loss 0.25" in err
+
+
 def test_a_folder_of_somebody_else_is_refused(demo, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(demo, "ROOT", ROOT)

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rmoe.engine.launch import parser
+from rmoe.engine.command import parser
+from rmoe.engine.shipped import find_config, find_json
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -43,9 +44,23 @@ def test_make_targets_exist() -> None:
 
 def test_flags_of_the_training_command_exist() -> None:
     known = parser().format_help()
-    for flag in ("--deepspeed_config", "--work-dir", "--resume", "--cfg-options", "--timeout", "--safe-config"):
+    flags = "--deepspeed_config --steps --work-dir --resume --cfg-options --timeout --safe-config"
+    for flag in flags.split():
         assert flag in README
         assert flag in known
+
+
+def test_commands_of_an_installed_wheel_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^rmoe train (demo.*)$", README, re.MULTILINE)
+    assert len(lines) == 2
+    for line in lines:
+        arguments = parser().parse_args(line.split())
+        assert find_config(arguments.config).is_file()
+        assert arguments.steps == 100
+    assert "rmoe data scenes work_dirs/demo/data\n" in README  # where those configs look for it
+    for name in re.findall(r"`(zero\w+\.json)`", README):
+        assert find_json(Path(name)).is_file()
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)#]+)\)", README))))

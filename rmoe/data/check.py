@@ -21,6 +21,7 @@ from rmoe.data.arguments import require_count
 from rmoe.data.classes import class_list, read_classes
 from rmoe.data.files import IMAGE_SUFFIXES, class_images, is_image, list_folder, stems, walk
 from rmoe.data.images import IGNORED, OtherMode, is_turned, read_image, read_label_map
+from rmoe.data.progress import tracked
 from rmoe.errors import UserError
 
 _NAMED = 3  # files of one kind that a message names
@@ -373,11 +374,9 @@ def _unusable(error: UserError, path: str) -> Problem:
 
 def each(function: Callable[[_Item], _Result], items: Iterable[_Item]) -> list[_Result]:
     """`function` of every item, on all cores (decoding does not hold Python's lock), with a bar on a terminal."""
-    from tqdm import tqdm
-
     items = list(items)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(function, items), total=len(items), desc="checking", unit="file", disable=None))
+        return list(tracked(pool.map(function, items), "checking", len(items)))
 
 
 def missing_folder(folder: Path) -> Problem:

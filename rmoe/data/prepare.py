@@ -19,6 +19,7 @@ from typing import IO
 from rmoe.data.archives import require_end, whole
 from rmoe.data.check import FETCH_ADE20K
 from rmoe.data.classes import reason
+from rmoe.data.progress import tracked
 from rmoe.errors import UserError
 
 _ADE20K = "ADEChallengeData2016"
@@ -103,12 +104,10 @@ def _archive(source: Path, name: str, advice: str = "fetch it, or correct the pa
 
 def _unpack_zip(archive: Path, out: Path, folders: Sequence[str], advice: str, strip: int) -> None:
     """Unpacks a zip's files, which all lie in one of the `folders`, without the first `strip` parts of their names."""
-    from tqdm import tqdm
-
     with whole(archive), zipfile.ZipFile(archive) as content:
         if not content.infolist():
             raise UserError(f"{archive} holds nothing; {advice}")
-        for member in tqdm(content.infolist(), desc=archive.name, unit="file", disable=None):
+        for member in tracked(content.infolist(), archive.name):
             parts = _safe(member.filename, archive).parts
             if parts[0] not in folders:
                 raise UserError(f"{archive} holds '{member.filename}', not only {' and '.join(folders)}; {advice}")
@@ -124,10 +123,8 @@ def _tar_files(archive: Path, content: IO[bytes] | None = None) -> Iterator[tupl
         UserError: it holds what is no file in its topmost folder.
         tarfile.TarError: it is no tar, or was cut short.
     """
-    from tqdm import tqdm
-
     with tarfile.open(archive, "r:", fileobj=content) as members:
-        for member in tqdm(members, desc=archive.name, unit="file", disable=None if content is None else True):
+        for member in tracked(members, archive.name) if content is None else members:
             if not member.isfile() or len(_safe(member.name, archive).parts) != 1:
                 raise UserError(
                     f"{archive} holds '{member.name}', which is no file of the official archive; fetch it again"

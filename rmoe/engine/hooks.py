@@ -1,12 +1,10 @@
-"""Hooks of mmengine's runner: evaluation without communication, cost, progress, and what a finished run leaves."""
+"""Hooks of mmengine's runner: evaluation without communication, cost, and what a finished run leaves."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,7 +17,6 @@ from mmengine.hooks import Hook
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
-from tqdm import tqdm
 
 from rmoe.engine import cost
 from rmoe.engine.checkpoint import export
@@ -328,43 +325,6 @@ class GateBalanceHook(Hook):
                 f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance or moe.noise, or lower the "
                 "gate's learning rate (paramwise_cfg.gate_lr_mult)"
             )
-
-
-class ProgressHook(Hook):
-    """A progress bar with the time left, where standard error is a terminal; the log file has plain lines anyway."""
-
-    priority = "LOWEST"
-
-    def __init__(self) -> None:
-        self._bar: Any = None
-
-    def before_train(self, runner: Any) -> None:
-        """Shows the bar and keeps plain lines off the terminal."""
-        if not is_main_process() or not sys.stderr.isatty():
-            return
-        self._quiet = [handler for handler in runner.logger.handlers if type(handler) is logging.StreamHandler]
-        for handler in self._quiet:
-            handler.setLevel(logging.WARNING)
-        self._bar = tqdm(total=runner.max_iters, initial=runner.iter, desc="train", unit="step", dynamic_ncols=True)
-
-    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """One step on."""
-        if self._bar is not None:
-            self._bar.set_postfix(loss=f"{float(outputs['loss']):.4g}", refresh=False)
-            self._bar.update()
-
-    def after_val_epoch(self, runner: Any, metrics: Mapping[str, float] | None = None) -> None:
-        """A line above the bar."""
-        if self._bar is not None:
-            values = (f"{name} {value:.4g}" for name, value in (metrics or {}).items() if isinstance(value, float))
-            self._bar.write(f"step {runner.iter}: {', '.join(values)}", file=sys.stderr)
-
-    def restore_terminal(self, runner: Any) -> None:
-        """Called by our runner at the end, whatever that was."""
-        if self._bar is not None:
-            self._bar.close()
-            for handler in self._quiet:
-                handler.setLevel(logging.INFO)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

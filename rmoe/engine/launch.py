@@ -1,4 +1,4 @@
-"""The command line of training: from a config, a DeepSpeed JSON and options to a run."""
+"""A training run: from the words of the command line to the runner, and from what ends it to an exit code."""
 
 from __future__ import annotations
 
@@ -12,26 +12,36 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 
 from rmoe.data.preflight import preflight
 from rmoe.engine import ds_json, faults, safe_config
 from rmoe.engine.building import user_errors
+from rmoe.engine.command import parser
 from rmoe.engine.faults import Fault, Preempted
 from rmoe.engine.lock import Lock
 from rmoe.engine.prepare import check_unused, prepare
 from rmoe.engine.processes import join, set_place
-from rmoe.engine.read_config import Options, folder_name, read_config, seconds
+from rmoe.engine.progress import StartHook
+from rmoe.engine.read_config import read_config
+from rmoe.engine.rescale import rescale
+from rmoe.engine.shipped import find_json
 from rmoe.engine.strategy import Diverged, Runner
+from rmoe.engine.terminal import say, without_noise
 from rmoe.errors import UserError
 
 _PATIENCE = 20.0  # seconds
-_TIMEOUT = 300.0  # seconds
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line of `launch/train.py`.
+    """Runs the command line of `launch/train.py`; see `run`."""
+    return run(parser().parse_args(argv))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Trains as `arguments` say.
 
     Returns:
         0; 1 where training diverged; 85 where a signal asked the run to leave, and `--resume` goes on. A process that
@@ -40,11 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: what the user can mend.
     """
-    arguments = parser().parse_args(argv)
     try:
         train(arguments)
     except (UserError, Diverged) as error:
-        if arguments.debug:
+        if arguments.trace:
             traceback.print_exc()
         if os.environ.get("RANK", "0") != "0":
             # The first process speaks: it must not be ended because this one left before it. A launcher ends this one
@@ -73,7 +82,7 @@ def train(arguments: argparse.Namespace) -> None:
     """Checks, prepares, joins the other processes, trains.
 
     Raises:
-        UserError: see `main`.
+        UserError: see `run`.
         Diverged: the loss or a weight is no longer finite.
         Preempted: a process got a signal, and all have saved.
         Fault: the other processes cannot be reached any more.
@@ -82,27 +91,42 @@ def train(arguments: argparse.Namespace) -> None:
     with faults.Signals() as signals:
         if arguments.safe_config:
             safe_config.lock_down()
-        content = ds_json.read_json(arguments.deepspeed_config)
-        cfg = read_config(arguments.config, arguments.cfg_options or {}, arguments.safe_config)
+        json, why = arguments.deepspeed_config, ""
+        if json is None:
+            json, why = Path(default_json()), f", the default on {get_accelerator().device_name()}"
+        say(f"reading {arguments.config} and {json}{why}")
+        content = ds_json.read_json(find_json(json))
+        options = arguments.cfg_options or {}
+        with without_noise():
+            cfg = read_config(arguments.config, options, arguments.safe_config)
         with user_errors("the config"):
-            notes = prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
+            notes = rescale(cfg, arguments.steps, content, options) if arguments.steps else []
+            notes += prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
         join(arguments.timeout)
         folder = Path(cfg.work_dir)
         with Lock(folder), faults.Watch(folder, arguments.timeout) as watch:
             try:
                 check_unused(cfg)
                 check_data(cfg)
+                say(f"setting up hooks and logs; output: {folder}")
                 with user_errors("the config"):
                     runner = Runner.from_cfg(cfg)
                 for note in notes:
                     runner.logger.warning(note)
+                runner.register_hook(StartHook(f"{arguments.config}, {json}{why}"))
                 runner.register_hook(faults.PreemptionHook(signals))
                 runner.register_hook(faults.WatchHook(watch))
+                say("building data, model and optimizer")
                 runner.train()
             except Exception as error:
                 if faults.of_a_collective(error):
                     raise Fault(watch.explain(error)) from error
                 raise
+
+
+def default_json() -> str:
+    """Returns the name of the shipped JSON that suits this machine."""
+    return "zero2.json" if get_accelerator().device_name() == "cpu" else "zero2_bf16.json"
 
 
 def check_data(cfg: Config) -> None:
@@ -121,30 +145,6 @@ def check_data(cfg: Config) -> None:
             said = str(error)
     if found := next(filter(None, all_gather_object(said)), ""):
         raise UserError(found)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line of `launch/train.py`."""
-    words = argparse.ArgumentParser(prog="train.py", description=__doc__)
-    words.add_argument("config", type=Path, metavar="CONFIG", help="OpenMMLab config file")
-    words.add_argument("--deepspeed_config", type=Path, required=True, metavar="JSON", help="DeepSpeed's own keys")
-    words.add_argument("--work-dir", type=folder_name, metavar="DIR", help="default: work_dirs/ and the config's name")
-    words.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint, if any")
-    words.add_argument(
-        "--timeout",
-        type=seconds,
-        default=_TIMEOUT,
-        metavar="SECONDS",
-        help="without progress, after which every process ends; longer than a step, an evaluation's metrics and a "
-        "checkpoint take (default: %(default)g)",
-    )
-    words.add_argument(
-        "--safe-config", action="store_true", help="refuse a CONFIG that is a Python program: only JSON or YAML"
-    )
-    words.add_argument("--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help="change the config")
-    words.add_argument("--debug", action="store_true", help="show where in the program an error comes from")
-    words.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # DeepSpeed's launcher passes it
-    return words
 
 
 def innermost(message: str) -> str:

@@ -193,7 +193,7 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
         {"type": f"{_HOOKS}.LocalExpertsHook"},
         {"type": f"{_HOOKS}.CostHook", "stage": stage},
         {"type": f"{_HOOKS}.ExportHook", "stage": stage},
-        {"type": f"{_HOOKS}.ProgressHook"},
+        {"type": "rmoe.engine.progress.ProgressHook"},
     ]
     there = {hook["type"] for hook in ours}  # already, in the config that a run has dumped
     custom = [hook for hook in cfg.get("custom_hooks") or [] if hook["type"] not in there]

@@ -34,8 +34,13 @@ from rmoe.errors import UserError
 
 # What `rmoe.engine.prepare` adds to a config, and a run's dumped config therefore has.
 OURS = {
-    *(f"rmoe.engine.hooks.{name}Hook" for name in ("RunningStats", "LocalExperts", "Cost", "Export", "Progress")),
-    *("rmoe.engine.randomness.StepSeedHook", "rmoe.engine.strategy.Strategy", "rmoe.engine.faults.spare_worker"),
+    *(f"rmoe.engine.hooks.{name}Hook" for name in ("RunningStats", "LocalExperts", "Cost", "Export")),
+    *(
+        "rmoe.engine.progress.ProgressHook",
+        "rmoe.engine.randomness.StepSeedHook",
+        "rmoe.engine.strategy.Strategy",
+        "rmoe.engine.faults.spare_worker",
+    ),
 }
 _FORMATS = (".json", ".yaml", ".yml")
 _SCOPES = ("mmengine", "mmcv", "mmseg", "mmdet", "rmoe")

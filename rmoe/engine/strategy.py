@@ -15,6 +15,7 @@ import torch.distributed as dist
 from mmengine._strategy import BaseStrategy
 from mmengine._strategy.deepspeed import DeepSpeedStrategy, MMDeepSpeedEngineWrapper
 from mmengine.hooks import CheckpointHook
+from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.optim import BaseOptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
@@ -26,6 +27,7 @@ from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
 from rmoe.engine.cost import Parameters, count_parameters
+from rmoe.engine.terminal import keep_short
 from rmoe.errors import UserError
 from rmoe.moe.records import Records, collect
 from rmoe.moe.state import global_state_dict
@@ -113,6 +115,12 @@ class Strategy(DeepSpeedStrategy):
         self.config = json.loads(json.dumps(dict(config, steps_per_print=10**15)))
         check_precision(self.config)
         self.layout, self._load_from = Layout(**layout), load_from
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """See `BaseStrategy`; until training starts, the terminal gets short lines only."""
+        logger = super().build_logger(*args, **kwargs)
+        keep_short(logger)
+        return logger
 
     def build_model(self, model: nn.Module | dict[str, Any]) -> nn.Module:
         """See `BaseStrategy`; without a GPU, synchronised batch norm becomes batch norm of each process."""

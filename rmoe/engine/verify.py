@@ -36,10 +36,10 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint import files, resharding
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.clipping import mend_clipping
+from rmoe.engine.command import folder_name, seconds
 from rmoe.engine.lock import make_folder
 from rmoe.engine.optim import param_groups
 from rmoe.engine.processes import join, set_place
-from rmoe.engine.read_config import folder_name, seconds
 from rmoe.errors import UserError, run_guarded
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect

@@ -20,7 +20,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +34,7 @@ from rmoe.data.emoji_scenes.emoji import stamp
 from rmoe.data.emoji_scenes.glyphs import CREDIT, DISTRACTORS, LICENCE, LICENCE_URL, THINGS, UPSTREAM, class_name
 from rmoe.data.emoji_scenes.params import SceneParams, tail
 from rmoe.data.emoji_scenes.textures import STUFF, colour_matrix, noise, recolour, texture
+from rmoe.data.progress import tracked
 from rmoe.errors import UserError
 
 FORMAT = 1  # raise it when the bytes of any image change
@@ -299,14 +299,11 @@ def _write(root: Path, params: SceneParams, jobs: int) -> None:
 
 def _in_order(tasks: Sequence[tuple], jobs: int) -> Iterator[list[dict]]:
     """The results of `_work` for each task, with a progress bar on a terminal."""
-    from tqdm import tqdm
-
-    bar = {"total": len(tasks), "desc": "rendering", "unit": "part", "disable": not sys.stderr.isatty()}
     if jobs == 1:
-        yield from tqdm(map(_work, tasks), **bar)
+        yield from tracked(map(_work, tasks), "rendering", len(tasks))
         return
     with multiprocessing.get_context("spawn").Pool(jobs) as pool:  # fork is unsafe once torch has threads
-        yield from tqdm(pool.imap(_work, tasks), **bar)
+        yield from tracked(pool.imap(_work, tasks), "rendering", len(tasks))
 
 
 def _work(task: tuple) -> list[dict]:
