@@ -31,7 +31,7 @@ def one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 
 def engine(kind: Any = torch.optim.AdamW, stage: int = 0, **options: Any) -> Any:
-    """What `gather` and `restore` ask of DeepSpeed's engine; at stage 1 one flat tensor is stepped."""
+    """What `gather_tensors` and `restore_tensors` ask of DeepSpeed's engine; at stage 1 one flat tensor is stepped."""
     torch.manual_seed(0)
     module = nn.ModuleDict({"a": nn.Linear(3, 2), "b": nn.Linear(2, 2)})
     parameters = list(module.parameters())
@@ -144,6 +144,14 @@ def test_another_optimizer_or_model() -> None:
     tensors, about = resharding.gather_tensors(engine())
     with pytest.raises(UserError, match="optimizer AdamW, the config's is SGD"):
         resharding.restore_tensors(engine(torch.optim.SGD), tensors, about)
+    group = about["groups"][0]
+    halves = [group["parameters"][:2], group["parameters"][2:]]
+    groups = [
+        {"parameters": names, "settings": {**group["settings"], "lr": lr}}
+        for names, lr in zip(halves, (0.1, 0.2), strict=True)
+    ]
+    with pytest.raises(UserError, match="other groups of parameters"):
+        resharding.restore_tensors(engine(), tensors, about | {"groups": groups})
     del tensors["weight/a.bias"]
     with pytest.raises(UserError, match=r"another model's: 1 weights differ, such as a.bias"):
         resharding.restore_tensors(engine(), tensors, about)
