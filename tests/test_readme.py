@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rmoe.engine.command import parser
+from rmoe.engine.read_config import read_config
 from rmoe.engine.shipped import find_config, find_json
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,11 +54,12 @@ def test_flags_of_the_training_command_exist() -> None:
 def test_commands_of_an_installed_wheel_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     lines = re.findall(r"^rmoe train (demo.*)$", README, re.MULTILINE)
-    assert len(lines) == 2
-    for line in lines:
-        arguments = parser().parse_args(line.split())
-        assert find_config(arguments.config).is_file()
-        assert arguments.steps == 100
+    core, residual = (parser().parse_args(line.split()) for line in lines)
+    assert core.steps == residual.steps == 100
+    assert find_config(core.config).is_file()
+    model = read_config(residual.config, residual.cfg_options).model
+    assert model.backbone.core == str(core.work_dir)
+    assert model.backbone.moe.ep_size == 1  # the processes that `rmoe train` has
     assert "rmoe data scenes work_dirs/demo/data\n" in README  # where those configs look for it
     for name in re.findall(r"`(zero\w+\.json)`", README):
         assert find_json(Path(name)).is_file()

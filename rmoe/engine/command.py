@@ -79,7 +79,8 @@ def start(arguments: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess
-    # mmengine asks transformers, which takes seconds to import, for an optimizer that it no longer has.
+    # Where transformers is installed, mmengine would import it, for seconds, to offer one more optimizer: Adafactor,
+    # which our checkpoints refuse.
     absent = "transformers" not in sys.modules
     if absent:
         sys.modules["transformers"] = None  # type: ignore[assignment]
