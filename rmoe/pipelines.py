@@ -1,6 +1,7 @@
-"""Trainings that build on one another, as a pipeline's stages do: each is run once, gone on with where it was
-interrupted, and done again where something that it depends on has changed. They are run as a user would run them, from
-the root of the repository.
+"""Runs trainings that build on one another, as the stages of a pipeline do.
+
+Each is run once. It is resumed if it was interrupted, and run again if something that it depends on has changed. The
+commands are those that a user would type in the root of the repository.
 """
 
 from __future__ import annotations
@@ -29,24 +30,24 @@ _TAIL = 25  # lines of a failed run's log that are shown
 _POLL = 0.2  # seconds
 
 Show = Callable[[int, int, str], object]
-"""Called with the steps done, those in all, and the loss as it was logged."""
+"""Is called with the number of steps done, the number of all steps, and the loss as it was logged."""
 
 
 class Failed(Exception):
-    """A command did not do its work; the message has the end of its log."""
+    """Says that a command did not do its work; the message has the end of its log."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """One training run.
+    """Describes one training run.
 
     Attributes:
-        folder: its work dir.
-        config: file, as one types it from the root of the repository.
-        json: DeepSpeed's file, likewise.
-        options: as for --cfg-options.
-        after: the runs whose weights it starts from.
-        processes: of DeepSpeed's launcher; 1 runs without it.
+        folder: the work dir.
+        config: the config file, relative to the root of the repository.
+        json: DeepSpeed's JSON file, likewise.
+        options: the words after --cfg-options.
+        after: the runs whose weights this one starts from.
+        processes: number of processes; with 1 it runs without DeepSpeed's launcher.
     """
 
     folder: Path
@@ -57,7 +58,7 @@ class Training:
     processes: int = 1
 
     def command(self) -> list[str]:
-        """As a user would type it."""
+        """Returns the command that a user would type."""
         words = ["python"]
         if self.processes > 1:
             words = ["deepspeed", "--num_accelerators", str(self.processes), "--master_port", str(free_port())]
@@ -66,7 +67,7 @@ class Training:
         return words + (["--cfg-options", *self.options] if self.options else [])
 
     def fingerprint(self) -> str:
-        """Of all that the result depends on."""
+        """Returns a hash of everything that the result depends on."""
         config = Config.fromfile(self.config, import_custom_modules=False)
         config.pop("card", None)
         parts = (config.pretty_text, Path(self.json).read_text(), *self.options, str(self.processes))
@@ -74,26 +75,26 @@ class Training:
         return hashlib.sha256("\n".join((*parts, *before)).encode()).hexdigest()
 
     def complete(self) -> bool:
-        """Whether it has left what a finished run leaves."""
+        """Returns whether the work dir has the files that a finished run leaves."""
         return all((self.folder / name).is_file() for name in ("cost.json", "model.safetensors"))
 
     def current(self) -> bool:
-        """Whether what is in its work dir, finished or not, is of this configuration."""
+        """Returns whether the work dir holds a run, finished or not, of this very configuration."""
         note = self.folder / "fingerprint"
         return note.is_file() and note.read_text() == self.fingerprint()
 
     def run(self, show: Show | None = None) -> bool:
-        """Runs it, unless it is complete; those `after` which it comes must be.
+        """Runs the training unless it is complete already; the runs in `after` must be complete.
 
         Args:
-            show: told of the progress.
+            show: is told of the progress.
 
         Returns:
-            Whether anything had to be done.
+            True if the training was run, False if it was complete already.
 
         Raises:
-            Failed: the command failed, or left an incomplete run.
-            UserError: there is something in its work dir that it has not made.
+            Failed: the command failed or left an incomplete run.
+            UserError: the work dir holds something that no pipeline has made, or cannot be made.
         """
         if self.folder.is_dir() and any(self.folder.iterdir()) and not self.current():
             self._remove()
@@ -106,12 +107,12 @@ class Training:
         (self.folder / "fingerprint").write_text(self.fingerprint())
         log = self.folder / "output.log"
         run_logged(self.command(), log, show)
-        if not self.complete():  # a launcher that was killed may leave with 0
+        if not self.complete():  # a launcher that was killed may return 0
             raise Failed(f"{self.folder} is not complete; see {log}, and run this again")
         return True
 
     def _remove(self) -> None:
-        """Removes the work dir of another configuration; a run has left its fingerprint there."""
+        """Removes the work dir if the fingerprint in it shows that a run of another configuration has made it."""
         if self.folder.is_symlink() or not (self.folder / "fingerprint").is_file():
             raise UserError(
                 f"{self.folder} is there already, and no pipeline has made it (it has no file 'fingerprint'); move it "
@@ -138,7 +139,7 @@ def run_logged(command: Sequence[str], log: Path, show: Show | None = None) -> N
     """Runs `command` with its output in `log`.
 
     Raises:
-        Failed: it left with another exit code than 0.
+        Failed: the command returned another exit code than 0.
     """
     with log.open("wb") as out, log.open(errors="replace") as lines:
         child = subprocess.Popen(installed(command), stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
@@ -151,14 +152,14 @@ def run_logged(command: Sequence[str], log: Path, show: Show | None = None) -> N
             _end(child)
     if child.returncode:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-_TAIL:])
-        raise Failed(f"{tail}\n\n{shlex.join(command)}\nleft with exit code {child.returncode}; all output: {log}")
+        raise Failed(f"{tail}\n\n{shlex.join(command)}\nreturned exit code {child.returncode}; all output: {log}")
 
 
 def installed(command: Sequence[str]) -> list[str]:
-    """The command, from the environment that this Python belongs to.
+    """Returns the command with its program's path in the environment of this Python.
 
     Raises:
-        UserError: it is not there.
+        UserError: the environment does not have the program.
     """
     program = Path(sys.executable).with_name(command[0])
     if not program.is_file():
@@ -172,7 +173,7 @@ def _tell(show: Show | None, text: str) -> None:
 
 
 def _end(child: subprocess.Popen[bytes]) -> None:
-    """With all that it has started: DeepSpeed's launcher leaves its children behind when it is told to end."""
+    """Ends a process and its children, which DeepSpeed's launcher leaves behind when it is told to end."""
     if child.poll() is None:
         os.killpg(child.pid, signal.SIGTERM)
         child.wait()

@@ -1,7 +1,7 @@
-"""The project's names in mmengine's registries: `type='rmoe.NAME'` works from any config, whatever its default scope.
+"""Registers the project's names with mmengine, so that `type='rmoe.NAME'` works in any config of any default scope.
 
-mmengine imports this module by its name when it meets the scope `rmoe`, and the `locations` when something is built.
-What needs mmseg registers when its module is imported: `custom_imports = dict(imports=['rmoe.tasks.segmentation'])`.
+mmengine imports this module when it meets the scope `rmoe`, and the `locations` when it builds something. What needs
+mmseg or mmdet is registered when its module is imported: `custom_imports = dict(imports=['rmoe.tasks.segmentation'])`.
 """
 
 from __future__ import annotations

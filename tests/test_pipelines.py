@@ -82,7 +82,7 @@ def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
 
 def test_a_failure_shows_the_command_the_log_and_the_code(tmp_path, monkeypatch):
     one = training(tmp_path, monkeypatch, "import sys; print('first'); print('reason'); sys.exit(7)")
-    with pytest.raises(Failed, match=r"(?s)reason.*-c.*left with exit code 7; all output: .*output.log"):
+    with pytest.raises(Failed, match=r"(?s)reason.*-c.*returned exit code 7; all output: .*output.log"):
         one.run()
 
 

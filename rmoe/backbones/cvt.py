@@ -151,7 +151,7 @@ class CvT(nn.Module):
         return x[:, 0] if pre_logits else self.head(x[:, 0])
 
     def forward(self, x: Tensor) -> Tensor:
-        """Turns images [B, in_chans, H, W] into logits [B, num_classes], or class tokens [B, C] without classes."""
+        """Turns images [B, in_chans, H, W] into logits [B, classes], or class tokens [B, C] without a classifier."""
         return self.forward_head(self.forward_features(x))
 
     def _normed(self, token: Tensor, x: Tensor) -> Tensor:

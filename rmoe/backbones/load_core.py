@@ -112,7 +112,7 @@ def load_core(
     path, level_norms = checked_path(path), level_norms or {}
     if on_meta := [key for key, x in model.state_dict().items() if x.is_meta]:
         raise UserError(
-            f"the model has no memory for {_some(on_meta)} (meta device); call model.to_empty(device=…) first"
+            f"the model has no memory for {_some(on_meta)} (meta device); give it memory by to_empty(device=…) first"
         )
     foreign = translate(read_checkpoint(path) if state is None else state)
     report = CoreReport(

@@ -1,1 +1,1 @@
-"""Data: the embedded data set (`scenes`), and checks of data sets on disk (`check`)."""
+"""Reads, checks and unpacks data sets on disk, and renders the embedded one (`emoji_scenes`)."""

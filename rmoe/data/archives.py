@@ -1,9 +1,9 @@
-"""Images of a classification set that stay in their archives: nobody has to unpack 14 million files.
+"""Reads the images of a classification set from archives, so that nobody has to unpack 14 million files.
 
-A split is an archive, or a folder with an archive for each class. Archives are indexed once; then an image is read by
-its place in the archive, which is opened for each image as a file would be: so processes share no position in it, and
-tens of thousands of archives need no more open files than one. (timm's readers of tars keep them open, leave an index
-beside the data, and take one that was cut short for a whole one.)
+A split is an archive, or a folder with an archive for each class. Archives are indexed once. Then an image is read from
+its place in the archive, which is opened anew for each image: processes share no position in it, and tens of thousands
+of archives need no more open files than one. (timm's readers of tars keep them open, leave an index beside the data,
+and take an archive that was cut short for a whole one.)
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from rmoe.data.classes import reason
-from rmoe.data.files import IMAGE_SUFFIXES, class_folders, is_image, list_folder
+from rmoe.data.files import IMAGE_SUFFIXES, class_folders, is_image, list_folder, reason
 from rmoe.data.images import UnreadableImage, read_image
 from rmoe.errors import UserError
 
@@ -32,18 +31,18 @@ ARCHIVES = (".zip", ".tar")
 _OTHER_ARCHIVES = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _READABLE = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 _MOST_BYTES = 2**28  # of an unpacked image file
-_LOCAL_HEADER = struct.Struct("<8xH16xHH")  # of a zip's member: how it is packed, lengths of its name and extras
+_LOCAL_HEADER = struct.Struct("<8xH16xHH")  # of a member of a zip: compression, lengths of name and extras
 LAYOUTS = "ROOT/SPLIT/CLASS/*.jpg, ROOT/SPLIT.zip with CLASS/*.jpg inside, or ROOT/SPLIT/CLASS.zip or .tar"
 
 
 class Members(NamedTuple):
-    """The images of an archive.
+    """Tells where the images of an archive lie.
 
     Attributes:
-        classes: their classes' names, sorted.
-        label: position in `classes`, int32 [n].
-        offset: where each begins in the archive, in bytes (a zip's at its header), int64 [n].
-        size: its length there, in bytes, int64 [n].
+        classes: names of the classes, sorted.
+        label: each image's position in `classes`, int32 [n].
+        offset: the byte where each image begins in the archive, in a zip with its header, int64 [n].
+        size: each image's length in the archive in bytes, int64 [n].
     """
 
     classes: list[str]
@@ -53,17 +52,20 @@ class Members(NamedTuple):
 
 
 def find_split(root: str | Path, split: str) -> Path:
-    """The folder ROOT/SPLIT, or else the archive ROOT/SPLIT.zip or .tar; where there is neither, that folder."""
+    """Returns the folder ROOT/SPLIT, or else the archive ROOT/SPLIT.zip or .tar; if neither exists, the folder."""
     folder = Path(root, split)
     archives = (Path(root, f"{split}{suffix}") for suffix in ARCHIVES)
     return folder if os.path.isdir(folder) else next((path for path in archives if os.path.isfile(path)), folder)
 
 
 def archives_of(place: Path) -> list[Path]:
-    """What `find_split` found as archives: itself, one for each class, or none if it has class folders.
+    """Returns the archives of a split: the split itself, one for each class, or none if it has class folders.
+
+    Args:
+        place: what `find_split` returned.
 
     Raises:
-        UserError: class folders and archives side by side, or archives of another kind; a folder that cannot be read.
+        UserError: the folder cannot be read, has class folders beside archives, or archives of another format.
     """
     if not os.path.isdir(place):
         return [place] if place.suffix in ARCHIVES else []
@@ -79,7 +81,7 @@ def archives_of(place: Path) -> list[Path]:
 
 
 def class_names(place: Path) -> list[str]:
-    """The classes of what `find_split` found, sorted: their positions are the class indices.
+    """Returns the sorted names of the classes of what `find_split` returned; their positions are the class indices.
 
     Raises:
         UserError: see `archives_of` and `index`.
@@ -91,21 +93,23 @@ def class_names(place: Path) -> list[str]:
 
 
 def index(path: Path, split: str | None = None) -> Members:
-    """The images of an archive.
+    """Finds the images in an archive.
 
     Args:
         path: a zip or an uncompressed tar.
-        split: of an archive of a whole split: its members are CLASS/IMAGE, all below a folder of this name or not.
-            Without it the archive is of the class that it is named after.
+        split: the name of the split if the archive holds a whole one: its members are then CLASS/IMAGE, or all of them
+            SPLIT/CLASS/IMAGE. With None the archive holds the images of the class that it is named after.
 
     Raises:
-        UserError: the archive was cut short or is none, holds no image, one outside a class, or another archive.
+        UserError: the file was cut short or is no archive; it holds no image, an image in no class, or an archive.
     """
     try:
-        with whole(path):
+        with archive_errors(path):
             found = [(_parts(name), offset, size) for name, offset, size in _members(path) if _is_image(path, name)]
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); see that it is there and yours to read") from error
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}); see that it exists and that you may read it"
+        ) from error
     if not found:
         raise UserError(f"{path} holds no image ({', '.join(IMAGE_SUFFIXES)}); fetch it again or remove it")
     if split is None:
@@ -125,7 +129,7 @@ def index(path: Path, split: str | None = None) -> Members:
 
 
 def index_all(place: Path, archives: Sequence[Path]) -> list[Members | UserError]:
-    """`index` of some of the archives of `place`, or what is wrong with each."""
+    """Returns for each of some archives of `place` its `index`, or the error that says what is wrong with it."""
 
     def one(path: Path) -> Members | UserError:
         try:
@@ -138,22 +142,22 @@ def index_all(place: Path, archives: Sequence[Path]) -> list[Members | UserError
 
 
 class Packed:
-    """The images of a split in archives, in the order of these and of their members.
+    """Reads the images of a split that lie in archives, in the order of the archives and of their members.
 
     Args:
-        archives: paths.
-        members: of each.
-        classes: names in the order of the class indices, with all those of `members`.
+        archives: paths of the archives.
+        members: for each archive, what `index` returned.
+        classes: names in the order of the class indices; they include all classes of `members`.
 
     Attributes:
-        labels: class indices, int32 [n].
+        labels: class index of each image, int32 [n].
     """
 
     def __init__(self, archives: Sequence[Path], members: Sequence[Members], classes: Sequence[str]) -> None:
         self._archives = [str(path) for path in archives]
         numbers = {name: number for number, name in enumerate(classes)}
         global_labels = [np.array([numbers[name] for name in one.classes], np.int32)[one.label] for one in members]
-        # Arrays, for loader workers would make copies of millions of Python objects by counting references.
+        # Arrays: counting references to millions of Python objects would copy their memory in each loader worker.
         self.labels = np.concatenate(global_labels)
         self._offset, self._size = (
             np.concatenate([getattr(one, key) for one in members]) for key in ("offset", "size")
@@ -164,10 +168,10 @@ class Packed:
         return len(self.labels)
 
     def read(self, number: int) -> bytes:
-        """The image file.
+        """Returns the bytes of an image file.
 
         Raises:
-            OSError: it cannot be read or unpacked.
+            OSError: the file cannot be read or unpacked.
         """
         path, size = self._archives[self._archive[number]], int(self._size[number])
         with open(path, "rb") as file:
@@ -183,10 +187,10 @@ class Packed:
                 raise OSError(str(error)) from error
 
     def image(self, number: int) -> Image.Image:
-        """The decoded image.
+        """Returns a decoded image.
 
         Raises:
-            UserError: it cannot be read, or is no image of 8 bits a channel; archive and member are named.
+            UserError: it cannot be read, or is no image of 8 bits a channel; the message names archive and member.
         """
         try:
             content = self.read(number)
@@ -196,12 +200,12 @@ class Packed:
         try:
             return read_image("", content)
         except UserError:
-            return read_image(self.name(number), content)  # fails again, with a name
+            return read_image(self.name(number), content)  # this fails again, with a name in its message
 
     def name(self, number: int) -> str:
-        """Archive and member, for a message: the archive is read once more."""
+        """Returns the names of an image and its archive for a message; this reads the archive again."""
         path, offset = Path(self._archives[self._archive[number]]), self._offset[number]
-        with whole(path):
+        with archive_errors(path):
             found = (f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
             return next(found, f"an image in {path}, which has changed since,")
 
@@ -209,13 +213,13 @@ class Packed:
 _DAMAGES = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, ValueError, OverflowError, MemoryError, IndexError, KeyError),
-    RuntimeError,  # encrypted, packed in a way or by a version that Python does not know, nested too deeply
+    RuntimeError,  # the archive is encrypted, of a format or version unknown to Python, or nested too deeply
 )
 
 
 @contextmanager
-def whole(archive: Path) -> Iterator[None]:
-    """Says which archive cannot be read, whatever the readers make of its bytes."""
+def archive_errors(archive: Path) -> Iterator[None]:
+    """Turns every error that damaged bytes cause in the readers into a UserError that names the archive."""
     try:
         yield
     except UserError:
@@ -226,14 +230,14 @@ def whole(archive: Path) -> Iterator[None]:
 
 
 def require_end(content: tarfile.TarFile) -> None:
-    """Refuses a tar, all of whose members have been read, that does not end as one: Python takes it for whole."""
+    """Refuses a tar without an end mark after its members have been read, since Python takes it for a whole one."""
     content.fileobj.seek(content.offset)
     if content.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError("no end mark")
 
 
 def looks_whole(archive: Path) -> bool:
-    """Whether an archive ends as it should; nothing else of it is read."""
+    """Returns whether an archive ends as it should; nothing but its end is read."""
     if archive.suffix.lower() == ".zip":
         return zipfile.is_zipfile(archive)
     with archive.open("rb") as file:
@@ -243,7 +247,7 @@ def looks_whole(archive: Path) -> bool:
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, place and length of each file in an archive."""
+    """Yields name, offset and length of each file in an archive."""
     if path.suffix.lower() == ".zip":
         with zipfile.ZipFile(path) as content:
             length = path.stat().st_size
@@ -268,7 +272,7 @@ def _parts(name: str) -> list[str]:
 
 
 def _is_image(path: Path, name: str) -> bool:
-    """Files of other kinds are left alone, as in folders; so are hidden ones, such as those that macOS adds."""
+    """Returns whether a member is an image; an archive within the archive is an error, other files are left out."""
     base = name.rpartition("/")[2]
     if base.lower().endswith(ARCHIVES + _OTHER_ARCHIVES):
         raise UserError(

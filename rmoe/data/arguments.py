@@ -1,4 +1,4 @@
-"""The arguments of data sets: their types, checked before anything is looked for or built."""
+"""Checks the types of a data set's arguments, before anything is looked for or built."""
 
 from __future__ import annotations
 
@@ -8,26 +8,21 @@ from typing import Any
 
 from rmoe.errors import UserError
 
-_PATH, _TEXT, _MAP, _COUNT, _NAMES = (
-    "a path",
-    "text",
-    "a dict of paths",
-    "a whole number",
-    "names or the path of a list",
-)
+_PATH, _TEXT, _MAP, _COUNT = "a path", "text", "a dict of paths", "a whole number"
+_NAMES = "a list of names or the path of one"
 _ARGUMENTS = {
     **dict.fromkeys(("root", "data_root", "ann_file"), _PATH),
     **dict.fromkeys(("split", "img_suffix", "seg_map_suffix"), _TEXT),
     **{"data_prefix": _MAP, "num_classes": _COUNT, "classes": _NAMES},
 }
-_NEEDED = {"root", "split", "num_classes", "classes"}
+_NEEDED = {"root", "split", "num_classes", "classes"}  # may not be None
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
-    """Checks those arguments of a data set that name files and classes; None is taken where it means "not given".
+    """Checks the arguments of a data set that name files and classes; None is accepted if an argument may be left out.
 
     Raises:
-        UserError: one has another type.
+        UserError: an argument has the wrong type.
     """
     for name, what in _ARGUMENTS.items():
         if name not in given or (given[name] is None and name not in _NEEDED):
@@ -40,13 +35,13 @@ def check_arguments(given: Mapping[str, Any]) -> None:
 
 
 def require_count(name: str, value: Any, most: int | None = None) -> int:
-    """Returns `value`, a whole number from 1 up to `most`.
+    """Returns `value` if it is a whole number from 1 to `most`.
 
     Raises:
-        UserError: it is something else.
+        UserError: `value` is something else.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < 1 or (most and value > most):
-        raise UserError(f"{name} is {value!r:.80}; it is a whole number from 1{f' to {most}' if most else ''}")
+        raise UserError(f"{name} is {value!r:.80}; it is a whole number from 1{f' to {most}' if most else ' on'}")
     return value
 
 

@@ -1,4 +1,4 @@
-"""Class lists, and the one function that reads them."""
+"""Reads class lists, all by one function."""
 
 from __future__ import annotations
 
@@ -8,35 +8,36 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rmoe.data.arguments import require_count
+from rmoe.data.files import reason
 from rmoe.errors import UserError
 
 _FORMS = "give JSON or text, one name a line"
 
 
 class ClassList(NamedTuple):
-    """The names of classes in the order of their indices, and where the list has them, their colours."""
+    """Holds the names of classes in the order of their indices, and their colours if the list has any."""
 
     names: tuple[str, ...]
     palette: list[list[int]] | None
 
     @property
     def metainfo(self) -> dict[str, Any]:
-        """What mmseg's and mmdet's data sets take."""
+        """Returns the list as mmseg's and mmdet's data sets take it."""
         return {"classes": self.names} | ({"palette": self.palette} if self.palette else {})
 
 
 def class_list(classes: Any, num_classes: Any = None) -> ClassList:
-    """Returns a class list.
+    """Checks and returns a class list.
 
     Args:
-        classes: the names, or a list file: JSON (a list; an object with `classes` and, if there are colours, `palette`;
-            or a COCO annotation file, whose categories are taken in the order of their ids), ADE20K's
-            objectInfo150.txt, or text, one name in each line.
-        num_classes: how many there have to be, if that is known.
+        classes: the names, or the path of a file with them. A .json file holds a list, an object with `classes` and, if
+            there are colours, `palette`, or COCO annotations, whose categories are taken in the order of their ids. Any
+            other file is ADE20K's objectInfo150.txt, or text with one name on each line.
+        num_classes: how many names there must be, if that is known.
 
     Raises:
-        UserError: the file cannot be read or is of none of these forms; a name is empty, stands twice or is no text;
-            colours that do not fit; another number of names.
+        UserError: the file cannot be read or has none of these forms; a name is empty, stands twice or is no text; the
+            colours do not fit the names; there is another number of names.
     """
     if isinstance(classes, (str, Path)):
         what = f"the class list {classes}"
@@ -46,17 +47,13 @@ def class_list(classes: Any, num_classes: Any = None) -> ClassList:
     _check_names(names, what)
     _check_palette(palette, len(names), what)
     if num_classes is not None and len(names) != require_count("num_classes", num_classes):
-        raise UserError(f"the class list has {len(names)} names ({classes}); the config says num_classes={num_classes}")
+        found = f"{what} has {len(names)} names, num_classes is {num_classes}"
+        raise UserError(f"{found}; make them equal (void is not a class)")
     return ClassList(tuple(names), palette)
 
 
-def read_classes(path: str | Path) -> list[str]:
-    """Returns the names of a list file; see `class_list`."""
-    return list(class_list(Path(path)).names)
-
-
 def _read(path: str | Path, what: str) -> tuple[Any, Any]:
-    """Returns the names of a list file and its colours, of whatever type they are."""
+    """Returns the names and the colours that a file holds, whose types are not checked yet."""
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
         if Path(path).suffix != ".json":
@@ -93,18 +90,10 @@ def _check_palette(palette: Any, names: int, what: str) -> None:
     colours = palette if isinstance(palette, list) else []
     sound = [one for one in colours if isinstance(one, list) and len(one) == 3 and all(map(_is_shade, one))]
     if len(sound) != names or len(colours) != names:
-        raise UserError(f"{what} has {len(sound)} colours for {names} names; palette has [red, green, blue] of each")
+        raise UserError(
+            f"{what} has {len(sound)} colours for {names} names; palette holds [red, green, blue] for each name"
+        )
 
 
 def _is_shade(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= 255
-
-
-def reason(error: Exception) -> str:
-    """Returns the first line of what went wrong."""
-    if isinstance(error, KeyError):
-        return f"it has no {error}"
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return (text or type(error).__name__).splitlines()[0]

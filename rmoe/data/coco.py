@@ -1,4 +1,4 @@
-"""Checks of data sets in COCO's layout: ROOT/annotations/instances_SPLIT.json and the images in ROOT/SPLIT."""
+"""Checks data sets in COCO's layout: ROOT/annotations/instances_SPLIT.json and the images in ROOT/SPLIT."""
 
 from __future__ import annotations
 
@@ -9,23 +9,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rmoe.data.check import Problem, Read, Report, each, missing_folder, some, try_image
-from rmoe.data.classes import reason
+from rmoe.data.check import ImageRead, Problem, Report, first_few, in_threads, missing_folder, try_image
 from rmoe.data.coco_schema import covers, shown, wrong_fields
-from rmoe.data.files import list_folder
+from rmoe.data.files import list_folder, reason
 from rmoe.data.images import MOST_PIXELS
 from rmoe.errors import UserError
 
 _LISTS = ("images", "annotations", "categories")
 _SINGULAR = {"images": "image", "annotations": "annotation", "categories": "category"}
-_OFFICIAL = {"train2017": 118287, "val2017": 5000}  # images
-_CLASSES = 80
-_SLACK = 1.0  # pixels by which a box may reach over its image: COCO's own are rounded
+_OFFICIAL = {"train2017": 118287, "val2017": 5000}  # images of the official set
+_CLASSES = 80  # of the official set
+_SLACK = 1.0  # pixels by which a box may reach over its image, since COCO's own boxes are rounded
 _KINDS = {"name": "category-name", "bbox": "box-format", "segmentation": "mask-format", "file_name": "file-name"}
 _ADVICE = {
-    "missing-key": "an image has id, file_name, height and width; an annotation id, image_id, category_id, bbox and "
-    "area; a category id and name: add it, ids and sizes as whole numbers",
-    "empty-list": "there is nothing to train on or to evaluate: it needs images, categories and annotations",
+    "missing-key": "an image has id, file_name, height and width, an annotation has id, image_id, category_id, bbox "
+    "and area, a category has id and name: add what is missing; ids and sizes are whole numbers",
+    "empty-list": "there is nothing to train on or to evaluate: add images, categories and annotations",
     "file-name": "file_name is the image's path within the folder of the images, without '..': mend it",
     "image-size": f"an image has at most {MOST_PIXELS} pixels: cut it into tiles",
     "duplicate-id": "ids are unique among the images, among the annotations and among the categories: renumber them",
@@ -65,7 +64,7 @@ def check_coco(root: str | Path, full: bool = True) -> Report:
                 report.problems.append(Problem("annotation-file", str(path), str(error)))
                 continue
             report.add(checked := check_annotations(content, path), split)
-            report.add(_check_files(content, root / split, full), split)
+            report.add(check_images(content, root / split, full), split)
             if len(content["categories"]) == _CLASSES:
                 report.compare(f"{split} images", _OFFICIAL.get(split))
             if not checked.problems:
@@ -73,7 +72,7 @@ def check_coco(root: str | Path, full: bool = True) -> Report:
     first = next(iter(categories), "")
     for split, pairs in categories.items():
         if other := sorted(map(str, pairs ^ categories[first])):
-            found = f"the categories of {first} and {split} in {root} differ: {some(other)}"
+            found = f"the categories of {first} and {split} in {root} differ: {first_few(other)}"
             report.problems.append(Problem("other-classes", str(root), f"{found}; both need the same ids and names"))
     return report
 
@@ -82,8 +81,8 @@ def read_annotations(path: str | Path) -> dict[str, Any]:
     """Returns the content of a COCO annotation file.
 
     Raises:
-        UserError: the file is missing, is no whole JSON, or holds something else: NaN, say, which JSON does not have,
-            or a key that stands twice.
+        UserError: the file is missing, is no whole JSON, holds other content, a number that is not finite, or a key
+            twice in one object.
     """
 
     def refuse(constant: str) -> None:
@@ -114,17 +113,18 @@ def read_annotations(path: str | Path) -> dict[str, Any]:
 
 
 def check_annotations(content: Mapping[str, Any], path: str | Path) -> Report:
-    """Checks what `read_annotations` returned: faults of one kind are one problem, which names the first of them.
+    """Checks what `read_annotations` returned: all faults of one kind become one problem, which names the first.
 
-    Images without objects are allowed, and so are objects of less than a pixel; both are counted and noted.
+    Images without objects are allowed, and so are objects smaller than a pixel; the report notes how many there are.
     """
     faults, counts, notes = _Faults(), {key: len(content[key]) for key in _LISTS}, []
     _check_keys(content, faults)
     if not faults.first:
         _check_ids(content, faults)
-        _check_objects(content, faults)
+        sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+        _check_objects(content, sizes, faults)
+        _check_masks(content, sizes, faults)
         objects = content["annotations"]
-        _check_masks(content, faults)
         empty = counts["images"] - len({one["image_id"] for one in objects} & {one["id"] for one in content["images"]})
         tiny = sum(one["area"] <= 0 or min(one["bbox"][2:]) < 1 for one in objects) if not faults.first else 0
         counts |= {"images without annotations": empty, "crowds": sum(bool(one.get("iscrowd")) for one in objects)}
@@ -135,31 +135,30 @@ def check_annotations(content: Mapping[str, Any], path: str | Path) -> Report:
     return Report([faults.problem(kind, path) for kind in faults.first], counts, notes)
 
 
-def check_images(content: Mapping[str, Any], folder: str | Path, full: bool) -> list[Problem]:
-    """Checks that the images of an annotation file are in `folder`; if `full`, that they can be read and are as large
-    as it says."""
-    return _check_files(content, Path(folder), full).problems
+def check_images(content: Mapping[str, Any], folder: str | Path, full: bool) -> Report:
+    """Checks that the images of an annotation file are in `folder`.
 
-
-def _check_files(content: Mapping[str, Any], folder: Path, full: bool) -> Report:
+    Args:
+        full: read every image as well, and compare its size with the annotation file.
+    """
+    folder = Path(folder)
     if not os.path.isdir(folder):
         return Report([missing_folder(folder)])
     images = [one for one in content["images"] if not wrong_fields("images", one)]
     names = [one["file_name"] for one in images]
     if lacking := [name for name in names if not os.path.isfile(folder / name)]:
-        found = f"{len(lacking)} of {len(names)} images are not in {folder}: {some(lacking)}"
-        return Report(
-            [Problem("missing-image", str(folder), f"{found}; add them, or remove them from the annotation file")]
-        )
+        found = f"{len(lacking)} of {len(names)} images are not in {folder}: {first_few(lacking)}"
+        todo = "add them, or remove them from the annotation file"
+        return Report([Problem("missing-image", str(folder), f"{found}; {todo}")])
     report = Report()
     if full:
         wanted = [(str(folder / one["file_name"]), (one["width"], one["height"])) for one in images]
-        report.read([path for path, _ in wanted], each(lambda one: _check_image(*one), wanted))
+        report.add_images([path for path, _ in wanted], in_threads(lambda one: _check_image(*one), wanted))
     return report
 
 
-def _check_image(path: str, wanted: tuple[int, int]) -> Read:
-    """Reads an image, which the annotation file says to be of the [width, height] `wanted`."""
+def _check_image(path: str, wanted: tuple[int, int]) -> ImageRead:
+    """Reads an image and compares its size with `wanted`, (width, height) in the annotation file."""
     read = try_image(path)
     if read.size is None or read.size == wanted:
         return read
@@ -168,7 +167,7 @@ def _check_image(path: str, wanted: tuple[int, int]) -> Read:
 
 
 class _Faults:
-    """The first fault of each kind, and how many there are."""
+    """Keeps the first fault of each kind and counts all of them."""
 
     def __init__(self) -> None:
         self.first: dict[str, str] = {}
@@ -198,7 +197,7 @@ def _check_keys(content: Mapping[str, Any], faults: _Faults) -> None:
 
 
 def _words(name: str, value: Any) -> str:
-    """Returns what an item has."""
+    """Returns the field `name` of an item with its value, in words."""
     if name == "name" and (value is None or value == "" or (isinstance(value, str) and value.isspace())):
         return "no name"
     return f"the box {shown(value)}" if name == "bbox" else f"{name} {shown(value)}"
@@ -218,8 +217,7 @@ def _check_ids(content: Mapping[str, Any], faults: _Faults) -> None:
         names.add(item["name"])
 
 
-def _check_objects(content: Mapping[str, Any], faults: _Faults) -> None:
-    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+def _check_objects(content: Mapping[str, Any], sizes: Mapping[Any, list[int]], faults: _Faults) -> None:
     categories = {category["id"] for category in content["categories"]}
     for image, (height, width) in sizes.items():
         if height * width > MOST_PIXELS:
@@ -235,8 +233,7 @@ def _check_objects(content: Mapping[str, Any], faults: _Faults) -> None:
             faults.add("box-outside", f"annotation {one['id']} has the box {shown(box)} in an image of {_pixels(size)}")
 
 
-def _check_masks(content: Mapping[str, Any], faults: _Faults) -> None:
-    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+def _check_masks(content: Mapping[str, Any], sizes: Mapping[Any, list[int]], faults: _Faults) -> None:
     for one in content["annotations"]:
         size, mask = sizes.get(one["image_id"]), one.get("segmentation")
         if not mask or size is None:
@@ -251,7 +248,7 @@ def _check_masks(content: Mapping[str, Any], faults: _Faults) -> None:
 
 
 def _near(polygon: list[float], size: list[int]) -> bool:
-    """Whether a polygon reaches over its image by no more than its size: pycocotools takes memory by its extent."""
+    """Returns whether a polygon lies within its image or near it: pycocotools takes memory for its whole extent."""
     reach = max(size)
     return min(polygon) >= -reach and max(polygon) <= 2 * reach
 

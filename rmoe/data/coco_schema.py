@@ -1,4 +1,4 @@
-"""What a COCO annotation file may hold: the type of every field that is read, down to polygons and run lengths."""
+"""Defines what a COCO annotation file may hold: the type of each field that is read, polygons and run lengths too."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pydantic import AfterValidator, Field, StrictBool, TypeAdapter, ValidationE
 from typing_extensions import TypedDict
 
 _MOST = 2**63
-_NAME = 255  # bytes that file systems allow
-_CHUNK = 7  # characters of a compressed run: 35 bits
+_LONGEST_NAME = 255  # bytes that file systems allow
+_LONGEST_RUN = 7  # characters of a compressed run, which are 35 bits
 
 
 def _in_pairs(numbers: list[float]) -> list[float]:
@@ -26,7 +26,7 @@ def _below(name: str) -> str:
     parts = PurePosixPath(name).parts
     if not parts or name.startswith("/") or ".." in parts or "\0" in name:
         raise ValueError("not a path below the images' folder")
-    if max(len(part.encode()) for part in parts) > _NAME:
+    if max(len(part.encode()) for part in parts) > _LONGEST_NAME:
         raise ValueError("too long")
     return name
 
@@ -75,8 +75,10 @@ _SCHEMA: dict[str, TypeAdapter[Any]] = {
 
 
 def wrong_fields(kind: str, item: Any) -> list[str]:
-    """Returns the names of the fields of an item of the list `kind` that are missing or of another type than they may
-    be, and "" if it has no fields at all.
+    """Returns the names of an item's fields that are missing or have the wrong type, "" if it is no object at all.
+
+    Args:
+        kind: the list that the item stands in: "images", "annotations" or "categories".
     """
     try:
         _SCHEMA[kind].validator.validate_python(item)
@@ -87,17 +89,17 @@ def wrong_fields(kind: str, item: Any) -> list[str]:
 
 
 def covers(mask: Mapping[str, Any], size: list[int]) -> bool:
-    """Returns whether run lengths that follow the schema are of an image of `size` [height, width], all of it."""
+    """Returns whether run lengths that follow the schema cover an image of `size` [height, width] exactly."""
     counts = mask["counts"]
     runs = _decompress(counts) if isinstance(counts, str) else counts
     return mask["size"] == size and runs is not None and sum(runs) == size[0] * size[1]
 
 
 def _decompress(text: str) -> list[int] | None:
-    """Returns the runs of pycocotools' compressed form, or None if there are none: its own reader does not look.
+    """Returns the run lengths in pycocotools' compressed text, or None if it is damaged, which pycocotools ignores.
 
-    Each number is written in pieces of 5 bits, the lowest first, with a sixth bit where another piece follows; from the
-    fourth on they are differences to the number before the last.
+    Each number is written in pieces of 5 bits, the lowest first; a sixth bit says that another piece follows. From the
+    fourth on, a number is the difference to the number two places before it.
     """
     codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
@@ -105,7 +107,7 @@ def _decompress(text: str) -> list[int] | None:
     ends = np.flatnonzero(codes & 32 == 0)
     starts = np.concatenate([[0], ends[:-1] + 1])
     pieces = ends - starts + 1
-    if pieces.max() > _CHUNK:
+    if pieces.max() > _LONGEST_RUN:
         return None
     place = np.arange(codes.size) - np.repeat(starts, pieces)
     numbers = np.add.reduceat((codes & 31) << 5 * place, starts)
@@ -116,10 +118,10 @@ def _decompress(text: str) -> list[int] | None:
 
 
 def shown(value: Any) -> str:
-    """Returns a value for a message, cut where it is long or deep."""
+    """Returns a value as text for a message, cut where it is long or nested deeply."""
     try:
         return _SHORT.repr(value)
-    except ValueError:  # a number of more digits than Python prints
+    except ValueError:  # the number has more digits than Python prints
         return f"a huge {type(value).__name__}"
 
 

@@ -1,4 +1,4 @@
-"""Folders and files as data sets have them: whatever links there are, and whatever they are called."""
+"""Lists the folders and files of a data set, and tells in words why one cannot be read."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ def list_folder(folder: str | Path) -> tuple[list[str], list[str]]:
     """Returns the sorted names of the folders and of the files in a folder; links are followed.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: the folder cannot be read.
     """
     try:
         with os.scandir(folder) as entries:
             folders = {entry.name: _is_folder(entry) for entry in entries}
     except OSError as error:
-        raise UserError(f"folder {folder} cannot be read ({error.strerror}); see that it is there and yours") from error
+        raise _unreadable(folder, error) from error
     return sorted(name for name in folders if folders[name]), sorted(name for name in folders if not folders[name])
 
 
 def walk(folder: str | Path, outside: str | Path | None = None) -> Iterator[tuple[str, list[str]]]:
-    """Yields a folder and all below it, each once whatever links lead to it, with the sorted names of its files.
+    """Yields a folder and all folders below it with the sorted names of their files, each once however it is linked.
 
     Args:
-        folder: where to begin.
-        outside: a folder above, which a link may lead back to, and which is left alone.
+        folder: the folder to begin with.
+        outside: a folder above it, which is left out if a link leads back to it.
 
     Raises:
-        UserError: a folder that cannot be read.
+        UserError: one of the folders cannot be read.
     """
     seen = {_identity(outside)} if outside is not None else set()
     waiting = [str(folder)]
@@ -48,7 +48,7 @@ def walk(folder: str | Path, outside: str | Path | None = None) -> Iterator[tupl
 
 
 def stems(folder: str | Path, suffix: str) -> set[str]:
-    """Returns the relative paths, without the suffix, of the files below a folder that end in it."""
+    """Returns the relative paths of the files below a folder that end in `suffix`, without the suffix."""
     return {
         os.path.relpath(os.path.join(where, name), folder)[: -len(suffix)]
         for where, names in walk(folder)
@@ -74,14 +74,28 @@ def class_images(root: str | Path, name: str) -> list[str]:
 
 
 def is_image(name: str) -> bool:
-    """Returns whether a file is called as an image is; hidden files, such as those that macOS adds, are not."""
+    """Returns whether a name is an image's; hidden files, such as those that macOS adds, are no images."""
     return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def reason(error: Exception) -> str:
+    """Returns in one line why a file could not be read."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return (text or type(error).__name__).splitlines()[0]
+
+
+def _unreadable(folder: str | Path, error: OSError) -> UserError:
+    return UserError(f"folder {folder} cannot be read ({error.strerror}); see that it exists and that you may read it")
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself
+    except OSError:  # the entry is a link to itself
         return False
 
 
@@ -89,5 +103,5 @@ def _identity(folder: str | Path) -> tuple[int, int]:
     try:
         status = os.stat(folder)
     except OSError as error:
-        raise UserError(f"folder {folder} cannot be read ({error.strerror}); see that it is there and yours") from error
+        raise _unreadable(folder, error) from error
     return status.st_dev, status.st_ino

@@ -1,4 +1,4 @@
-"""What a config's data sets need on disk, looked for before anything is built."""
+"""Checks before anything is built that the files which a config's data sets need are there."""
 
 from __future__ import annotations
 
@@ -9,27 +9,21 @@ from typing import Any
 
 from rmoe.data.arguments import check_arguments
 from rmoe.data.check import Problem, check_class_list, check_segmentation, check_split, missing_folder, require
-from rmoe.data.classes import class_list
 from rmoe.data.coco import check_annotations, check_images, read_annotations
 from rmoe.errors import UserError
 
-_PAIRS = {
-    "SegDataset",
-    "ADE20K",
-    "BaseSegDataset",
-    "ADE20KDataset",
-}  # images *.jpg, label maps *.png, if nothing is said
+_PAIRS = {"SegDataset", "ADE20K", "BaseSegDataset", "ADE20KDataset"}  # *.jpg and *.png are the default suffixes
 _COCO = {"Coco", "DetDataset", "CocoDataset"}
 
 
 def preflight(cfg: Mapping[str, Any]) -> None:
     """Checks that the files which the config's training and validation sets name are there and fit together.
 
-    Folders are listed and annotation files read, images are not. Data sets of unknown kinds are left to themselves
-    where their keys do not say what to look for, and so are those that are not on this machine's file system.
+    It lists folders and reads annotation files, but no images. It skips a data set of an unknown type whose keys do not
+    say what to look for, and one that is not on this machine's file system.
 
     Raises:
-        UserError: of one line.
+        UserError: a problem was found; the message is one line about the first.
     """
     problems: list[Problem] = []
     for name in ("train_dataloader", "val_dataloader"):
@@ -73,14 +67,11 @@ def _check_classes(dataset: Mapping[str, Any]) -> list[Problem]:
     classes, number = dataset.get("classes"), dataset.get("num_classes")
     if classes is None or number is None:
         return []
-    if isinstance(classes, (str, Path)):
-        return check_class_list(classes, number)
-    class_list(classes, number)
-    return []
+    return check_class_list(classes, number)
 
 
 def _check_pairs(dataset: Mapping[str, Any], kind: str) -> list[Problem]:
-    """Checks images and label maps, as mmseg's data sets have them."""
+    """Checks the images and label maps of one of mmseg's data sets."""
     folders = [_path(dataset, prefix or "") for prefix in dataset["data_prefix"].values()]
     if missing := [missing_folder(Path(folder)) for folder in folders if not os.path.isdir(folder)]:
         return missing
@@ -92,14 +83,14 @@ def _check_pairs(dataset: Mapping[str, Any], kind: str) -> list[Problem]:
 
 
 def _check_coco(dataset: Mapping[str, Any]) -> list[Problem]:
-    """Checks an annotation file and that its images are there, as mmdet's data sets have them."""
+    """Checks the annotation file of one of mmdet's data sets, and that its images are there."""
     path = _path(dataset, dataset["ann_file"])
     try:
         content = read_annotations(path)
     except UserError as error:
         return [Problem("annotation-file", path, str(error))]
     images = _path(dataset, (dataset.get("data_prefix") or {}).get("img") or "")
-    return check_annotations(content, path).problems or check_images(content, images, full=False)
+    return check_annotations(content, path).problems or check_images(content, images, full=False).problems
 
 
 def _path(dataset: Mapping[str, Any], path: str) -> str:

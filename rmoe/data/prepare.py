@@ -1,7 +1,7 @@
-"""From the official archives of ADE20K, COCO and ImageNet to the folders that the configs read.
+"""Unpacks the official archives of ADE20K, COCO and ImageNet to the folders that the configs read.
 
-Everything is unpacked beside its destination and renamed when it is complete. A run that was interrupted goes on where
-it stopped: files that are there in full are not written again.
+Everything is unpacked beside its destination and renamed when it is complete. An interrupted run goes on where it
+stopped: files that are complete are not written again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from rmoe.data.archives import require_end, whole
+from rmoe.data.archives import archive_errors, require_end
 from rmoe.data.check import FETCH_ADE20K
-from rmoe.data.classes import reason
+from rmoe.data.files import reason
 from rmoe.data.progress import tracked
 from rmoe.errors import UserError
 
@@ -37,19 +37,19 @@ _SOURCES = {
 
 
 def prepare(kind: str, source: Path, out: Path, synsets: Path | None = None) -> None:
-    """Unpacks the official archives of `kind` in the folder `source` to `out`, complete or not at all.
+    """Unpacks the official archives of a data set to the folder `out`, completely or not at all.
 
     Args:
         kind: "ade20k" (to images/ and annotations/), "coco" (train2017/, val2017/, annotations/) or "imagenet"
             (train/SYNSET/, val/SYNSET/).
         source: a folder with the archives as they were downloaded.
-        out: a folder that does not exist, or is empty.
-        synsets: of ImageNet's validation images, the devkit's archive or a text file: the synset of each image, one a
-            line, in the images' order, or after the image's name. By default the devkit in `source`.
+        out: a folder that does not exist or is empty.
+        synsets: a file with the synset of each of ImageNet's validation images: the devkit's archive, which is looked
+            for in `source` by default, or a text with a synset a line, in the images' order or after the image's name.
 
     Raises:
-        UserError: a missing archive, one that was cut short, holds something else or a name that leads out of `out`;
-            `out` holds something; the disk is full.
+        UserError: an archive is missing, was cut short, holds something else, or has a name that leads out of `out`;
+            `out` is not empty; the disk is full.
     """
     out = Path(os.path.abspath(out))
     if os.path.lexists(out) and (not os.path.isdir(out) or any(out.iterdir())):
@@ -82,13 +82,15 @@ def _unpack_coco(source: Path, out: Path, synsets: Path | None) -> None:
 
 def _unpack_imagenet(source: Path, out: Path, synsets: Path | None) -> None:
     train, val = (_archive(source, name) for name in (_IMAGENET_TRAIN, _IMAGENET_VAL))
-    of_image = _read_synsets(synsets or _archive(source, _DEVKIT, "or name a file with the synset of each: --synsets"))
-    with whole(train):
+    of_image = _read_synsets(
+        synsets or _archive(source, _DEVKIT, "or name a file with the synset of each image by --synsets")
+    )
+    with archive_errors(train):
         for name, content in _tar_files(train):
             synset = _checked_synset(name.removesuffix(".tar"), train)
             for image, stream in _tar_files(train, content):
                 _write(stream, out / "train" / synset / image)
-    with whole(val):
+    with archive_errors(val):
         for name, stream in _tar_files(val):
             _write(stream, out / "val" / of_image(name) / name)
 
@@ -103,8 +105,8 @@ def _archive(source: Path, name: str, advice: str = "fetch it, or correct the pa
 
 
 def _unpack_zip(archive: Path, out: Path, folders: Sequence[str], advice: str, strip: int) -> None:
-    """Unpacks a zip's files, which all lie in one of the `folders`, without the first `strip` parts of their names."""
-    with whole(archive), zipfile.ZipFile(archive) as content:
+    """Unpacks a zip whose files lie in `folders`; the first `strip` parts of their names are left out."""
+    with archive_errors(archive), zipfile.ZipFile(archive) as content:
         if not content.infolist():
             raise UserError(f"{archive} holds nothing; {advice}")
         for member in tracked(content.infolist(), archive.name):
@@ -117,11 +119,11 @@ def _unpack_zip(archive: Path, out: Path, folders: Sequence[str], advice: str, s
 
 
 def _tar_files(archive: Path, content: IO[bytes] | None = None) -> Iterator[tuple[str, IO[bytes]]]:
-    """Name and content of each file of a tar, or of one inside it.
+    """Yields name and content of each file in a tar, or if `content` is given, in that tar inside `archive`.
 
     Raises:
-        UserError: it holds what is no file in its topmost folder.
-        tarfile.TarError: it is no tar, or was cut short.
+        UserError: it holds anything but files in its topmost folder.
+        tarfile.TarError: it is no tar or was cut short.
     """
     with tarfile.open(archive, "r:", fileobj=content) as members:
         for member in tracked(members, archive.name) if content is None else members:
@@ -143,7 +145,7 @@ def _safe(name: str, archive: Path) -> PurePosixPath:
 
 
 def _write(stream: IO[bytes], path: Path, size: int | None = None) -> None:
-    """Writes a file aside and renames it, unless it is there, of that size."""
+    """Writes a file beside `path` and renames it, unless `path` exists with this size."""
     if path.is_file() and path.stat().st_size == (_length(stream) if size is None else size):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -160,7 +162,7 @@ def _length(stream: IO[bytes]) -> int:
 
 
 def _read_synsets(path: Path) -> Callable[[str], str]:
-    """The synset of a validation image, by its name."""
+    """Returns a function from the name of a validation image to its synset."""
     if path.name.endswith((".tar.gz", ".tgz")):
         synsets = _devkit_synsets(path)
     else:
@@ -170,7 +172,7 @@ def _read_synsets(path: Path) -> Callable[[str], str]:
             raise UserError(
                 f"{path} cannot be read ({reason(error)}); give the devkit or a text file of synsets"
             ) from None
-        lines.sort(key=lambda words: words[0] if len(words) > 1 else "")  # by the image's name, if there is one
+        lines.sort(key=lambda words: words[0] if len(words) > 1 else "")  # the image's name, if lines have one
         synsets = [words[-1] for words in lines]
 
     def of_image(name: str) -> str:
@@ -189,10 +191,10 @@ def _checked_synset(name: str, path: Path) -> str:
 
 
 def _devkit_synsets(path: Path) -> list[str]:
-    """From the devkit: number of each image's class, and the class list in MATLAB's format."""
+    """Reads the synset of each validation image from the devkit, which has a class table in MATLAB's format."""
     from scipy.io import loadmat
 
-    with whole(path), tarfile.open(path) as content:
+    with archive_errors(path), tarfile.open(path) as content:
         files = {PurePosixPath(member.name).name: member for member in content if member.isfile()}
         wanted = ("meta.mat", "ILSVRC2012_validation_ground_truth.txt")
         if lacking := [name for name in wanted if name not in files]:
@@ -202,6 +204,6 @@ def _devkit_synsets(path: Path) -> list[str]:
         classes = loadmat(io.BytesIO(table), squeeze_me=True)["synsets"]
         names = {int(one["ILSVRC2012_ID"]): str(one["WNID"]) for one in classes}
         return [names[int(number)] for number in truth.split()]
-    except Exception as error:  # a reader of a foreign format, on whatever bytes are there
+    except Exception as error:  # scipy raises errors of many types at damaged bytes
         found = f"{path} has no table of synsets that fits its list of images ({type(error).__name__}: {reason(error)})"
         raise UserError(f"{found}; give {_DEVKIT}, or a text file of synsets") from error

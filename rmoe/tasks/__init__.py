@@ -1,1 +1,1 @@
-"""What the training tasks need beyond timm, mmseg and mmdet: models, data sets and metrics for mmengine's runner."""
+"""Adds to timm, mmseg and mmdet what the training tasks need: models, data sets and metrics for mmengine's runner."""

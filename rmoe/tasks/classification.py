@@ -1,4 +1,4 @@
-"""ImageNet-style classification with timm's models and transforms, for mmengine's runner: upstream of everything."""
+"""Adds upstream classification with timm's models and transforms to mmengine's runner."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from rmoe.backbones.build import add_weights, brings_weights, checked_kwargs, timm_model
+from rmoe.backbones.networks import one_line
 from rmoe.data.archives import LAYOUTS, Packed, archives_of, class_names, find_split, index_all
 from rmoe.data.arguments import check_arguments
 from rmoe.data.files import class_images
@@ -30,18 +31,17 @@ from rmoe.registry import DATASETS, METRICS, MODELS
 
 @MODELS.register_module()
 class TimmClassifier(BaseModel):
-    """A timm model with its own classifier, and its loss.
+    """Holds a timm model with its own classifier, and computes its loss.
 
     Args:
         model: the timm model's name.
-        num_classes: classes of the data set.
+        num_classes: number of the data set's classes.
         kwargs: further arguments of `timm.create_model`.
-        core: checkpoint of the dense core, or of a mixture that `moe` describes: see `rmoe.backbones.build`.
+        core: checkpoint of the dense core, or of a mixture that `moe` describes; see `rmoe.backbones.build`.
         moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the model dense.
         label_smoothing: share of the target spread evenly over the classes.
-        mixup: arguments of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, …) for training; needs even batches.
-        allow_random_core: residuals may stand beside a frozen core that no checkpoint filled: for trials, and where
-            weights are loaded later.
+        mixup: arguments of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, …) for training; batches must be even.
+        allow_random_core: accept a frozen core of random weights, for trials and where weights are loaded later.
     """
 
     def __init__(
@@ -65,16 +65,16 @@ class TimmClassifier(BaseModel):
             self.mixup = timm.data.Mixup(**mixup, label_smoothing=label_smoothing, num_classes=num_classes)
 
     def init_weights(self) -> None:
-        """timm has initialised the model already; mmengine's way would do it again, over the loaded core."""
+        """Does nothing: timm has initialised the model, and mmengine would do it again and overwrite the core."""
 
     def forward(self, inputs: Tensor, labels: Tensor | None = None, mode: str = "tensor") -> Any:
-        """One pass in mmengine's protocol.
+        """Runs the model in one of mmengine's modes.
 
         Args:
             inputs: images [B, 3, H, W], normalised.
             labels: class indices [B], int64.
-            mode: "tensor" → logits [B, classes]; "loss" → {"loss_cls": scalar}; "predict" → for each image a dict with
-                "logits" [classes] and, if labels are given, its "label".
+            mode: "tensor" returns logits [B, classes]; "loss" returns {"loss_cls": scalar}; "predict" returns for each
+                image a dict with "logits" [classes] and, if labels are given, its "label".
         """
         if mode == "loss":
             assert labels is not None
@@ -95,26 +95,25 @@ class TimmClassifier(BaseModel):
 
 @DATASETS.register_module()
 class ImageFolder(torch.utils.data.Dataset):
-    """Images of classes, in folders or in archives that stay packed; the class list is that of the split "train".
+    """Reads images of classes from folders or archives, which stay packed; its classes are those of the split "train".
 
-    A split is ROOT/SPLIT/CLASS/*.jpg, as ImageNet's; ROOT/SPLIT.zip (or .tar, uncompressed) with members CLASS/*.jpg,
-    which may lie below a folder SPLIT; or ROOT/SPLIT/CLASS.zip or CLASS.tar, as ImageNet-22k's. Splits may differ.
+    A split is ROOT/SPLIT/CLASS/*.jpg, as in ImageNet; or ROOT/SPLIT.zip (or .tar, not compressed) with CLASS/*.jpg or
+    SPLIT/CLASS/*.jpg inside; or ROOT/SPLIT/CLASS.zip or CLASS.tar, as in ImageNet-22k. Splits may have different forms.
 
     Items are {"inputs": float32 [3, H, W], "labels": int}, for a loader with `collate_fn=dict(type="default_collate")`.
-    `metainfo["classes"]` are the classes' names, in the order of the class indices; `labels` are those of all items.
+    `metainfo["classes"]` holds the names of the classes in the order of their indices, `labels` the label of each item.
 
-    Where processes train together they share the indexing of archives, and all must build the data set.
+    Processes that train together share the work of indexing archives, and all of them must build the data set.
 
     Args:
         root: folder with the splits.
         split: "train", "val", …
-        num_classes: classes of the model.
+        num_classes: number of the model's classes.
         transform: arguments of `timm.data.create_transform`; `is_training` is true for the split "train".
 
     Raises:
-        UserError: a missing split, no image, another number of classes, a class that the split "train" does not have,
-            an archive that was cut short or has another one inside, and when an item is read, a file or member that is
-            no image or was cut short.
+        UserError: a split is missing, has no image, another number of classes, or a class that "train" does not have;
+            an archive was cut short or has another one inside. When an item is read: its file is no whole image.
     """
 
     def __init__(self, root: str, split: str, num_classes: int, transform: Mapping[str, Any]) -> None:
@@ -123,9 +122,13 @@ class ImageFolder(torch.utils.data.Dataset):
         train, place = find_split(root, "train"), find_split(root, split)
         classes = _classes(train)
         if len(classes) != num_classes:
-            raise UserError(f"{train} has {len(classes)} classes; the config says num_classes={num_classes}")
+            raise UserError(
+                f"{train} has {len(classes)} classes; the config says num_classes={num_classes}: make them equal"
+            )
         if unknown := sorted(set(_classes(place)) - set(classes)):
-            raise UserError(f"{place} has the class '{unknown[0]}', which {train} has not; the splits share classes")
+            raise UserError(
+                f"{place} has the class '{unknown[0]}', which {train} has not; both must have the same classes"
+            )
         archives = archives_of(place)
         self._images = _packed(place, archives, classes) if archives else _Files(place, classes)
         self.labels: Sequence[int] = self._images.labels
@@ -140,7 +143,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 class _Files:
-    """The images of class folders, as `rmoe.data.archives.Packed` has those of archives."""
+    """Reads the images of class folders, with the interface of `rmoe.data.archives.Packed`."""
 
     def __init__(self, folder: Path, classes: Sequence[str]) -> None:
         numbers = {name: number for number, name in enumerate(classes)}
@@ -155,7 +158,7 @@ class _Files:
 
 
 def _transform(given: Any, is_training: bool) -> Any:
-    """timm's transform of these arguments."""
+    """Returns timm's transform, or raises UserError for arguments that timm does not take."""
     known = inspect.signature(timm.data.create_transform).parameters.keys() - {"is_training"}
     if not isinstance(given, Mapping):
         raise UserError(f"transform is {given!r:.80}; it is a dict of arguments of timm.data.create_transform")
@@ -163,8 +166,8 @@ def _transform(given: Any, is_training: bool) -> Any:
         raise UserError(f"transform has the unknown argument '{unknown[0]}'{nearest(unknown[0], known)}")
     try:
         return timm.data.create_transform(**given, is_training=is_training)
-    except Exception as error:  # timm's own words on whatever a config gives it
-        found = f"timm.data.create_transform refuses transform={dict(given)} ({type(error).__name__}: {error})"
+    except Exception as error:  # timm raises errors of many types at wrong values
+        found = f"timm.data.create_transform refuses transform={dict(given)} ({one_line(error)})"
         raise UserError(f"{found}; see its documentation") from error
 
 
@@ -175,7 +178,7 @@ def _classes(place: Path) -> list[str]:
 
 
 def _packed(place: Path, archives: Sequence[Path], classes: Sequence[str]) -> Packed:
-    """Each process indexes some of the archives; all of them get all indices, or the same error."""
+    """Indexes some of the archives in each process; all processes get the whole index, or the same error."""
     rank, processes = get_dist_info()
     shares = all_gather_object(index_all(place, archives[rank::processes]))
     members = [shares[i % processes][i // processes] for i in range(len(archives))]
@@ -187,28 +190,28 @@ def _packed(place: Path, archives: Sequence[Path], classes: Sequence[str]) -> Pa
 
 @METRICS.register_module()
 class Accuracy(BaseMetric):
-    """Top-1 and top-5 accuracy in percent, under the names "top1" and "top5".
+    """Computes top-1 and top-5 accuracy in percent, under the names "top1" and "top5".
 
-    An image counts for top-k if fewer than k classes have a logit at least as high as its own class's, that class
-    aside: ties are never counted in the model's favour.
+    An image counts for top-k if fewer than k other classes have a logit at least as high as its own class. So ties
+    never count in the model's favour.
     """
 
     default_prefix = "accuracy"
     ranks = (1, 5)
 
     def process(self, data_batch: Any, data_samples: Sequence[dict[str, Any]]) -> None:
-        """Takes the predictions of `TimmClassifier`."""
+        """Collects the predictions of `TimmClassifier`."""
         for sample in data_samples:
             logits, label = sample["logits"], sample["label"]
             self.results.append(int((~(logits < logits[label])).sum()) - 1)  # NaN counts as above
 
     def compute_metrics(self, results: list[int]) -> dict[str, float]:
-        """results: for each image, the number of wrong classes at least as likely as the right one."""
+        """Returns the accuracies, from each image's number of wrong classes at least as likely as the right one."""
         above = torch.tensor(results)
         return {f"top{k}": 100 * (above < k).double().mean().item() for k in self.ranks}
 
 
 def majority_top1(train: ImageFolder, val: ImageFolder) -> float:
-    """Top-1 accuracy in percent of answering for every image of `val` the class commonest in `train`."""
+    """Returns top-1 accuracy in percent of answering the commonest class of `train` for every image of `val`."""
     commonest = Counter(train.labels).most_common(1)[0][0]
     return 100 * sum(label == commonest for label in val.labels) / len(val)

@@ -1,8 +1,8 @@
-"""COCO-style detection with mmdet: data sets of any class list whose faults are told in one line, a metric that says 0,
-and mmcv's operations under mixed precision.
+"""Adds to mmdet data sets in COCO's layout with any class list, which tell their faults in one line; a metric that is 0
+when nothing is detected; and mmcv's operations under mixed precision.
 
-The models, heads, augmentations and the evaluation by pycocotools are mmdet's. Import this module (a config's
-`custom_imports`) to use `rmoe.Coco`, `rmoe.DetDataset`, `rmoe.LoadObjects` and `rmoe.CocoMetric`.
+Models, heads, augmentations and the evaluation by pycocotools are mmdet's. Import this module, by `custom_imports` in a
+config, to use `rmoe.Coco`, `rmoe.DetDataset`, `rmoe.LoadObjects` and `rmoe.CocoMetric`.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 
 
 class CheckedCOCO(COCO):
-    """mmdet's index of an annotation file, whose content is checked first.
+    """Is mmdet's index of an annotation file, with the content checked first.
 
-    Categories are in the order of their ids: pycocotools evaluates them so, whatever their order in the file.
+    It sorts the categories by id, whatever their order in the file, because pycocotools evaluates them in this order.
     """
 
     def __init__(self, annotation_file: str) -> None:
@@ -57,10 +57,10 @@ class CheckedCOCO(COCO):
         self.img_ann_map, self.cat_img_map, self._path = self.imgToAnns, self.catToImgs, annotation_file
 
     def get_cat_ids(self, cat_names: Sequence[str] = (), **mmdet: Any) -> list[int]:
-        """Ids of the categories called `cat_names`, in the same order, which mmdet takes for granted.
+        """Returns the ids of the categories `cat_names` in the order of these names, which mmdet assumes.
 
         Raises:
-            UserError: a name that the file does not have, or another order than that of the ids.
+            UserError: the file does not have one of the names, or they are not in the order of the ids.
         """
         names = [category["name"] for category in self.dataset["categories"]]
         if unknown := [name for name in cat_names if name not in names]:
@@ -75,10 +75,10 @@ class CheckedCOCO(COCO):
 
 @DATASETS.register_module()
 class Coco(CocoDataset):
-    """mmdet's COCO, with annotations and files checked before training begins.
+    """Is mmdet's COCO, with annotations and files checked before training begins.
 
     Raises:
-        UserError: a missing file or folder, classes or annotations that do not fit together.
+        UserError: a file or folder is missing, or classes and annotations do not fit together.
     """
 
     COCOAPI = CheckedCOCO
@@ -88,7 +88,7 @@ class Coco(CocoDataset):
         super().__init__(**mmdet)
 
     def load_data_list(self) -> list[dict[str, Any]]:
-        """See mmdet."""
+        """Returns mmdet's list of images after it has checked that all of them exist."""
         folder = self.data_prefix.get("img") or "."
         if not os.path.isdir(folder):
             raise UserError(f"there is no folder {folder}; set data_root and data_prefix to the data set's folders")
@@ -104,16 +104,16 @@ class Coco(CocoDataset):
 
 @DATASETS.register_module()
 class DetDataset(Coco):
-    """Images in a folder and a COCO annotation file, with any class list.
+    """Reads images from a folder and a COCO annotation file, with any class list.
 
     Args:
         classes: names of the classes in the order of their category ids, or a file with them; see
             `rmoe.data.classes.class_list`. Annotations of other categories are left out.
-        num_classes: classes of the model.
+        num_classes: number of the model's classes.
         **mmdet: arguments of mmdet's `CocoDataset`.
 
     Raises:
-        UserError: as `Coco`, or another number of classes.
+        UserError: see `Coco`; or the class list has another number of names.
     """
 
     def __init__(self, classes: str | Sequence[str], num_classes: int, **mmdet: Any) -> None:
@@ -123,10 +123,10 @@ class DetDataset(Coco):
 
 @TRANSFORMS.register_module()
 class LoadObjects(LoadAnnotations):
-    """mmdet's LoadAnnotations, with the image's size checked, and that there are masks where they are asked for."""
+    """Is mmdet's LoadAnnotations, and checks the image's size and that every object has a mask if masks are needed."""
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Raises UserError for an image of another size, or an object without a mask."""
+        """Adds the objects to `results`; raises UserError if the image has another size or an object lacks its mask."""
         path, size = results["img_path"], (results["height"], results["width"])
         if results["ori_shape"] != size:
             raise UserError(
@@ -139,16 +139,16 @@ class LoadObjects(LoadAnnotations):
 
 @METRICS.register_module()
 class CocoMetric(MMDetCocoMetric):
-    """mmdet's CocoMetric, by pycocotools, with which no detection at all scores 0 instead of nothing.
+    """Is mmdet's CocoMetric, by pycocotools, and returns 0 for all values if nothing at all was detected.
 
-    Nothing would leave the values of the evaluation before in the logs.
+    mmdet's returns no values then, and the logs would repeat those of the evaluation before.
 
     Args:
         ann_file: the validation set's annotations.
         **mmdet: arguments of mmdet's `CocoMetric`.
 
     Raises:
-        UserError: annotations that cannot be used, or have no masks to compare with.
+        UserError: the annotations are faulty, or lack masks and masks are to be evaluated.
     """
 
     def __init__(self, ann_file: str, **mmdet: Any) -> None:
@@ -162,7 +162,7 @@ class CocoMetric(MMDetCocoMetric):
             )
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
-        """See mmdet."""
+        """Returns mmdet's values, and 0 for each that it leaves out."""
         found = super().compute_metrics(results)
         names = [f"{metric}_{item}" for metric in self.metrics for item in _ITEMS]
         if self.classwise:
@@ -171,8 +171,8 @@ class CocoMetric(MMDetCocoMetric):
 
 
 def majority_ap(train: CocoDataset, val: CocoDataset) -> dict[str, float]:
-    """AP in percent, by pycocotools, of answering for every image of `val` one object all over it, of the class with
-    most objects in `train`: {"box AP": …, "mask AP": …}.
+    """Returns {"box AP": …, "mask AP": …} in percent, by pycocotools, of answering one object for every image of
+    `val`: it covers the image and has the class with most objects in `train`.
     """
     objects = CheckedCOCO(train.ann_file)
     names = {category["id"]: category["name"] for category in objects.dataset["categories"]}
@@ -200,7 +200,7 @@ def majority_ap(train: CocoDataset, val: CocoDataset) -> dict[str, float]:
 
 
 def made_up_objects(height: int, width: int, objects: int = 8) -> DetDataSample:
-    """A data sample with boxes and masks at random places, to measure with; COCO's images have 7 objects on average."""
+    """Makes a data sample with random boxes and masks for measurements; COCO's images have 7 objects on average."""
     size = torch.tensor([width, height])
     corners = torch.rand(objects, 2) * size * 0.6
     boxes = torch.cat([corners, corners + size * (0.1 + 0.3 * torch.rand(objects, 2))], 1)
@@ -215,7 +215,7 @@ def made_up_objects(height: int, width: int, objects: int = 8) -> DetDataSample:
 
 
 def _compute_in_float32(function: type[torch.autograd.Function]) -> None:
-    """Under autocast, to bfloat16 say, lets an operation that mmcv has not got in that format take and give it."""
+    """Makes an operation of mmcv that lacks autocast's format compute in float32 and return that format."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain_forward = torch.amp.custom_fwd(function.forward, device_type=device, cast_inputs=torch.float32)
     plain_backward = function.backward

@@ -1,4 +1,4 @@
-"""Reading images for mmseg's and mmdet's pipelines."""
+"""Reads images for mmseg's and mmdet's pipelines."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from rmoe.registry import TRANSFORMS
 
 @TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
-    """Reads an image as it is stored: mmcv's LoadImageFromFile by way of `rmoe.data.images`, in blue, green, red.
+    """Reads an image in blue, green, red, like mmcv's LoadImageFromFile but by `rmoe.data.images`.
 
-    It does not take a file that was cut short for a whole one, and does not turn an image by its EXIF orientation, for
-    label maps, boxes and masks have none.
+    Unlike mmcv's, it refuses a file that was cut short. It does not turn an image by its EXIF orientation, because
+    label maps, boxes and masks refer to the stored pixels.
 
     Args:
-        to_float32: give float32 instead of uint8.
-        backend_args: of mmengine's file backend, where files are not on this machine's file system.
+        to_float32: return float32 instead of uint8.
+        backend_args: arguments of mmengine's file backend, for files that are not on this machine's file system.
     """
 
     def __init__(self, to_float32: bool = False, backend_args: Mapping[str, Any] | None = None) -> None:
         super().__init__(to_float32=to_float32, imdecode_backend="pillow", backend_args=backend_args)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Raises UserError for a file that is no whole image of 8 bits a channel."""
+        """Adds pixels and size to `results`; raises UserError if the file is no whole image of 8 bits a channel."""
         path = results["img_path"]
         image = read_image(path, fetch(path, self.backend_args))
         pixels = np.ascontiguousarray(np.asarray(image.convert("RGB"))[..., ::-1])
@@ -39,7 +39,7 @@ class LoadImage(LoadImageFromFile):
 
 
 def fetch(path: str, backend_args: Mapping[str, Any] | None) -> bytes | None:
-    """Returns the content of a file that mmengine has to fetch, or None for one on this machine's file system."""
+    """Returns the bytes of a file that mmengine has to fetch, or None for a file on this machine's file system."""
     if not backend_args and "://" not in path:
         return None
     try:

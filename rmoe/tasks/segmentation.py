@@ -1,6 +1,6 @@
-"""ADE20K-style segmentation with mmseg: data sets of any class list whose faults are told in one line, and a baseline.
+"""Adds to mmseg data sets in ADE20K's layout with any class list, which tell their faults in one line, and a baseline.
 
-The models, heads, augmentations and the metric are mmseg's. Import this module (a config's `custom_imports`) to use
+Models, heads, augmentations and the metric are mmseg's. Import this module, by `custom_imports` in a config, to use
 `rmoe.SegDataset`, `rmoe.ADE20K` and `rmoe.LoadLabels`.
 """
 
@@ -26,13 +26,14 @@ from rmoe.tasks.images import fetch
 
 
 class _CheckedFiles(BaseSegDataset):
-    """Before training begins: folders exist, and every image has its label map."""
+    """Checks before training begins that the folders exist and every image has its label map."""
 
     def __init__(self, **mmseg: Any) -> None:
         check_arguments(mmseg)
         super().__init__(**mmseg)
 
     def load_data_list(self) -> list[dict[str, Any]]:
+        """Returns mmseg's list of images and label maps after the checks."""
         for folder in filter(None, self.data_prefix.values()):
             if not os.path.isdir(folder):
                 raise UserError(f"there is no folder {folder}; set data_root and data_prefix to the data set's folders")
@@ -52,9 +53,7 @@ class _CheckedFiles(BaseSegDataset):
         return images
 
     def _list(self, folder: str) -> list[dict[str, Any]]:
-        """mmseg's list of images and label maps; without a file that names them, each folder is looked into once,
-        whatever links lead to it.
-        """
+        """Returns mmseg's list of images and label maps; without a list file each folder is visited once."""
         if self.ann_file and not os.path.isfile(self.ann_file):
             raise UserError(f"there is no list of images {self.ann_file}; correct ann_file")
         if self.ann_file or self.backend_args:
@@ -72,17 +71,17 @@ class _CheckedFiles(BaseSegDataset):
 
 @DATASETS.register_module()
 class SegDataset(_CheckedFiles):
-    """Images and index PNGs in two folders, with any class list.
+    """Reads images and label maps from two folders, with any class list.
 
     Args:
         classes: names of the classes in the order of their indices, or a file with them; see
-            `rmoe.data.classes.class_list`. With `reduce_zero_label`, the first class is the value 1 of the label maps
-            and 0 is void.
-        num_classes: classes of the model.
+            `rmoe.data.classes.class_list`. With `reduce_zero_label`, the first class has the label value 1 and 0 is
+            void.
+        num_classes: number of the model's classes.
         **mmseg: arguments of mmseg's `BaseSegDataset`.
 
     Raises:
-        UserError: a missing folder, file or label map, or another number of classes.
+        UserError: a folder, file or label map is missing, or the class list has another number of names.
     """
 
     def __init__(self, classes: str | Sequence[str], num_classes: int, **mmseg: Any) -> None:
@@ -92,15 +91,15 @@ class SegDataset(_CheckedFiles):
 
 @DATASETS.register_module()
 class ADE20K(_CheckedFiles, ADE20KDataset):
-    """mmseg's ADE20K, with the files checked."""
+    """Is mmseg's ADE20K, with the files checked."""
 
 
 @TRANSFORMS.register_module()
 class LoadLabels(LoadAnnotations):
-    """mmseg's LoadAnnotations, with the label map checked: one class index of 8 bits for each pixel of the image.
+    """Is mmseg's LoadAnnotations, and checks that a label map has a class index of 8 bits for each pixel of the image.
 
     Args:
-        num_classes: classes of the model; where the data set has fewer, theirs is the number that counts.
+        num_classes: number of the model's classes; if the data set has fewer, its own number is the limit.
         **mmseg: arguments of mmseg's `LoadAnnotations`.
     """
 
@@ -109,12 +108,12 @@ class LoadLabels(LoadAnnotations):
         self.num_classes = require_count("num_classes", num_classes, most=IGNORED)
 
     def transform(self, results: dict[str, Any]) -> dict[str, Any]:
-        """Raises UserError for a file that is no label map, of another size than its image, or with unknown classes."""
+        """Adds the label map to `results`; raises UserError for another size than the image's or unknown classes."""
         results, path = super().transform(results), results["seg_map_path"]
         labels = results["gt_seg_map"]
         if labels.shape != results.get("ori_shape", labels.shape):
             raise UserError(
-                f"{path} is {labels.shape}, its image {results['ori_shape']} (rows, columns); they must agree"
+                f"{path} is {labels.shape}, its image {results['ori_shape']} (rows, columns); both must have one size"
             )
         highest = int(labels.max(where=labels != IGNORED, initial=0))
         classes = min(self.num_classes, results.get("num_classes", self.num_classes))
@@ -128,10 +127,10 @@ class LoadLabels(LoadAnnotations):
         return results
 
     def _load_seg_map(self, results: dict[str, Any]) -> None:
-        """Replaces mmseg's, which makes 8 bits of whatever it finds before it can be looked at."""
+        """Reads the label map in place of mmseg's method, which cuts files to 8 bits before they can be checked."""
         path = results["seg_map_path"]
         if self.reduce_zero_label not in (None, results["reduce_zero_label"]):
-            raise UserError("reduce_zero_label of LoadLabels is not the data set's; set it in the data set alone")
+            raise UserError("reduce_zero_label of LoadLabels differs from the data set's; set it in the data set alone")
         values: np.ndarray = np.arange(IGNORED + 1, dtype=np.uint8)
         if results["reduce_zero_label"]:
             values = np.array([IGNORED, *range(IGNORED - 1), IGNORED], dtype=np.uint8)
@@ -143,7 +142,7 @@ class LoadLabels(LoadAnnotations):
 
 
 def majority_miou(train: BaseSegDataset, val: BaseSegDataset) -> float:
-    """mIoU in percent, by mmseg's IoUMetric, of answering everywhere in `val` the class commonest in `train`."""
+    """Returns mIoU in percent, by mmseg's IoUMetric, of answering `train`'s commonest class everywhere in `val`."""
     classes = len(val.metainfo["classes"])
     counts = sum(np.bincount(labels.ravel(), minlength=IGNORED + 1)[:classes] for labels in label_maps(train))
     commonest = int(np.argmax(counts))
@@ -157,7 +156,7 @@ def majority_miou(train: BaseSegDataset, val: BaseSegDataset) -> float:
 
 
 def label_maps(dataset: BaseSegDataset) -> Iterator[np.ndarray]:
-    """The label maps of a data set as they lie on disk, uint8 [H, W] of class indices, 255 = void."""
+    """Yields the label maps of a data set before any augmentation, uint8 [H, W]: class indices, `IGNORED` for void."""
     load = next(step for step in dataset.pipeline.transforms if isinstance(step, LoadAnnotations))
     for index in range(len(dataset)):
         yield load(dataset.get_data_info(index))["gt_seg_map"]

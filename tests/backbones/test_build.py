@@ -1,4 +1,4 @@
-"""From a checkpoint to a backbone: a dense core gets experts around it, a mixture brings its own along."""
+"""Tests the way from a checkpoint to a backbone: a dense core gets experts, a mixture brings its own."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def trained(folder: Path, moe: dict[str, Any]) -> nn.Module:
-    """An upstream mixture whose residuals are no longer zero, and its work dir."""
+    """Makes an upstream mixture whose residuals are no longer zero, and its work dir."""
     torch.manual_seed(0)
     classifier = TimmClassifier(
         NAME, num_classes=5, kwargs=SMALL | {"img_size": 256}, moe=moe, allow_random_core=True

@@ -1,4 +1,4 @@
-"""Official checkpoints: the imported model computes what the foreign one does, no key is lost, the rest is refused."""
+"""Tests official checkpoints: the model computes what the foreign one does, no key is lost, the rest is refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def ours(name: str, **changed: Any) -> nn.Module:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Every weight and statistic its own, so that none can stand for another or be left at its start."""
+    """Gives every weight and statistic its own values, so that none can stand for another or be left out."""
     torch.manual_seed(0)
     with torch.no_grad():
         for name, x in model.state_dict().items():
@@ -64,7 +64,7 @@ def close(one: Tensor, other: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Foreign:
-    """A classifier of another code base: its weights, its logits, and what ours is called."""
+    """Holds a classifier of another code base: its weights, its logits, and the name of our model."""
 
     state: dict[str, Tensor]
     logits: Callable[[Tensor], Tensor]
@@ -75,7 +75,7 @@ class Foreign:
 
 @pytest.fixture(scope="module")
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Foreign]:
-    """One of each format. transformers is imported here, for it takes seconds."""
+    """Makes a model of each format. transformers is imported here because it takes seconds."""
     import transformers as hf
 
     swin, vit, cvt = SMALL[SWIN], SMALL[VIT], SMALL[CVT]
@@ -91,7 +91,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Foreign]:
     folder = tmp_path_factory.mktemp("hugging_face")
 
     def published(model: nn.Module) -> dict[str, Tensor]:
-        """The names in files, which are not always those in memory."""
+        """Returns the names in files, which are not always those in memory."""
         model.save_pretrained(folder / type(model).__name__)
         return load_file(folder / type(model).__name__ / "model.safetensors")
 
@@ -114,7 +114,7 @@ def foreign(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Foreign]:
 
 
 def microsoft_swin(model: nn.Module) -> dict[str, Tensor]:
-    """The published names, written from its repository's module names; it stores what it computes, too."""
+    """Returns the published names, from the module names of its repository; computed buffers are stored too."""
     state = {}
     for key, x in model.state_dict().items():
         for stage in (1, 2, 3):
@@ -126,7 +126,7 @@ def microsoft_swin(model: nn.Module) -> dict[str, Tensor]:
 
 
 def microsoft_cvt(hf_model: nn.Module) -> dict[str, Tensor]:
-    """The published names, from Hugging Face's model: pairs as in the script that once converted the other way."""
+    """Returns the published names of Hugging Face's model, paired as in its conversion script."""
     state = hf_model.state_dict()
     renamed = {"norm.": "layernorm.", "head.": "classifier."}
     pairs = {new + part: old + part for new, old in renamed.items() for part in ("weight", "bias")}
@@ -185,7 +185,7 @@ def test_logits_equal_the_foreign_models(foreign, name, file, tmp_path):
 @pytest.mark.parametrize("prefix", ["", "backbone."])
 @pytest.mark.parametrize("library", ["mmseg", "mmdet"])
 def test_maps_equal_mmsegs_and_mmdets(library, prefix, tmp_path):
-    """Norms of the output levels included; at any size, for ours pads windows as theirs."""
+    """Compares the norms of output levels too, at any size: our pyramid pads windows as theirs does."""
     module = pytest.importorskip(f"{library}.models.backbones")
     theirs = randomised(module.SwinTransformer(**OPENMMLAB_SWIN))
     state = {prefix + key: x for key, x in theirs.state_dict().items()}
@@ -203,7 +203,7 @@ def test_maps_equal_mmsegs_and_mmdets(library, prefix, tmp_path):
 
 @pytest.mark.parametrize("name", ["HF Swin", "Microsoft Swin", "HF CvT", "Microsoft CvT"])
 def test_maps_are_those_of_the_imported_model(foreign, name, tmp_path):
-    """A pyramid takes a core of any format; its maps are tested against the foreign ones elsewhere."""
+    """Checks that a pyramid takes a core of any format; its maps are compared with the foreign ones elsewhere."""
     theirs = foreign[name]
     path = saved(theirs.state, tmp_path)
     levels = (0, 1, 2) if theirs.model == CVT else (0, 1, 2, 3)
@@ -237,7 +237,7 @@ def test_norms_of_hugging_faces_backbone_are_carried_over(tmp_path):
 
 
 def test_patch_merging_is_reordered_by_neighbours():
-    """Two channels a, b of the neighbours at (0, 0), (0, 1), (1, 0), (1, 1), in mmcv's order of unfolding."""
+    """Reorders two channels a, b of the neighbours at (0, 0), (0, 1), (1, 0), (1, 1) from mmcv's order."""
     sign = {"stages.0.blocks.0.attn.w_msa.qkv.weight": torch.ones(1)}
     mmcv = torch.tensor([0.00, 0.01, 0.10, 0.11, 1.00, 1.01, 1.10, 1.11])  # channel.row column
     norm, reduction = "stages.0.downsample.norm.weight", "stages.0.downsample.reduction.weight"
@@ -329,7 +329,7 @@ def test_translating_twice_is_translating_once(foreign, name):
 
 @pytest.fixture
 def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`import_core` takes a model's name alone: here they are small."""
+    """Makes the models of `import_core` small, which takes only their names."""
     real = build.timm_model
     monkeypatch.setattr(build, "timm_model", lambda name, kwargs: real(name, {**SMALL.get(name, {}), **kwargs}))
 

@@ -1,4 +1,4 @@
-"""CvT: equal to Hugging Face's on the same weights, a timm model, a pyramid, and with experts."""
+"""Tests CvT: it equals Hugging Face's on the same weights, as a timm model, as a pyramid and with experts."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def cvt(name: str = "cvt_13", **changed: Any) -> nn.Module:
 
 
 def randomised(model: nn.Module) -> nn.Module:
-    """Every weight and statistic its own, so that none can stand for another or be left at its start."""
+    """Gives every weight and statistic its own values, so that none can stand for another or be left out."""
     with torch.no_grad():
         for name, x in model.state_dict().items():
             if name.endswith("running_var"):
@@ -48,7 +48,7 @@ def images(*size: int) -> Tensor:
 
 @pytest.fixture(scope="module")
 def hf() -> SimpleNamespace:
-    """The foreign implementation; importing it takes seconds."""
+    """Returns the foreign implementation, whose import takes seconds."""
     from transformers import CvtConfig, CvtForImageClassification
 
     return SimpleNamespace(CvtConfig=CvtConfig, CvtForImageClassification=CvtForImageClassification)

@@ -1,4 +1,4 @@
-"""Reading a dense core: equal before and after, nothing lost silently, anything else refused."""
+"""Tests the loading of a dense core: equal before and after, nothing lost silently, anything else refused."""
 
 from __future__ import annotations
 

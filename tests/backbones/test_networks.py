@@ -1,4 +1,4 @@
-"""What a mixture can stand in for: networks that compute more than fc2(act(fc1(x))) are refused by name."""
+"""Tests what a mixture can replace: networks that compute more than fc2(act(fc1(x))) are refused by name."""
 
 from __future__ import annotations
 

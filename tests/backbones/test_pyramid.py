@@ -1,4 +1,4 @@
-"""A timm backbone as a feature pyramid: the maps are right, for any size, dense or with experts."""
+"""Tests the feature pyramid: its maps are right for images of any size, dense or with experts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_on_whole_windows_the_maps_are_those_of_timm():
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 75), (33, 129)])
 def test_at_any_size_the_maps_are_those_of_the_published_swin(size):
-    """mmseg's SwinTransformer is the published one for dense tasks."""
+    """Compares with mmseg's SwinTransformer, which is the published one for dense tasks."""
     from mmseg.models.backbones import SwinTransformer
 
     ours = swin()
@@ -66,7 +66,7 @@ def test_at_any_size_the_maps_are_those_of_the_published_swin(size):
 
 
 def mmseg_keys(pyramid: TimmPyramid) -> dict[str, Tensor]:
-    """timm downsamples at the start of a stage, mmseg at the end, with the four neighbours in another order."""
+    """Translates downsampling, which mmseg does at the end of a stage and with neighbours in another order."""
     renamed = {}
     for key, x in pyramid.model.state_dict().items():
         if ".downsample." in key:
@@ -128,7 +128,7 @@ BRIGHT: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", BRIGHT)
 def test_each_map_answers_where_the_image_changed(name):
-    """A bright patch is moved through the image: what changes most in a map is at the patch's place, edges included."""
+    """Moves a bright patch through the image; a map changes most at the patch's place, edges included."""
     torch.manual_seed(0)
     pyramid = TimmPyramid(*BRIGHT[name]).eval()
     height, width = pyramid.size or (101, 150)
@@ -146,14 +146,14 @@ def test_each_map_answers_where_the_image_changed(name):
 
 
 def centre(response: Tensor, stride: int) -> tuple[float, float]:
-    """(row, column) in pixels of the strongest part of a map."""
+    """Returns (row, column) of the strongest part of a map in pixels."""
     response = response * (response > response.max() / 2)
     rows, columns = ((torch.arange(side) + 0.5) @ response.sum(1 - axis) for axis, side in enumerate(response.shape))
     return (stride * rows / response.sum()).item(), (stride * columns / response.sum()).item()
 
 
 def test_maps_of_patch_14_are_interpolated_in_place():
-    """A map that holds each cell's own place, in pixels, holds it still on the grid of stride 16."""
+    """Checks that a map which holds each cell's own place in pixels still does so on the grid of stride 16."""
     pyramid = without_norms(TimmPyramid(DINO, SMALL_VIT | {"img_size": 56}, out_indices=(0, 1, 2)).eval())
     level = torch.stack(torch.meshgrid(14 * (torch.arange(8) + 0.5), 14 * (torch.arange(11) + 0.5), indexing="ij"))
     padded = torch.zeros(1, 3, 112, 154)
@@ -219,7 +219,7 @@ def test_one_level_of_a_backbone_with_stages_keeps_its_stride():
 
 @pytest.mark.parametrize(("model", "kwargs"), [("swinv2_tiny_window8_256", SWIN_V2), (SWIN, SMALL)])
 def test_opposite_edges_do_not_see_one_another(model, kwargs):
-    """The map is no multiple of the window: shifted windows must not join its edges. One block pair, no global view."""
+    """Checks that shifted windows do not join the edges of a map that is no multiple of the window."""
     torch.manual_seed(0)
     pyramid = TimmPyramid(model, kwargs | {"depths": (2, 1, 1, 1)}, out_indices=(0,)).eval()
     images = image(72, 72)
@@ -296,7 +296,7 @@ def test_checkpointed_activations_change_nothing(model, kwargs):
 
 
 def test_a_copy_is_independent():
-    """The padding of windows must belong to the copy's blocks, not to the original's."""
+    """Checks that the padding of windows belongs to the copy's blocks, not to the original's."""
     pyramid = swin()
     twin = copy.deepcopy(pyramid)
     nn.init.zeros_(pyramid.model.layers[0].blocks[1].attn.proj.weight)

@@ -1,4 +1,4 @@
-"""Classification sets that stay packed: what is found in them, and what is said of those that are broken."""
+"""Tests classification sets that stay packed: what is found in them, and what is said of broken ones."""
 
 from __future__ import annotations
 
@@ -117,13 +117,13 @@ def test_broken_ones_are_named(kind: str, tmp_path: Path) -> None:
 
 
 def cut_zip(path: Path) -> list[bytes]:
-    """In the end record, in the list of members, in the first image."""
+    """Cuts in the end record, in the list of members and in the first image."""
     whole = write_zip(path, IMAGES).read_bytes()
     return [whole[:end] for end in (-1, -100, 200)]
 
 
 def cut_tar(path: Path) -> list[bytes]:
-    """After the last image, in it, after the first one, in that, and nothing at all."""
+    """Cuts after the last image, in it, after the first image, in it, and before everything."""
     whole, ends = write_tar(path, IMAGES).read_bytes(), [0]
     for content in IMAGES.values():
         ends.append(ends[-1] + 512 + -(-len(content) // 512) * 512)
@@ -142,7 +142,7 @@ def test_one_that_was_cut_short(name: str, cut: Any, tmp_path: Path) -> None:
 
 
 def test_members_that_are_no_images(tmp_path: Path) -> None:
-    """Each named by archive and member: one that was cut short before it was packed, one that cannot be unpacked."""
+    """Names archive and member of an image that was cut short before packing and of one that cannot be unpacked."""
     write_tar(tmp_path / "train" / "ant.tar", {"1.jpg": IMAGES["ant/1.jpg"][:200], "2.jpg": IMAGES["ant/2.JPEG"]})
     path = write_zip(tmp_path / "train" / "bee.zip", {"1.jpg": picture(1)})
     start = path.read_bytes().index(b"1.jpg") + 5

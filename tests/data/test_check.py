@@ -13,9 +13,9 @@ from rmoe.data.check import (
     check_image_folder,
     check_imagenet,
     check_segmentation,
-    read_classes,
     require,
 )
+from rmoe.data.classes import class_list
 from rmoe.errors import UserError
 
 NAMES = [f"ADE_{number}" for number in range(5)]
@@ -23,7 +23,7 @@ NAMES = [f"ADE_{number}" for number in range(5)]
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """A sound data set of ADE20K's layout with 5 scenes a split and 3 classes."""
+    """Writes a sound data set of ADE20K's layout with 5 scenes in each split and 3 classes."""
     for split in ("training", "validation"):
         for kind in ("images", "annotations"):
             (tmp_path / kind / split).mkdir(parents=True)
@@ -224,7 +224,7 @@ def test_require_raises_one_line():
 )
 def test_class_lists(tmp_path, name, text):
     (tmp_path / name).write_text(text)
-    assert read_classes(tmp_path / name) == ["sky", "dog"]
+    assert class_list(tmp_path / name).names == ("sky", "dog")
     assert check_class_list(tmp_path / name, 2) == []
     problem = only(check_class_list(tmp_path / name, 3))
     assert "has 2 names, num_classes is 3; make them equal" in problem.message

@@ -12,7 +12,7 @@ from rmoe.errors import UserError
 
 
 def content() -> dict[str, Any]:
-    """Three images of 8 x 6 pixels: a dog with a polygon, a cat with run lengths and a crowd of cats; one is empty."""
+    """Annotates 3 images of 8 x 6 pixels: a dog with a polygon, a cat and a crowd as run lengths, none."""
     run_lengths = {"size": [6, 8], "counts": [10, 5, 33]}
     boxed = {"bbox": [1, 1, 4, 3], "area": 12.0, "iscrowd": 0}
     return {
@@ -119,7 +119,7 @@ def test_faults_of_one_kind_are_one_problem():
 
 
 def test_what_official_annotations_hold_is_allowed():
-    """Boxes rounded over the edge by less than a pixel, and two objects of no height (train2017: 918 and 2206849)."""
+    """Accepts boxes rounded over the edge by under a pixel, and objects of no height (train2017: 918 and 2206849)."""
     assert check_annotations(faulty("annotations", 0, bbox=[4.5, 0, 4.1, 6.02]), "a.json").problems == []
     report = check_annotations(faulty("annotations", 0, bbox=[1.5, 2, 1.03, 0.0], area=0.0), "a.json")
     assert report.problems == []

@@ -13,7 +13,7 @@ from rmoe.errors import UserError
 
 @pytest.fixture
 def root(tmp_path) -> Path:
-    """Two images and label maps, the images again with COCO annotations, and a classification set."""
+    """Makes two images with label maps, the same images with COCO annotations, and a classification set."""
     for folder in ("images", "labels", "classified/train/ant", "classified/train/bee", "classified/val/ant"):
         (tmp_path / folder).mkdir(parents=True)
     for number in (1, 2):

@@ -1,4 +1,4 @@
-"""Archives of the official structure, tiny, made here."""
+"""Unpacks tiny archives of the official structure, which are made here."""
 
 from __future__ import annotations
 

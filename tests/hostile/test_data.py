@@ -220,9 +220,12 @@ def test_other_encodings_of_json_are_read(tmp_path: Path) -> None:
 
 def test_files_of_images(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").mkdir()
-    refused(lambda: require(check_images(content(), tmp_path, full=True)), "1 of 1 images are not in .*: 1.jpg")
     refused(
-        lambda: require(check_images(content(), tmp_path / ("x" * 300), full=True)), "folder .*xxx.* does not exist"
+        lambda: require(check_images(content(), tmp_path, full=True).problems), "1 of 1 images are not in .*: 1.jpg"
+    )
+    refused(
+        lambda: require(check_images(content(), tmp_path / ("x" * 300), full=True).problems),
+        "folder .*xxx.* does not exist",
     )
     refused(lambda: read_annotations(tmp_path), "cannot be read .*directory")
 

@@ -1,4 +1,4 @@
-"""Classification upstream: model, data set and metric."""
+"""Tests upstream classification: model, data set and metric."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def build(**changed: object) -> TimmClassifier:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two images of each of three classes to train on; to validate, three of "cat" and one of "ant"."""
+    """Writes two training images of each of three classes, and to validate three of "cat" and one of "ant"."""
     for split, counts in {"train": {"ant": 2, "bee": 2, "cat": 3}, "val": {"ant": 1, "cat": 3}}.items():
         for name, count in counts.items():
             (tmp_path / split / name).mkdir(parents=True)
@@ -131,7 +131,7 @@ def test_in_mmengines_loader(root):
 
 
 def pack(root: Path) -> Path:
-    """The same set as a zip to train on and a tar of each class to validate, without the folders."""
+    """Packs the same set into a zip for training and a tar for each class for validation, and removes the folders."""
     shutil.make_archive(str(root / "packed" / "train"), "zip", root / "train")
     for folder in sorted((root / "val").iterdir()):
         shutil.make_archive(str(root / "packed" / "val" / folder.name), "tar", folder)
@@ -139,7 +139,7 @@ def pack(root: Path) -> Path:
 
 
 def test_packed_or_not_it_is_the_same_set(root):
-    """In workers too, forked after the set has been read: they share no position in an archive."""
+    """Reads in forked workers too, which share no position in an archive."""
     packed = pack(root)
     for split in ("train", "val"):
         plain, same = (ImageFolder(str(one), split, 3, TRANSFORM) for one in (root, packed))
@@ -211,7 +211,7 @@ def test_images_of_other_depths_and_orientations(root):
 
 @pytest.mark.parametrize("damage", [b"IDAT", b"IHDR"])
 def test_an_image_with_damaged_chunks(root, damage):
-    """Pillow raises SyntaxError and others here."""
+    """Covers files at which Pillow raises SyntaxError and other errors."""
     path = root / "val" / "ant" / "0.jpg"
     Image.new("RGB", (40, 50)).save(path, "PNG")
     path.write_bytes(path.read_bytes().replace(damage, b"\xff\xff\xff\xff"))
@@ -231,7 +231,7 @@ def test_links_that_lead_back_are_followed_once(root):
 
 
 def test_what_the_check_counts_is_what_is_trained_on(root):
-    """Images in folders within a class, and of every kind that the check knows; hidden ones are left out by both."""
+    """Finds images in folders within a class and of every suffix, as the check does; both leave hidden files out."""
     (root / "train" / "ant" / "more").mkdir()
     for name in ("more/a.jpg", "b.webp", "c.BMP", ".hidden.jpg"):
         Image.new("RGB", (40, 50)).save(root / "train" / "ant" / name)

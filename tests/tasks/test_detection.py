@@ -1,4 +1,4 @@
-"""Detection: annotations checked, the metric, mmcv's operations, schedules."""
+"""Tests detection: the checks of annotations, the metric, mmcv's operations and schedules."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _scope() -> None:
 
 
 def instances(classes: tuple[str, ...] = THINGS) -> dict[str, Any]:
-    """Two images; in each an object of the first and one of the last class, as run lengths and as a polygon."""
+    """Annotates two images, each with an object of the first and one of the last class (run lengths, polygon)."""
     left = np.zeros((ROWS, COLUMNS), dtype=np.uint8, order="F")
     left[8:40, 4:30] = 1
     code = rle.encode(left)
@@ -63,7 +63,7 @@ def instances(classes: tuple[str, ...] = THINGS) -> dict[str, Any]:
 
 
 def write(root: Path, content: Mapping[str, Any]) -> Path:
-    """The data set in COCO's layout, with the same content for training and validation."""
+    """Writes the data set in COCO's layout, with the same content for training and validation."""
     (root / "annotations").mkdir(exist_ok=True)
     for split in ("train2017", "val2017"):
         (root / split).mkdir(exist_ok=True)
@@ -110,7 +110,7 @@ def metric(root: Path, **changed: Any) -> Any:
 
 
 def answers(labels: list[int]) -> list[dict[str, Any]]:
-    """For each of the two images, the two true boxes and masks with these labels."""
+    """Returns for each of the two images the two true boxes and masks with these labels."""
     masks = torch.zeros(2, ROWS, COLUMNS, dtype=torch.bool)
     masks[0, 8:40, 4:30] = True
     masks[1, 10:40, 34:60] = True
@@ -151,7 +151,7 @@ def test_class_lists(tmp_path):
 
     refused("has no category 'wolf', which the class list has", ["dog", "wolf"])
     refused("not in the order of the category ids of .*; write it as dog, cat", ["cat", "dog"])
-    refused("the class list has 1 names .*num_classes=2", ["cat"])
+    refused("the class list has 1 names, num_classes is 2; make them equal", ["cat"])
 
 
 def test_coco_itself_needs_no_class_list(tmp_path):
@@ -249,7 +249,7 @@ def test_masks_are_needed_where_they_are_asked_for(tmp_path):
 
 
 def test_average_precision_by_hand(tmp_path):
-    """Right boxes, masks and labels; then the cats' right boxes with the dogs' label."""
+    """Scores right boxes, masks and labels, and then the cats' right boxes with the dogs' label."""
     write(tmp_path, instances())
     right, half = evaluated(metric(tmp_path), [0, 1]), evaluated(metric(tmp_path), [0, 0])
     assert (right["coco/bbox_mAP"], right["coco/segm_mAP"]) == (1, 1)
@@ -265,7 +265,7 @@ def test_no_detection_at_all_scores_zero(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mmcvs_operations_under_autocast(dtype):
-    """They give what they were given, and what they give in float32."""
+    """Checks that they return the format that they got, and the values of float32."""
     torch.manual_seed(0)
     boxes = torch.tensor([[0.0, 0, 4, 4], [0.0, 0, 4, 3.9], [4.0, 4, 7, 7]])
     scores = torch.tensor([0.5, 0.75, 0.25])
@@ -290,7 +290,7 @@ def test_mmcvs_operations_under_autocast(dtype):
 
 
 def test_mmcvs_operations_read_a_pyramids_maps():
-    """They take memory to be in the order B, C, H, W; timm's maps are not."""
+    """Checks maps in timm's order of memory; the operations assume the order B, C, H, W."""
     torch.manual_seed(0)
     maps = TimmPyramid("swin_tiny_patch4_window7_224", SWIN)(torch.randn(2, 3, 64, 64))
     rois = torch.tensor([[0.0, 3, 5, 40, 50], [1.0, 9, 2, 30, 60]])

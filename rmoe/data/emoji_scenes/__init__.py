@@ -1,1 +1,1 @@
-"""The embedded data set: scenes of emoji, rendered alike on every machine."""
+"""Renders the embedded data set: scenes of emoji, the same on every machine."""

@@ -1,4 +1,4 @@
-"""Random choices that are the same with every NumPy version, on every machine and for any number of processes."""
+"""Makes random choices that are the same with every NumPy version, on every machine and in any number of processes."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ _Item = TypeVar("_Item")
 
 
 class Dice:
-    """Random integers from a key, e.g. (seed, split, index).
+    """Draws random integers that depend on a key alone, such as (seed, split, index).
 
-    Only the raw 64-bit words of PCG64 are used: NumPy keeps a bit generator's words across versions, but not what
-    `Generator` makes of them.
+    It uses only the raw 64-bit words of PCG64. NumPy keeps these the same across versions, but not what its `Generator`
+    makes of them.
     """
 
     def __init__(self, *key: int) -> None:
         self._words = np.random.PCG64(np.random.SeedSequence(key))
 
     def between(self, low: int, high: int) -> int:
-        """One of low … high, both included."""
+        """Returns a whole number from `low` to `high`, both included."""
         return low + (int(self._words.random_raw()) * (high - low + 1) >> 64)
 
     def chance(self, percent: int) -> bool:
-        """True in `percent` of 100 calls."""
+        """Returns True with a probability of `percent`."""
         return self.between(1, 100) <= percent
 
     def pick(self, items: Sequence[_Item]) -> _Item:
-        """One of `items`, each as likely."""
+        """Returns one of `items`, all of which are equally likely."""
         return items[self.between(0, len(items) - 1)]
 
     def weighted(self, weights: Sequence[int]) -> int:
-        """An index into `weights`, with a probability in proportion to the weight."""
+        """Returns an index into `weights`, with a probability in proportion to the weight."""
         rest = self.between(0, sum(weights) - 1)
         for index, weight in enumerate(weights):
             rest -= weight
@@ -42,7 +42,7 @@ class Dice:
         raise AssertionError("weights are positive")
 
     def bytes(self, *shape: int) -> np.ndarray:
-        """uint8 array of `shape`, uniform over 0 … 255."""
+        """Returns random bytes, uint8 [*shape], uniform over 0 … 255."""
         count = int(np.prod(shape))
         words = np.asarray(self._words.random_raw(-(-count // 8)), dtype="<u8")
         return words.view(np.uint8)[:count].reshape(shape)

@@ -1,4 +1,4 @@
-"""Draws OpenMoji glyphs: colours with an exact alpha mask, at any size and angle, the same bytes on every machine.
+"""Draws OpenMoji glyphs with an exact alpha mask, at any size and angle, with the same bytes on every machine.
 
 Letters in array names: H height, W width of an image in pixels, P side of a square patch.
 """
@@ -18,14 +18,14 @@ from rmoe.errors import UserError
 def stamp(char: str, *, size: int, degrees: int = 0, flip: bool = False, sketch: bool = False) -> np.ndarray:
     """Draws a glyph of `size` pixels on its longer side, turned clockwise by `degrees`, in the middle of a patch.
 
-    All arithmetic is on integers (2 × 2 nearest samples of a glyph at most twice as large, then their mean), so that
-    the bytes do not depend on the machine.
+    All arithmetic is on integers, so that the bytes do not depend on the machine: a pixel is the mean of 2 × 2 nearest
+    samples of a glyph that is at most twice as large.
 
     Args:
         sketch: draw the dark strokes on white paper instead of colours.
 
     Returns:
-        uint8 [P, P, 4], P = 1.5 size + 2: red, green, blue, each multiplied by alpha, and alpha.
+        uint8 [P, P, 4], P = 1.5 size + 2: red, green and blue, each multiplied by alpha, and alpha.
     """
     level = 16
     while level * 3 < size * 4:
@@ -47,7 +47,7 @@ def stamp(char: str, *, size: int, degrees: int = 0, flip: bool = False, sketch:
 
 @functools.lru_cache(maxsize=2048)
 def _glyph(char: str, level: int, sketch: bool) -> np.ndarray:
-    """uint32 [H, W], the bytes of RGBA multiplied by alpha: cut to the glyph, in a transparent frame of one pixel."""
+    """Returns a glyph in a transparent frame of one pixel, uint32 [H, W], whose bytes are RGBA multiplied by alpha."""
     image = Image.new("RGBA", (level * 3, level * 3))  # glyphs are wider than the em
     ImageDraw.Draw(image).text((level, level), char, font=_font(level), embedded_color=True)
     box = image.getbbox()

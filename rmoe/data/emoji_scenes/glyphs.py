@@ -1,6 +1,6 @@
-"""The objects of the embedded data set: OpenMoji glyphs (CC BY-SA 4.0), chosen by eye.
+"""Lists the objects of the embedded data set: OpenMoji glyphs (CC BY-SA 4.0), chosen by eye.
 
-Every glyph was looked at: it has a filled body (its alpha is its mask), and no two classes look alike.
+Each glyph has a filled body, so that its alpha is its mask, and no two classes look alike.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ LICENCE_URL = "https://creativecommons.org/licenses/by-sa/4.0/"
 
 
 class Category(NamedTuple):
-    """A class of countable objects: its name, the group it belongs to and the glyphs (styles) that show it."""
+    """Describes a class of countable objects: its name, the group that it belongs to and the glyphs that show it."""
 
     name: str
     supercategory: str
     glyphs: str
 
 
-# The order is the rank that a long-tailed set gives them, and a set of N categories takes the first N.
+# The order is the rank in a long-tailed set, and a set of N categories takes the first N.
 THINGS = (
     Category("person", "person", "👨👩👴👵👮👷"),
     Category("car", "vehicle", "🚗🚘🚕🚖🚙"),
@@ -63,10 +63,10 @@ UPSTREAM = (
     "🐯🐷🐘🐸🐼🐻🦁🦊🐰🐨🐧🐢🐙🦀🐌🦒🦏🦘🦩🦉🦇🦔🐍🐊🍌🍇🍓🍍🍉🥕🌽🍄🍅🍆🥑🍔🍕🍩🍪🍦🥨🧀🚀🚁🚜🚲🛵☂🎈🎁⏰🔔💡📷☎🪑🧸🎃🏆🔒⛄"
 )
 
-# Shown in scenes as unlabelled objects ("other", value 0): no glyph of any category, whatever number is asked for.
+# Scenes show these as unlabelled objects (value 0); no category has any of them, however many categories there are.
 DISTRACTORS = "".join(char for char in UPSTREAM if not any(char in thing.glyphs for thing in THINGS))
 
 
 def class_name(char: str) -> str:
-    """The folder name of an upstream class, from the Unicode name of its glyph: 🐶 → 'dog_face'."""
+    """Returns the folder name of an upstream class, from the Unicode name of its glyph: 🐶 gives 'dog_face'."""
     return unicodedata.name(char).lower().replace(" ", "_").replace("-", "_")

@@ -1,4 +1,4 @@
-"""The parameters of the embedded data set; light to import, for the command line."""
+"""Defines the parameters of the embedded data set; it imports fast, for the command line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _MOST = 99_999  # images of one kind
 
 @dataclasses.dataclass(frozen=True)
 class SceneParams:
-    """What the embedded data set looks like and how large it is; equal parameters give equal bytes.
+    """Says what the embedded data set looks like and how large it is; equal parameters give equal bytes.
 
     Attributes:
-        seed: of all random choices.
+        seed: seed of all random choices.
         upstream_size, scene_size: height and width of the square images in pixels.
-        upstream_classes: number of upstream classes, the first of `rmoe.data.emoji_scenes.emoji.UPSTREAM`.
+        upstream_classes: number of upstream classes, the first of `rmoe.data.emoji_scenes.glyphs.UPSTREAM`.
         upstream_train, upstream_val: images of each upstream class.
         scenes_train, scenes_val: numbers of scenes.
-        categories: number of kinds of things in the scenes, the first of `rmoe.data.emoji_scenes.emoji.THINGS`.
-        styles: how pictures are drawn, one of these for each image, by chance: `plain`; `tinted`, a strong colour cast;
-            `night`, dark, bluish and grainy; `outline`, grey, objects as strokes on white.
-        long_tail: exponent a ≥ 0: the r-th category of the scenes is drawn in proportion to r^-a, and the r-th upstream
-            class has r^-a times as many training images (at least 1). Upstream validation stays balanced.
+        categories: number of kinds of things in the scenes, the first of `rmoe.data.emoji_scenes.glyphs.THINGS`.
+        styles: the styles of drawing; each image has one of them by chance. `plain` changes nothing, `tinted` has a
+            strong colour cast, `night` is dark, bluish and grainy, `outline` is grey with objects as strokes on white.
+        long_tail: an exponent a ≥ 0. The r-th category of the scenes is drawn in proportion to r^-a, and the r-th
+            upstream class has r^-a times as many training images (at least 1). Upstream validation stays balanced.
     """
 
     seed: int = 0
@@ -57,7 +57,7 @@ class SceneParams:
             value, real = getattr(self, name), name == "long_tail"
             if type(value) not in ((int, float) if real else (int,)) or not low <= value <= high:
                 kind = "a number" if real else "a whole number"
-                raise UserError(f"{name} is {value!r:.80}; it is {low} to {high}, {kind}")
+                raise UserError(f"{name} is {value!r:.80}; it is {kind} from {low} to {high}")
         if not isinstance(self.styles, (tuple, list)):
             raise UserError(f"styles are {self.styles!r:.80}; name one or more of {', '.join(STYLES)}, in a tuple")
         for style in self.styles:
@@ -69,12 +69,12 @@ class SceneParams:
             raise UserError(f"styles are {list(self.styles)}; name one or more of {', '.join(STYLES)}, each once")
 
     def upstream_count(self, split: str, rank: int) -> int:
-        """Images of the upstream class of `rank` (from 0) in `split`."""
+        """Returns the number of images of the upstream class of `rank` (from 0) in `split`."""
         if split == "val":
             return self.upstream_val
         return max(1, self.upstream_train * tail(rank, self.long_tail) + 2**15 >> 16)
 
 
 def tail(rank: int, exponent: float) -> int:
-    """(rank + 1) to the power of -exponent, in units of 2^-16."""
+    """Returns (rank + 1) to the power of -exponent, in units of 2^-16."""
     return max(1, round(65536 * (rank + 1) ** -exponent))

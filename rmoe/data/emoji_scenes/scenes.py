@@ -1,14 +1,14 @@
-"""The embedded data set: OpenMoji objects in front of textures, in the layouts of ImageNet, ADE20K and COCO.
+"""Renders the embedded data set: OpenMoji objects on textures, in the layouts of ImageNet, ADE20K and COCO.
 
 `render` writes
 
     OUT/upstream/{train,val}/CLASS/*.jpg                      one object per picture
     OUT/ade20k/{images,annotations}/{training,validation}/    scenes and label maps (8 bit; 0 = void, 1 … N classes)
-    OUT/ade20k/classes.json                                   names, palette, is it a thing, of the values 1 … N
+    OUT/ade20k/classes.json                                   for the values 1 … N: name, colour, whether it is a thing
     OUT/coco/{train2017,val2017}/, annotations/instances_*    the same scenes; a category's id is its label value
     OUT/dataset.json                                          parameters, counts, licence, sha256 of all other files
 
-An image depends on (seed, split, index) and the parameters of how it looks, on nothing else. Letters in array names:
+An image depends on (seed, split, index) and the parameters of its looks alone. Letters in array names:
 H height, W width in pixels; 3 is red, green, blue.
 """
 
@@ -38,7 +38,7 @@ from rmoe.data.progress import tracked
 from rmoe.errors import UserError
 
 FORMAT = 1  # raise it when the bytes of any image change
-MIN_VISIBLE = 16  # pixels; what shows less of itself is nobody's
+MIN_VISIBLE = 16  # pixels; an object that shows fewer becomes void
 _VOID = -1
 _BEHIND = {"sky": 4, "brick": 2, "wood": 2}
 _GROUND = {"grass": 3, "water": 2, "sand": 2, "snow": 2, "road": 3, "wood": 1}
@@ -47,7 +47,7 @@ _FIRST_VAL_ID = 500_000  # COCO's image ids are unique over both splits
 
 
 class Instance(NamedTuple):
-    """The visible part of an object, or of a crowd: its label value and mask, bool [H, W]."""
+    """Holds the visible part of an object or of a crowd: its label value and mask, bool [H, W]."""
 
     value: int
     crowd: bool
@@ -55,7 +55,7 @@ class Instance(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture, uint8 [H, W, 3], its label map, uint8 [H, W], 0 = void, and the instances, back to front."""
+    """Holds a picture, uint8 [H, W, 3], its label map, uint8 [H, W], 0 for void, and its instances, back to front."""
 
     image: np.ndarray
     labels: np.ndarray
@@ -63,7 +63,7 @@ class Scene(NamedTuple):
 
 
 class _Placed(NamedTuple):
-    """A glyph to draw: row of its foot, column of its middle, size, and whose it is (None: a distractor)."""
+    """Says where to draw a glyph: row of the foot, column of the middle, size, and its owner (None: a distractor)."""
 
     foot: int
     middle: int
@@ -73,7 +73,7 @@ class _Placed(NamedTuple):
 
 
 def metainfo(categories: int = SceneParams.categories) -> dict[str, tuple]:
-    """`classes` and `palette` of the scenes' label values 1 … N, stuff first, as mmseg's datasets take them."""
+    """Returns `classes` and `palette` of the label values 1 … N, stuff first, as mmseg's data sets take them."""
     names = (*STUFF, *(thing.name for thing in THINGS[:categories]))
     # 91 is coprime to 256, so that no two values share their red
     palette = [(value * 91 % 256, value * 53 % 256, (value * 197 + 64) % 256) for value in range(1, len(names) + 1)]
@@ -81,10 +81,10 @@ def metainfo(categories: int = SceneParams.categories) -> dict[str, tuple]:
 
 
 def render(out: Path, params: SceneParams, *, jobs: int = 1) -> bool:
-    """Writes the data set to `out`, complete or not at all; returns False if it is there already.
+    """Writes the data set to `out`, completely or not at all; returns False if it is there already.
 
     Raises:
-        UserError: `out` holds something else, or a data set of other parameters, or cannot be written.
+        UserError: `out` holds something else or a data set of other parameters, or cannot be written.
     """
     require_count("jobs", jobs)
     out = Path(os.path.abspath(out))  # "." has no sibling
@@ -105,7 +105,7 @@ def render(out: Path, params: SceneParams, *, jobs: int = 1) -> bool:
 
 
 def upstream_image(params: SceneParams, split: str, rank: int, index: int) -> np.ndarray:
-    """uint8 [H, W, 3]: picture `index` of the upstream class of `rank`, in `split`."""
+    """Returns picture `index` of the upstream class of `rank` in `split`, uint8 [H, W, 3]."""
     dice = Dice(params.seed, 0, _SPLITS[split], rank, index)
     style, size = dice.pick(params.styles), params.upstream_size
     image = texture(dice.pick(list(STUFF)), dice, size)
@@ -122,17 +122,19 @@ def upstream_image(params: SceneParams, split: str, rank: int, index: int) -> np
 
 
 def scene(params: SceneParams, split: str, index: int) -> Scene:
-    """Scene `index` of `split`. Its label map and its instances are two views of the same visible pixels."""
+    """Returns scene `index` of `split`; its label map and its instances show the same visible pixels."""
     dice = Dice(params.seed, 1, _SPLITS[split], index)
     style, size = dice.pick(params.styles), params.scene_size
     image, labels = _backdrop(dice, size)
     placed, owners = _placed(dice, params)
-    owned = np.full((size, size), len(owners), dtype=np.int16)  # whose each pixel is; len(owners): the backdrop's
+    owned = np.full(
+        (size, size), len(owners), dtype=np.int16
+    )  # the owner of each pixel; len(owners) stands for the backdrop
     for item in sorted(placed, key=lambda item: item.foot):
         patch = _drawn(dice, item.char, item.size, 20, style)
         window, cover = _paste(image, patch, item.foot - item.size // 2, item.middle)
         view = owned[window]
-        view[cover > 96] = _VOID  # about half covered: nobody's
+        view[cover > 96] = _VOID  # about half covered pixels are void
         if item.owner is not None:
             view[cover > 160] = item.owner
     instances = []
@@ -149,7 +151,7 @@ def scene(params: SceneParams, split: str, index: int) -> Scene:
 
 
 def _backdrop(dice: Dice, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A picture, uint8 [H, W, 3], and a label map, uint8 [H, W], of a wall or sky, one or two grounds and a patch."""
+    """Returns picture, uint8 [H, W, 3], and label map, uint8 [H, W], of a wall or sky, one or two grounds, a patch."""
     values = {kind: value for value, kind in enumerate(STUFF, start=1)}
     rows, columns = np.arange(size)[:, None], np.arange(size)
     behind = list(_BEHIND)[dice.weighted(list(_BEHIND.values()))]
@@ -170,7 +172,7 @@ def _backdrop(dice: Dice, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _placed(dice: Dice, params: SceneParams) -> tuple[list[_Placed], list[tuple[int, bool]]]:
-    """What stands in a scene, and of each owner its category (from 0) and whether it is a crowd."""
+    """Returns the glyphs of a scene, and for each owner its category (from 0) and whether it is a crowd."""
     size = params.scene_size
     weights = [tail(rank, params.long_tail) for rank in range(params.categories)]
     placed: list[_Placed] = []
@@ -192,13 +194,13 @@ def _placed(dice: Dice, params: SceneParams) -> tuple[list[_Placed], list[tuple[
 
 
 def _somewhere(dice: Dice, size: int, char: str, owner: int | None) -> _Placed:
-    """Nearer (lower in the picture) is larger."""
+    """Places a glyph at random; the lower in the picture it stands, the nearer and larger it is."""
     foot = dice.between(size * 30 // 100, size * 105 // 100)
     return _Placed(foot, dice.between(0, size), size * dice.between(16, 34) // 100 + foot // 5, char, owner)
 
 
 def _drawn(dice: Dice, char: str, side: int, turn: int, style: str) -> np.ndarray:
-    """uint8 [P, P, 4]: a glyph turned by at most `turn` degrees, flipped by chance, its colours shifted a little."""
+    """Draws a glyph turned by at most `turn` degrees, perhaps flipped, in slightly changed colours, uint8 [P, P, 4]."""
     degrees, flip = dice.between(-turn, turn), dice.chance(50)
     matrix = colour_matrix(dice.between(-20, 20), dice.between(180, 320), dice.between(190, 300))
     patch = stamp(char, size=side, degrees=degrees, flip=flip, sketch=style == "outline")
@@ -211,7 +213,7 @@ def _paste(image: np.ndarray, patch: np.ndarray, row: int, column: int) -> tuple
     """Lays `patch` (uint8 [P, P, 4], colours times alpha) on `image` with its middle at (row, column).
 
     Returns:
-        The window of `image` that it reaches, and how much it covers there, uint8 of the window's shape.
+        The window of `image` that the patch reaches, and its alpha there, uint8 of the window's shape.
     """
     window, inside = [], []
     for middle, extent, side in zip((row, column), image.shape, patch.shape, strict=False):
@@ -226,7 +228,7 @@ def _paste(image: np.ndarray, patch: np.ndarray, row: int, column: int) -> tuple
 
 
 def _lit(image: np.ndarray, dice: Dice, style: str) -> np.ndarray:
-    """uint8 [H, W, 3]: the picture under the light and with the grain of its `style`."""
+    """Returns the picture with the light and the grain of its `style`, uint8 [H, W, 3]."""
     contrast, offset, grain = dice.between(215, 290), np.array([dice.between(-14, 14) for _ in range(3)]), 5
     saturation = 256
     if style == "tinted":
@@ -298,7 +300,7 @@ def _write(root: Path, params: SceneParams, jobs: int) -> None:
 
 
 def _in_order(tasks: Sequence[tuple], jobs: int) -> Iterator[list[dict]]:
-    """The results of `_work` for each task, with a progress bar on a terminal."""
+    """Yields the results of `_work` for each task, with a progress bar on a terminal."""
     if jobs == 1:
         yield from tracked(map(_work, tasks), "rendering", len(tasks))
         return
@@ -307,7 +309,7 @@ def _in_order(tasks: Sequence[tuple], jobs: int) -> Iterator[list[dict]]:
 
 
 def _work(task: tuple) -> list[dict]:
-    """Writes one class of upstream images (start None), or scenes `start` to `stop`; returns COCO annotations."""
+    """Writes scenes `start` to `stop`, or for None the images of one upstream class; returns COCO annotations."""
     root, params, split, start, stop = task
     if start is None:
         folder = root / "upstream" / split / class_name(UPSTREAM[stop])
@@ -324,7 +326,7 @@ def _write_scene(root: Path, params: SceneParams, split: str, index: int) -> Ite
     ade, name = {"train": "training", "val": "validation"}[split], f"ADE_{split}_{index + 1:08d}"
     jpeg = root / "ade20k" / "images" / ade / f"{name}.jpg"
     _write_jpeg(jpeg, made.image)
-    # runs only: what other strategies find depends on the build of zlib
+    # Z_RLE: the output of zlib's other strategies depends on its build.
     Image.fromarray(made.labels).save(root / "ade20k" / "annotations" / ade / f"{name}.png", compress_type=zlib.Z_RLE)
     _link(jpeg, root / "coco" / f"{split}2017" / f"{image_id:012d}.jpg")
     for number, instance in enumerate(made.instances):
@@ -376,7 +378,7 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _digest(root: Path) -> tuple[int, str]:
-    """The number of files under `root`, and the sha256 over their names and bytes."""
+    """Returns the number of files under `root` and the sha256 over their names and bytes."""
     total, files = hashlib.sha256(), sorted(path for path in root.rglob("*") if path.is_file())
     for path in files:
         total.update(path.relative_to(root).as_posix().encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())

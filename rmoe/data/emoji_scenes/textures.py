@@ -1,7 +1,7 @@
-"""Procedural "stuff": sky, grass, water …, and colour changes, in integer arithmetic.
+"""Draws procedural "stuff" (sky, grass, water …) and changes colours, in integer arithmetic.
 
-Every kind comes in several colours, and the colours of the kinds overlap (grey sky, road and brick; dry grass and
-sand): texture tells them apart. Letters in array names: H height, W width in pixels; 3 is red, green, blue.
+Every kind comes in several colours, and the colours of kinds overlap (grey sky, road and brick; dry grass and sand), so
+that only texture tells them apart. Letters in array names: H height, W width in pixels; 3 is red, green, blue.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Colour = tuple[int, int, int]
 
 
 def texture(kind: str, dice: Dice, size: int) -> np.ndarray:
-    """uint8 [size, size, 3]: a picture filled with one kind of `STUFF`."""
+    """Returns a picture filled with one kind of `STUFF`, uint8 [size, size, 3]."""
     draw, ramps = STUFF[kind]
     dark, light = dice.pick(ramps)
     colours = (np.array(colour, dtype=np.int32) for colour in (dark, light))
@@ -26,10 +26,10 @@ def texture(kind: str, dice: Dice, size: int) -> np.ndarray:
 
 
 def noise(dice: Dice, size: int, across: int, down: int, octaves: int = 1) -> np.ndarray:
-    """int32 [size, size], about 0 … 255: smooth random values, halved in grain and in weight with each octave.
+    """Returns smooth random values of about 0 … 255, int32 [size, size]; each octave halves their grain and weight.
 
     Args:
-        across, down: width and height of the largest grains in pixels of a picture of 128 pixels.
+        across, down: width and height of the largest grains, in pixels of a picture of 128 pixels.
     """
     total, weights = np.zeros((size, size), dtype=np.int32), 0
     for octave in range(octaves):
@@ -42,14 +42,14 @@ def noise(dice: Dice, size: int, across: int, down: int, octaves: int = 1) -> np
 
 
 def recolour(rgb: np.ndarray, matrix: np.ndarray, offset: int | np.ndarray = 0) -> np.ndarray:
-    """uint8 [..., 3]: every colour times `matrix` / 256 (int32 [3, 3]) plus `offset`, clipped."""
+    """Returns every colour times `matrix` / 256 (int32 [3, 3]) plus `offset`, clipped, uint8 [..., 3]."""
     channels = [rgb[..., channel].astype(np.int32) for channel in range(3)]
     mixed = [sum(int(row[i]) * channels[i] for i in range(3)) + 128 >> 8 for row in matrix]
     return (np.stack(mixed, axis=-1) + offset).clip(0, 255).astype(np.uint8)
 
 
 def colour_matrix(hue: int = 0, saturation: int = 256, contrast: int = 256) -> np.ndarray:
-    """int32 [3, 3] in units of 1/256: turns the hue by degrees, scales saturation and contrast (256 = as it is)."""
+    """Returns a matrix that turns the hue by degrees and scales saturation and contrast, int32 [3, 3] in 1/256."""
     cos, sin = math.cos(math.radians(hue)) * saturation, math.sin(math.radians(hue)) * saturation / math.sqrt(3)
     grey = (256 - cos) / 3
     first = (grey + cos, grey - sin, grey + sin)
@@ -57,7 +57,7 @@ def colour_matrix(hue: int = 0, saturation: int = 256, contrast: int = 256) -> n
 
 
 def _ramp(value: np.ndarray, dark: np.ndarray, light: np.ndarray) -> np.ndarray:
-    """int32 [H, W, 3]: from `dark` at 0 to `light` at 255."""
+    """Returns colours from `dark` at 0 to `light` at 255, int32 [H, W, 3]."""
     return dark + ((light - dark) * value[..., None] >> 8)
 
 

@@ -12,7 +12,7 @@ OF_THINGS = "".join(thing.glyphs for thing in THINGS)
 
 
 def picture(char: str) -> np.ndarray:
-    """float [38, 38, 3]: the glyph on grey."""
+    """Returns the glyph on grey, float [38, 38, 3]."""
     patch = stamp(char, size=24).astype(float)
     return patch[..., :3] + (255 - patch[..., 3:]) * 0.5
 
@@ -75,7 +75,7 @@ def test_textures_vary(kind):
 
 
 def test_colour_is_not_the_whole_answer():
-    """The nearest mean colour names fewer than three quarters of textures; the kinds' colours overlap."""
+    """Shows that the kinds' colours overlap: the nearest mean colour names fewer than three quarters of textures."""
     means = {kind: np.array([texture(kind, Dice(seed), 32).mean(axis=(0, 1)) for seed in range(12)]) for kind in STUFF}
     centres = np.stack([colours.mean(0) for colours in means.values()])
     right = 0

@@ -123,7 +123,7 @@ def test_crowds_are_one_annotation_of_many_objects():
 
 
 def _parts(mask: np.ndarray) -> int:
-    """A lower bound of the number of separate pieces: runs of columns that hold a pixel."""
+    """Returns a lower bound of the number of separate pieces: runs of columns that hold a pixel."""
     return int(np.count_nonzero(np.diff(mask.any(0).astype(int), prepend=0) == 1))
 
 
@@ -167,7 +167,7 @@ def test_splits_differ():
 
 
 def test_the_pixels_are_the_ones_that_were_published():
-    """Should FreeType or Pillow ever draw differently, this tells so: raise `FORMAT` and pin the new digest."""
+    """Fails if FreeType or Pillow ever draw differently: raise `FORMAT` then and pin the new digest."""
     total = hashlib.sha256()
     for style in STYLES:
         params = dataclasses.replace(TINY, styles=(style,))
@@ -180,7 +180,7 @@ def test_the_pixels_are_the_ones_that_were_published():
 
 
 def test_the_files_are_the_ones_that_were_published(root):
-    """Pixels, and what the JPEG and PNG libraries in Pillow's wheel made of them (equal in Pillow 11.3 and 13.0)."""
+    """Covers the pixels and the files that Pillow's JPEG and PNG libraries write (equal in Pillow 11.3 and 13.0)."""
     published = "c79f75122004d40e699df67e54d35853f5af5afcf6ccfd1b8650d4d4eb0d67d7"
     assert json.loads((root / "dataset.json").read_text())["sha256"] == published
 
@@ -285,11 +285,11 @@ def test_a_failed_run_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"categories": 33}, "categories is 33; it is 2 to 32"),
-        ({"seed": -1}, "seed is -1; it is 0 to"),
-        ({"scene_size": 8}, "scene_size is 8; it is 32 to 1024"),
-        ({"scenes_train": 0}, "scenes_train is 0; it is 1 to"),
-        ({"long_tail": float("nan")}, "long_tail is nan; it is 0 to 4"),
+        ({"categories": 33}, "categories is 33; it is a whole number from 2 to 32"),
+        ({"seed": -1}, "seed is -1; it is a whole number from 0 to"),
+        ({"scene_size": 8}, "scene_size is 8; it is a whole number from 32 to 1024"),
+        ({"scenes_train": 0}, "scenes_train is 0; it is a whole number from 1 to"),
+        ({"long_tail": float("nan")}, "long_tail is nan; it is a number from 0 to 4"),
         ({"styles": ("nite",)}, "style 'nite' is unknown; did you mean 'night'"),
         ({"styles": ("plain", "plain")}, "each once"),
         ({"styles": ()}, "name one or more"),
