@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmoe.backbones.checkpoint_formats import translate
@@ -24,7 +23,7 @@ from rmoe.backbones.networks import one_line
 from rmoe.backbones.upcycle import upcycle
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.moe.state import holds_experts
+from rmoe.moe.state import holds_experts, save_tensors
 
 
 def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -175,10 +174,10 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
     }
     report = load_core(net, source, norms, raw)
     absent = {key for keys in report.left_out.values() for key in keys}
-    written = {key: x.contiguous() for key, x in (net.state_dict() | level_keys(norms)).items() if key not in absent}
+    written = {key: x for key, x in (net.state_dict() | level_keys(norms)).items() if key not in absent}
     partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
     try:
-        save_file(written, partial)
+        save_tensors(partial, written)
         partial.replace(out)
     except Exception as error:  # safetensors and the system raise errors of many types
         partial.unlink(missing_ok=True)

@@ -23,8 +23,8 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, translate
-from rmoe.backbones.networks import WEIGHTS, described, is_weight
 from rmoe.errors import UserError
+from rmoe.moe.experts import WEIGHTS, described, is_weight
 from rmoe.moe.state import global_state_dict, holds_experts, load_global_state_dict
 
 # (pattern, reason). LEFT_OUT: keys that the file may hold and the model lack. ABSENT: keys that the file may lack.

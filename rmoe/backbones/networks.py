@@ -17,9 +17,9 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.utils.parametrize import is_parametrized
 
 from rmoe.errors import UserError
-from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.experts import WEIGHTS, described, is_weight
+from rmoe.moe.layer import ResidualMoE, keep_input
 
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # dtypes of a core's weights
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # The classes of timm whose names begin so give one token for a whole image.
 _POOLING = ("ClassAtt", "AttentionPool")
@@ -139,28 +139,15 @@ def _check_weights(name: str, network: nn.Module) -> None:
         raise UserError(f"'{name}' has weights of {' and '.join(kinds)}; bring them to one dtype and device")
 
 
-WEIGHTS = "a core's weights are dense tensors of float64, float32, float16 or bfloat16"
-
-
-def is_weight(x: Tensor) -> bool:
-    """Returns whether a tensor can be a weight of a core: dense, of a dtype that can be trained."""
-    return x.layout == torch.strided and x.dtype in FLOATING
-
-
-def described(x: Tensor) -> str:
-    """Returns the dtype of a tensor, and its layout unless it is dense, in words."""
-    words = str(x.dtype).removeprefix("torch.")
-    return words if x.layout == torch.strided else f"{words}, {str(x.layout).removeprefix('torch.')}"
-
-
 def _check_act(name: str, network: nn.Module) -> None:
     act: Any = _randomised(name, network.act)  # type: ignore[arg-type]
+    keep_input(act)  # as the mixture does
     for training in (True, False):
         act.train(training)
         h_BTH = random_tokens(8, network.fc1.weight)  # type: ignore[union-attr,arg-type]
         whole = _output(name, act, given := h_BTH.clone())
         if not torch.equal(given, h_BTH):
-            raise UserError(f"'{name}' ({type(act).__name__}) overwrites its input; build it with inplace=False")
+            raise UserError(f"'{name}' ({type(act).__name__}) overwrites its input; use one that returns a new tensor")
         if not agree(whole[:1, :1, :1], _output(name, act, given[:1, :1, :1])):
             raise UserError(f"'{name}' ({type(act).__name__}) is not elementwise; use a model with another activation")
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from rmoe.moe.grouped import Groups
 
 Activation = Callable[[Tensor], Tensor]
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+WEIGHTS = "a core's weights are dense tensors of float64, float32, float16 or bfloat16"
 
 
 class Network(NamedTuple):
@@ -165,3 +167,14 @@ def _add(core: Network, delta: Network, scale: Tensor | float) -> Network:
 
 def _random(core: Network, experts: int, outputs: int, inputs: int) -> Tensor:
     return torch.randn(experts, outputs, inputs).to(core.w1_HC) / inputs**0.5
+
+
+def is_weight(x: Tensor) -> bool:
+    """Says whether a tensor can be a weight of a core: dense, of a dtype that can be trained."""
+    return x.layout == torch.strided and x.dtype in WEIGHT_DTYPES
+
+
+def described(x: Tensor) -> str:
+    """Returns the dtype and layout of a tensor in words."""
+    words = str(x.dtype).removeprefix("torch.")
+    return words if x.layout == torch.strided else f"{words}, {str(x.layout).removeprefix('torch.')}"

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe.exchange import exchange_tokens, expert_group, gather_experts, make_expert_groups
-from rmoe.moe.experts import Network, Residuals
+from rmoe.moe.experts import WEIGHTS, Network, Residuals, described, is_weight
 from rmoe.moe.gate import Gate, Routing
 from rmoe.moe.mix import mix
 from rmoe.moe.records import record
@@ -165,9 +165,6 @@ def _network(core: nn.Module) -> Network:
     return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
 def _check_core(core: nn.Module, config: ResidualMoEConfig) -> None:
     """Refuses what the layer would compute wrongly, and prepares the activation.
 
@@ -186,16 +183,20 @@ def _check_core(core: nn.Module, config: ResidualMoEConfig) -> None:
     if (fc1.in_features, fc1.out_features) != (fc2.out_features, fc2.in_features):  # type: ignore[union-attr]
         raise UserError(f"the core maps {fc1} and {fc2}; fc2 must lead back from fc1's outputs to its inputs")
     for name, parameter in core.named_parameters():
-        if parameter.dtype not in _DTYPES or parameter.layout != torch.strided:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _DTYPES)
-            raise UserError(f"the core's {name} is {parameter.dtype}, {parameter.layout}; it is dense, of {allowed}")
+        if not is_weight(parameter):
+            raise UserError(f"the core's {name} is {described(parameter)}; {WEIGHTS}: convert it first")
     if any(True for _ in act.parameters()) or isinstance(act, nn.RReLU):  # type: ignore[union-attr]
         raise UserError(
             f"the core's activation is {act}; use one without parameters and chance: its backward pass is the layer's"
         )
-    for module in act.modules():  # type: ignore[union-attr]
+    keep_input(act)  # type: ignore[arg-type]
+
+
+def keep_input(act: nn.Module) -> None:
+    """Makes an activation that overwrites its input, as `inplace=True` says, leave it: the backward pass needs it."""
+    for module in act.modules():
         if getattr(module, "inplace", False):
-            module.inplace = False  # backward needs what it was given
+            module.inplace = False  # type: ignore[assignment]
 
 
 def _check_processes(ep_size: int) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rmoe.moe.layer import ResidualMoE
@@ -81,6 +83,15 @@ def load_global_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
             f"only in the file and {len(wrong & known)} only in the model, such as {min(wrong)}"
         )
     model.load_state_dict(local)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself lets nobody."""
+    path.unlink(missing_ok=True)
+    path.touch()
+    mode = path.stat().st_mode & 0o777
+    save_file({name: x.contiguous() for name, x in tensors.items()}, path, dict(metadata) if metadata else None)
+    path.chmod(mode)
 
 
 def _experts_prefix(layer_name: str) -> str:

@@ -85,6 +85,13 @@ class Doubling(nn.Identity):
         return 2 * x
 
 
+class Overwriting(nn.Module):
+    """Is a ReLU in place that does not say so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu_()
+
+
 class Softmax(nn.Softmax):
     def __init__(self) -> None:
         super().__init__(dim=-1)
@@ -165,7 +172,7 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "more arguments": (Sized(4, 8), r"'0.mlp' \(Sized\) cannot be run on tokens alone \(TypeError"),
     "softmax": (Mlp(4, 8, act_layer=Softmax), r"'0.mlp.act' \(Softmax\) is not elementwise"),
     "random act": (Mlp(4, 8, act_layer=nn.RReLU), r"'0.mlp.act' \(RReLU\) is not elementwise"),
-    "act in place": (changed(lambda m: setattr(m, "act", nn.SiLU(inplace=True))), "'0.mlp.act' .* overwrites"),
+    "act that overwrites": (changed(lambda m: setattr(m, "act", Overwriting())), "'0.mlp.act' .* overwrites"),
     "bool weights": (changed(typed("fc1", torch.bool)), "'0.mlp.fc1.weight' is bool"),
     "int8 weights": (changed(typed("fc2", torch.int8)), "'0.mlp.fc2.weight' is int8"),
     "complex weights": (changed(typed("fc1", torch.complex64)), "'0.mlp.fc1.weight' is complex64"),
@@ -174,6 +181,14 @@ REFUSED: dict[str, tuple[nn.Module, str]] = {
     "two dtypes": (changed(typed("fc1", torch.float16)), "'0.mlp' has weights of float16 on cpu and .*float32 on cpu"),
     "two devices": (changed(lambda m: m.fc2.to("meta")), "'0.mlp' has weights of .*float32 on cpu and .* on meta"),
 }
+
+
+def test_an_activation_in_place_is_computed() -> None:
+    model = nn.Sequential(nn.ModuleDict({"mlp": Mlp(4, 8, act_layer=lambda: nn.SiLU(inplace=True))}))
+    x = torch.randn(5, 4)
+    expected = model[0]["mlp"](x.clone())
+    rmoe.upcycle(model, ResidualMoEConfig(num_experts=2, blocks="all"))
+    torch.testing.assert_close(model[0]["mlp"](x), expected)
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -305,11 +305,11 @@ def test_import_into_what_is_there_or_cannot_be_written(tmp_path: Path, monkeypa
     refused(lambda: import_core(source, "vit_tny", tmp_path / "out.safetensors"), "no model 'vit_tny'")
     refused(lambda: import_core(source, SWIN, tmp_path / "out.safetensors"), "has no place for|lacks")
 
-    def full(state: Any, path: Path) -> None:
+    def full(path: Path, state: Any) -> None:
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("rmoe.backbones.build.save_file", full)
+    monkeypatch.setattr("rmoe.backbones.build.save_tensors", full)
     refused(
         lambda: import_core(source, VIT, tmp_path / "out.safetensors"), "out.safetensors cannot be written .*No space"
     )

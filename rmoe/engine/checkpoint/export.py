@@ -16,9 +16,10 @@ from torch import Tensor
 
 import rmoe
 from rmoe.backbones.build import timm_model
-from rmoe.engine.checkpoint.files import PARTIAL, save_tensors
+from rmoe.engine.checkpoint.files import PARTIAL
 from rmoe.engine.model_config import mappings
 from rmoe.errors import UserError
+from rmoe.moe.state import save_tensors
 
 MODEL, BACKBONE = "model.safetensors", "backbone.safetensors"
 _JSON = ("model", "classes", "initial")  # the keys of the metadata whose strings are JSON

@@ -23,10 +23,11 @@ import torch
 from mmengine.dist import all_gather_object, get_dist_info, is_main_process
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rmoe.errors import UserError
+from rmoe.moe.state import save_tensors
 
 MARKER, RUN, HISTORY = "complete.json", "run.json", "history.safetensors"
 PARTIAL, REPLACED = ".partial", ".replaced"
@@ -189,15 +190,6 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
             torch.save({"state_dict": dict(state)}, partial)
             _sync(partial)
             put_in_place(partial, path)
-
-
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself lets nobody."""
-    path.unlink(missing_ok=True)
-    path.touch()
-    mode = path.stat().st_mode & 0o777
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path, dict(metadata) if metadata else None)
-    path.chmod(mode)
 
 
 def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:

@@ -12,9 +12,9 @@ from rmoe.backbones.load_core import read_checkpoint
 from rmoe.engine.checkpoint.files import Tensors, damage, is_checkpoint
 from rmoe.engine.checkpoint.resharding import AVERAGE, WEIGHT
 from rmoe.errors import UserError
+from rmoe.moe.experts import WEIGHT_DTYPES, WEIGHTS
 from rmoe.moe.state import global_state_dict, load_global_state_dict
 
-_WEIGHTS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 _LISTED = 3
 
 
@@ -41,14 +41,14 @@ def load_weights(model: nn.Module, path: Path) -> None:
     if odd := [key for key in both if not _fits(state[key].dtype, wanted[key].dtype)]:
         raise UserError(
             f"{path} has {_some('weights of another kind of number', odd)}, such as {state[odd[0]].dtype} for "
-            f"{wanted[odd[0]].dtype}; give weights of {', '.join(str(one).removeprefix('torch.') for one in _WEIGHTS)}"
+            f"{wanted[odd[0]].dtype}; {WEIGHTS}"
         )
     load_global_state_dict(model, state)
     print_log(f"{len(wanted)} weights loaded from {path}", logger="current")
 
 
 def _fits(given: torch.dtype, wanted: torch.dtype) -> bool:
-    return given == wanted or {given, wanted} <= set(_WEIGHTS)
+    return given == wanted or {given, wanted} <= set(WEIGHT_DTYPES)
 
 
 def _some(what: str, keys: list[str]) -> str:

@@ -87,7 +87,7 @@ def test_an_old_one_lives_until_the_new_one_is_there(tmp_path: Path, monkeypatch
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for step in ("save_file", "write_marker", "put_in_place"):
+    for step in ("save_tensors", "write_marker", "put_in_place"):
         with monkeypatch.context() as patch:
             patch.setattr(files, step, stop)
             with pytest.raises(KeyboardInterrupt):
