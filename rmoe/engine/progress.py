@@ -44,7 +44,7 @@ class StartHook(Hook):
             *_mixtures(runner.model.module),
             f"output: {folder}, config: {folder / Path(runner.cfg.filename or 'run').name}, "
             f"log: {getattr(runner.logger, 'log_file', None)}",
-            f"training: steps {runner.iter + 1} to {runner.max_iters}",
+            f"training: {runner.max_iters} steps, {runner.iter} of them done",
         ]
         for line in lines:
             runner.logger.info(line)

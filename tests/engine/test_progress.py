@@ -102,6 +102,6 @@ def test_what_is_trained_is_said_before_the_first_step(capsys: pytest.CaptureFix
     assert "mixtures of 4 experts" in out
     assert "backbone.1.mlp, backbone.2.mlp" in out
     assert f"{tmp_path}/toy.py" in out
-    assert "steps 1 to 3" in out
+    assert "training: 3 steps, 0 of them done" in out
     assert "a\ntable" in out  # from now on
     assert len(out.splitlines()) < 10
