@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A pipeline as a chain of jobs, each of which starts when the one before it has finished well, with its weights as core:
-# upstream pretraining, intermediate finetuning of the residuals (`-`: none), downstream finetuning.
+# Runs a pipeline as a chain of jobs: upstream pretraining, intermediate finetuning of the residuals (`-`: none),
+# downstream finetuning. Each job starts when the one before has succeeded, with that one's weights as its core.
 #
 #   chain.sh [--dry-run] WORK_DIR CORE_CONFIG INTERMEDIATE_CONFIG|- DOWNSTREAM_CONFIG
 #
-# Prints the jobs' numbers. GPUS and the other variables of submit.sh are those of the first stage; the others have one node.
+# Prints the numbers of the jobs. GPUS and GPUS_PER_NODE set the size of the first stage; the others have one node.
 set -euo pipefail
 dry_run=()
 if [[ ${1:-} == --dry-run ]]; then dry_run=(--dry-run); shift; fi

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# The body of every batch script here: trains, in the allocation that it finds itself in, with one rank per task.
+# Trains in the allocation that it is started in, with one rank for each task. Every batch script here calls it.
 #
 #   run.sh [--dry-run] CONFIG JSON WORK_DIR [more words of launch/train.py]
 #
-# Read from the environment: PYTHON (default: .venv/bin/python, else python3), SRUN_ARGS (more words for srun),
+# It reads from the environment: PYTHON (default: .venv/bin/python, else python3), SRUN_ARGS (more words for srun),
 # CPUS_PER_TASK, MAX_RESTARTS (after a fault; default 3), TIMEOUT (seconds without progress; default 300).
 set -euo pipefail
 dry_run=
@@ -14,8 +14,8 @@ shift 3
 python=${PYTHON:-}
 if [[ -z $python ]]; then if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi; fi
 read -ra more <<<"${SRUN_ARGS:-}"
-cpus=${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-}} # a step does not inherit it
-# PYTHON may be one inside a container, where there is no srun: what starts it again is any Python 3.9 or newer.
+cpus=${CPUS_PER_TASK:-${SLURM_CPUS_PER_TASK:-}} # srun does not inherit it
+# restart.py runs outside the container that PYTHON may stand for, where srun is; any Python from 3.9 on will do.
 command=(python3 launch/restart.py --max-restarts "${MAX_RESTARTS:-3}"
   srun --kill-on-bad-exit=1 ${cpus:+"--cpus-per-task=$cpus"} "${more[@]}"
   "$python" -u launch/train.py "$config" --deepspeed_config "$json" --work-dir "$work_dir" --resume
@@ -24,7 +24,7 @@ printf '%q ' "${command[@]}"
 echo
 if [[ $dry_run ]]; then exit; fi
 
-# Slurm warns this shell alone (--signal=B:USR1@…), which passes it on: the ranks save and leave with 85.
+# Slurm warns this shell alone (--signal=B:USR1@…). It passes the signal on, and the ranks save and exit with 85.
 warned=
 # shellcheck disable=SC2317,SC2329 # called by the trap
 pass_on() {
@@ -35,7 +35,7 @@ trap pass_on USR1
 "${command[@]}" &
 child=$! code=0
 wait "$child" || code=$?
-while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, not the command
+while kill -0 "$child" 2>/dev/null; do # a signal ends `wait`, but not the command
   code=0
   wait "$child" || code=$?
 done
@@ -43,5 +43,5 @@ done
 if ((code != 85)) && [[ $code == 0 || ! $warned ]]; then exit "$code"; fi
 echo "told to leave: requeued, and goes on from the last checkpoint"
 scontrol requeue "$SLURM_JOB_ID" || true
-sleep 30 # Slurm ends this script; where it could not, RequeueExit=85 may
+sleep 30 # Slurm ends this script here; if it may not requeue the job, RequeueExit=85 can
 exit 85

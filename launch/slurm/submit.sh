@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Sends a batch script off with the size that OpenMMLab's variables ask for; the script's own header is the default.
+# Submits a batch script with the size that OpenMMLab's variables ask for; by default that of the script's own header.
 #
 #   [GPUS=16] [GPUS_PER_NODE=8] [CPUS_PER_TASK=8] [SRUN_ARGS=…] submit.sh [--dry-run] [SBATCH_OPTION…] SCRIPT [WORDS…]
 #
-# Prints the job's number. --dry-run prints the sbatch command instead, and what the script would run.
+# Prints the number of the job. With --dry-run it prints the sbatch command and what the script would run.
 set -euo pipefail
 dry_run=
 if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi

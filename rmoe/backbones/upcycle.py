@@ -77,9 +77,7 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
     networks = find_networks(model)
     selected = _select(list(networks), config)
     gpus = {x.device for x in model.parameters() if x.is_cuda}
-    with torch.random.fork_rng(
-        gpus
-    ):  # a head that is made afterwards gets the weights that it would get beside the dense model
+    with torch.random.fork_rng(gpus):  # a head made afterwards gets the same random weights as beside the dense model
         check_networks(model, {name: networks[name] for name in selected})
         if copy:
             model = copying.deepcopy(model)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from random_weights import images, randomised
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -35,25 +36,6 @@ OPENMMLAB_SWIN = {"embed_dims": 8, "depths": DEPTHS, "num_heads": HEADS, "window
 def ours(name: str, **changed: Any) -> nn.Module:
     torch.manual_seed(1)
     return timm.create_model(name, **{**SMALL[name], "num_classes": 5, **changed}).eval()
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Gives every weight and statistic its own values, so that none can stand for another or be left out."""
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for name, x in model.state_dict().items():
-            if name.endswith("running_var"):
-                x.uniform_(0.5, 1.5)
-            elif x.is_floating_point() and x.ndim > 1:
-                x.normal_(0.0, x[0].numel() ** -0.5)  # large enough for attention to be far from even
-            elif x.is_floating_point():
-                x.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
-    model.eval()  # mmseg's and mmdet's return None
-    return model
-
-
-def images(*size: int) -> Tensor:
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 @torch.no_grad()

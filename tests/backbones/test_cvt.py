@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from random_weights import images, randomised
 from timm.layers import QuickGELU
 from torch import Tensor, nn
 
@@ -27,23 +28,6 @@ PYRAMID = {"model": "cvt_13", "kwargs": SMALL, "out_indices": (0, 1, 2)}
 def cvt(name: str = "cvt_13", **changed: Any) -> nn.Module:
     torch.manual_seed(0)
     return randomised(timm.create_model(name, **{**SMALL, "num_classes": 5, **changed})).eval()
-
-
-def randomised(model: nn.Module) -> nn.Module:
-    """Gives every weight and statistic its own values, so that none can stand for another or be left out."""
-    with torch.no_grad():
-        for name, x in model.state_dict().items():
-            if name.endswith("running_var"):
-                x.uniform_(0.5, 1.5)
-            elif x.is_floating_point() and x.ndim > 1:
-                x.normal_(0.0, x[0].numel() ** -0.5)  # large enough for attention to be far from even
-            elif x.is_floating_point():
-                x.normal_(1.0 if name.endswith("weight") else 0.0, 0.1)
-    return model
-
-
-def images(*size: int) -> Tensor:
-    return torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope="module")

@@ -127,9 +127,7 @@ def scene(params: SceneParams, split: str, index: int) -> Scene:
     style, size = dice.pick(params.styles), params.scene_size
     image, labels = _backdrop(dice, size)
     placed, owners = _placed(dice, params)
-    owned = np.full(
-        (size, size), len(owners), dtype=np.int16
-    )  # the owner of each pixel; len(owners) stands for the backdrop
+    owned = np.full((size, size), len(owners), dtype=np.int16)  # the owner of each pixel; len(owners) is the backdrop
     for item in sorted(placed, key=lambda item: item.foot):
         patch = _drawn(dice, item.char, item.size, 20, style)
         window, cover = _paste(image, patch, item.foot - item.size // 2, item.middle)
