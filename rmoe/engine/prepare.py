@@ -186,7 +186,7 @@ def _add_tensorboard(cfg: Config) -> None:
 
 
 def _add_hooks(cfg: Config, notes: list[str]) -> None:
-    stage = cfg.get("stage")
+    stage, given = cfg.get("stage"), cfg.get("custom_hooks") or []
     ours = [
         {"type": f"{_HOOKS}.RunningStatsHook"},
         {"type": "rmoe.engine.randomness.StepSeedHook", "seed": cfg.randomness["seed"]},
@@ -195,8 +195,10 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
         {"type": f"{_HOOKS}.ExportHook", "stage": stage},
         {"type": "rmoe.engine.progress.ProgressHook"},
     ]
-    there = {hook["type"] for hook in ours}  # already, in the config that a run has dumped
-    custom = [hook for hook in cfg.get("custom_hooks") or [] if hook["type"] not in there]
+    names = {_short(hook["type"]) for hook in ours}
+    # A run dumps them into its config; an earlier version's stood in other modules.
+    dumped = [f"{hook['type']}".startswith("rmoe.engine.") and _short(hook["type"]) in names for hook in given]
+    custom = [hook for hook, ours_already in zip(given, dumped, strict=True) if not ours_already]
     if not any(hook["type"] == _BALANCE for hook in custom):
         every = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
         custom.append({"type": _BALANCE, "interval": every})

@@ -58,6 +58,11 @@ def test_a_dumped_config_runs_again(tmp_path: Path) -> None:
     assert twice.to_dict() == once.to_dict()
 
 
+def test_hooks_of_an_earlier_versions_dump_are_not_doubled(tmp_path: Path) -> None:
+    once = prepared(tmp_path, {"custom_hooks": [{"type": "rmoe.engine.hooks.ProgressHook"}]})
+    assert [hook["type"] for hook in once.custom_hooks] == [hook["type"] for hook in prepared(tmp_path).custom_hooks]
+
+
 def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path: Path) -> None:
     cfg = prepared(tmp_path, {"default_hooks.checkpoint.max_keep_ckpts": 1})
     assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
