@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +61,6 @@ def checked_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
 def brings_weights(kwargs: Mapping[str, Any]) -> bool:
     """Returns whether timm loads weights into a model that it builds with these arguments."""
     return bool(kwargs.get("pretrained") or kwargs.get("checkpoint_path"))
-
-
-def allow_random_cores(config: Any) -> None:
-    """Sets `allow_random_core` for every backbone without a core in a model's config, in place: weights come later."""
-    if isinstance(config, MutableMapping):
-        kind = config.get("type")
-        name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
-        if name.rpartition(".")[2] in ("TimmPyramid", "TimmClassifier") and config.get("core") is None:
-            config["allow_random_core"] = True
-    for value in config.values() if isinstance(config, Mapping) else config if isinstance(config, list | tuple) else ():
-        allow_random_cores(value)
 
 
 def add_weights(

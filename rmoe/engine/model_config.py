@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rmoe.backbones.build import allow_random_cores
+_BACKBONES = ("TimmPyramid", "TimmClassifier")
 
 
 def mappings(node: Any) -> Iterator[Any]:
@@ -23,6 +23,15 @@ def moe_dicts(config: Any) -> Iterator[Any]:
     for node in mappings(config):
         if isinstance(node.get("moe"), Mapping):
             yield node["moe"]
+
+
+def allow_random_cores(config: Any) -> None:
+    """Sets `allow_random_core` for every backbone without a core in a model's config, in place: weights come later."""
+    for node in mappings(config):
+        kind = node.get("type")
+        name = kind if isinstance(kind, str) else getattr(kind, "__name__", "")
+        if name.rpartition(".")[2] in _BACKBONES and node.get("core") is None:
+            node["allow_random_core"] = True
 
 
 def for_one_process(config: Any) -> Any:

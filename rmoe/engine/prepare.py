@@ -8,14 +8,13 @@ from typing import Any
 
 from mmengine.config import Config, ConfigDict
 
-from rmoe.backbones.build import allow_random_cores
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import changes, ds_json
 from rmoe.engine.check_values import check_values
 from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
-from rmoe.engine.model_config import moe_dicts
+from rmoe.engine.model_config import allow_random_cores, moe_dicts
 from rmoe.engine.processes import backend
 from rmoe.errors import UserError, nearest
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import rmoe
-from rmoe.backbones.build import add_weights, allow_random_cores
+from rmoe.backbones.build import add_weights
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict, moe_layers
@@ -107,18 +107,6 @@ def test_upstream_and_downstream_have_experts_in_the_same_blocks():
     assert [*moe_layers(part)] == [
         name for name in moe_layers(whole) if "layers_3" not in name and "layers.3" not in name
     ]
-
-
-def test_weights_that_are_loaded_later_are_told_to_every_backbone():
-    backbone = {"type": "rmoe.TimmPyramid", "core": None}
-    model = {"type": "EncoderDecoder", "parts": [{"type": TimmClassifier}, {"type": "TimmPyramid", "core": "x.pth"}]}
-    allow_random_cores(config := {"backbone": backbone, **model, "head": {"type": "UPerHead"}})
-    assert config == {
-        "backbone": backbone | {"allow_random_core": True},
-        "type": "EncoderDecoder",
-        "parts": [{"type": TimmClassifier, "allow_random_core": True}, {"type": "TimmPyramid", "core": "x.pth"}],
-        "head": {"type": "UPerHead"},
-    }
 
 
 @pytest.mark.parametrize("load_from", [None, "weights.pth"])

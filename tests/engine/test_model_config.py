@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mmengine.config import ConfigDict
 
-from rmoe.engine.model_config import for_one_process, mappings, moe_dicts
+from rmoe.engine.model_config import allow_random_cores, for_one_process, mappings, moe_dicts
+from rmoe.tasks.classification import TimmClassifier
 
 MODEL = ConfigDict(
     type="EncoderDecoder",
@@ -37,3 +38,15 @@ def test_one_process_needs_no_file_and_no_other() -> None:
     assert changed.backbone.allow_random_core
     assert MODEL.backbone.core == "work_dirs/core"
     assert MODEL.backbone.moe.ep_size == 2
+
+
+def test_weights_that_are_loaded_later_are_told_to_every_backbone() -> None:
+    backbone = {"type": "rmoe.TimmPyramid", "core": None}
+    model = {"type": "EncoderDecoder", "parts": [{"type": TimmClassifier}, {"type": "TimmPyramid", "core": "x.pth"}]}
+    allow_random_cores(config := {"backbone": backbone, **model, "head": {"type": "UPerHead"}})
+    assert config == {
+        "backbone": backbone | {"allow_random_core": True},
+        "type": "EncoderDecoder",
+        "parts": [{"type": TimmClassifier, "allow_random_core": True}, {"type": "TimmPyramid", "core": "x.pth"}],
+        "head": {"type": "UPerHead"},
+    }
