@@ -46,7 +46,7 @@ ALLOCATORS: dict[str, dict[str, str]] = {
 CORES = len(os.sched_getaffinity(0))
 
 
-class Setting(NamedTuple):
+class Conditions(NamedTuple):
     """Is what ratios depend on besides their contenders: a key of `ALLOCATORS`, and the threads of torch."""
 
     allocator: str
@@ -54,7 +54,7 @@ class Setting(NamedTuple):
 
 
 JUDGED, DEFAULT, ALL_CORES = "judged", "default allocator", "all cores"
-SETTINGS = {JUDGED: Setting("tuned", 1), DEFAULT: Setting("default", 1), ALL_CORES: Setting("tuned", CORES)}
+SETTINGS = {JUDGED: Conditions("tuned", 1), DEFAULT: Conditions("default", 1), ALL_CORES: Conditions("tuned", CORES)}
 _ALLOCATOR_VARIABLES = {name for settings in ALLOCATORS.values() for name in settings}
 
 Row = dict[str, Any]

@@ -38,7 +38,7 @@ class Supervisor:
             signal.signal(number, self._pass_on)
 
     def run(self, command: list[str]) -> int:
-        """Exit code of `command`, as a shell counts; that of a killed process where it left any behind."""
+        """Returns the exit code of `command`, as a shell counts; that of a killed process where it left any behind."""
         child = subprocess.Popen(command, start_new_session=True)
         self._group, ended = child.pid, 0
         while ended != child.pid:  # others first, which DeepSpeed's launcher would take for alive
@@ -52,7 +52,7 @@ class Supervisor:
         return code
 
     def _ended(self, seconds: float) -> bool:
-        """Whether all processes of the command have ended by then; they are waited for."""
+        """Waits for all processes of the command; says whether they have ended within the time."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             try:
@@ -63,7 +63,7 @@ class Supervisor:
         return False
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """To the ranks, which save and leave; `deepspeed` would end at once. Where none is here, to the command."""
+        """Passes a signal to the ranks, which save and leave (`deepspeed` would end at once), or else to the command."""
         self.asked = True
         if self._group:
             for process in list(_ranks(self._group)) or [self._group]:
@@ -72,7 +72,7 @@ class Supervisor:
 
 
 def main() -> int:
-    """Exit code of the last attempt."""
+    """Runs the command, again after a fault; returns the exit code of the last attempt."""
     parser = argparse.ArgumentParser(prog="restart.py", description=__doc__.splitlines()[0])
     parser.add_argument("--max-restarts", type=int, required=True, metavar="N", help="after faults; others are final")
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="ends with words of train.py")

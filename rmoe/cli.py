@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def console() -> NoReturn:
-    """The installed command."""
+    """Runs the installed command and ends the process."""
     sys.exit(main())
 
 

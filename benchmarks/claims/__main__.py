@@ -35,7 +35,7 @@ from benchmarks.common import ROOT
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command."""
+    """Runs the command."""
     arguments = common.parse("claims", __doc__, argv, parts=("long", "ablation", "again"))
     size = QUICK if arguments.quick else FULL
     folder = Path("work_dirs") / ("claims_quick" if arguments.quick else "claims")

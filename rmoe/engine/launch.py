@@ -148,7 +148,7 @@ def check_data(cfg: Config) -> None:
 
 
 def innermost(message: str) -> str:
-    """Of an error in a loader's worker, which arrives with its traceback, the last line; else the message."""
+    """Returns the message, or the last line of one that arrives with its traceback, from a loader's worker."""
     if "Original Traceback" not in message:
         return message
     return re.split(r"\n[\w.]*UserError: ", message)[-1]

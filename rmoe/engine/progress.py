@@ -120,7 +120,7 @@ class ProgressHook(Hook):
         return True
 
     def restore_terminal(self, runner: Any) -> None:
-        """Called by our runner at the end, whatever that was."""
+        """Gives the terminal back; our runner calls it at the end, whatever that was."""
         if self._bar is not None:
             self._bar.stop()
             for handler, stream in self._quiet.items():
