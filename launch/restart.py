@@ -63,7 +63,7 @@ class Supervisor:
         return False
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Passes a signal to the ranks, which save and leave (`deepspeed` would end at once), or else to the command."""
+        """Passes a signal to the ranks, which save and leave (`deepspeed` would just end), or else to the command."""
         self.asked = True
         if self._group:
             for process in list(_ranks(self._group)) or [self._group]:
