@@ -390,9 +390,12 @@ def test_a_gradient_that_is_not_a_number_stops_the_run(runs: Runs, stage: int) -
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("other schedule", "had a schedule with power 0.9, this PolyLR has 2.0"),
-        ("other rate", "made with optim_wrapper.optimizer.lr 0.01; this run has 0.02"),
-        ("other decay", "made with optim_wrapper.optimizer.weight_decay 0.05; this run has 0.1"),
+        ("other schedule", "of another schedule: param_scheduler.0.power was 0.9; this run has 2.0"),
+        ("other rate", "of other settings of the optimizer: optim_wrapper.optimizer.lr was 0.01; this run has 0.02"),
+        (
+            "other decay",
+            "of other settings of the optimizer: optim_wrapper.optimizer.weight_decay was 0.05; this run has 0.1",
+        ),
     ],
 )
 def test_a_resumed_run_does_not_ignore_another_setting(runs: Runs, name: str, message: str) -> None:
