@@ -34,7 +34,7 @@ TITLES = {
     "detection_residual": "Upcycling and residual finetune: the same with 8 experts",
 }
 _TELL = 20.0  # seconds from one line to the next where there is no terminal
-_KIND = "model.backbone.moe.residual="
+_MOE = "model.backbone.moe."
 
 
 def main() -> int:
@@ -79,7 +79,8 @@ def trainings(out: Path, residual: str) -> dict[str, Training]:
         return Training(out / folder, path, f"ds_configs/{json}.json", options, after, PROCESSES)
 
     runs = {"core": training("core", "core", "zero0", [])}
-    suffix, kind = ("", []) if residual == "low_rank" else (f"_{residual}", [_KIND + residual])
+    suffix, kind = ("", []) if residual == "low_rank" else (f"_{residual}", [f"{_MOE}residual={residual}"])
+    kind = [f"{_MOE}ep_size={PROCESSES}", *kind]
     for prefix in ("", "detection_"):
         for arm, ending, options in (("dense", "", []), ("residual", suffix, kind)):
             name = f"{prefix}{arm}"

@@ -32,10 +32,11 @@ def test_the_commands_are_those_of_the_configs_docstrings(demo):
         command = one.command()
         assert command[:3] == ["deepspeed", "--num_accelerators", "2"]
         for word in command[command.index("launch/train.py") :]:
-            assert word.startswith("work_dirs") or word.startswith("--") or (ROOT / word).is_file()
+            assert word.startswith(("work_dirs", "--")) or word in one.options or (ROOT / word).is_file()
         text = (ROOT / one.config).read_text().split('"""')[1]
         assert f"--deepspeed_config {one.json}" in " ".join(text.split())
         assert f"--work-dir {one.folder}" in " ".join(text.split())
+        assert all(f"--cfg-options {option}" in " ".join(text.split()) for option in one.options)
 
 
 def test_elsewhere_every_path_of_the_configs_is_changed(demo):
