@@ -168,7 +168,7 @@ class FullDiskHook(Hook):
         if runner.iter == self.at and get_rank() == self.rank:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
 
-    def restore_terminal(self, runner: Any) -> None:
+    def at_end(self, runner: Any) -> None:
         """Called at the end, whatever that was."""
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 

@@ -66,7 +66,7 @@ class LocalExpertsHook(Hook):
         """Releases them, so that processes may train again."""
         self._open.close()
 
-    def restore_terminal(self, runner: Any) -> None:
+    def at_end(self, runner: Any) -> None:
         """Releases them at the end, whatever that was: an evaluation may have failed. Our runner calls it."""
         self._open.close()
 

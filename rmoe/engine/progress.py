@@ -119,7 +119,7 @@ class ProgressHook(Hook):
         self._shown = time.monotonic()
         return True
 
-    def restore_terminal(self, runner: Any) -> None:
+    def at_end(self, runner: Any) -> None:
         """Gives the terminal back; our runner calls it at the end, whatever that was."""
         if self._bar is not None:
             self._bar.stop()

@@ -297,7 +297,7 @@ class Runner(FlexibleRunner):
                 f"{error} at step {self.iter + 1}; {good}; lower the learning rate or clip gradients"
             ) from error
         finally:
-            self.call_hook("restore_terminal")
+            self.call_hook("at_end")
 
     def save_checkpoint(
         self,

@@ -35,7 +35,8 @@ class Runner:
         self.model = self
 
 
-def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+def noted(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Returns a list that notes each time when experts become local, True, and cease to be, False."""
     inside = []
 
     @contextmanager
@@ -45,6 +46,11 @@ def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: py
         inside.append(False)
 
     monkeypatch.setattr(hooks, "local_experts", local)
+    return inside
+
+
+def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = noted(monkeypatch)
     runner = Runner()
     runner.evaluated = None  # type: ignore[attr-defined]
     hook = LocalExpertsHook()
@@ -60,19 +66,11 @@ def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: py
 
 
 def test_an_evaluation_that_fails_leaves_no_local_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    inside = []
-
-    @contextmanager
-    def local(module: Any) -> Any:
-        inside.append(True)
-        yield
-        inside.append(False)
-
-    monkeypatch.setattr(hooks, "local_experts", local)
+    inside = noted(monkeypatch)
     runner, hook = Runner(), LocalExpertsHook()
     runner.evaluated = None  # type: ignore[attr-defined]
     hook.before_val_epoch(runner)
-    hook.restore_terminal(runner)
+    hook.at_end(runner)
     assert inside == [True, False]
 
 

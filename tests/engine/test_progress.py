@@ -41,7 +41,7 @@ def steps(runner: Any) -> None:
     hook.after_val_iter(runner, 0)
     runner.logger.warning("a gate has collapsed")
     hook.after_val_epoch(runner, metrics={"mIoU": 12.5})
-    hook.restore_terminal(runner)
+    hook.at_end(runner)
 
 
 def on_a_terminal(monkeypatch: pytest.MonkeyPatch, work: Any) -> str:
