@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,18 @@ _LAUNCHER_VARIABLES = {
     "MASTER_PORT",
     "LOCAL_SIZE",
 }
+
+
+@pytest.fixture(autouse=True)
+def launchers_variables() -> Iterator[None]:
+    """Leaves a process the launcher's variables that it had: a run that starts in it takes a place of its own."""
+    before = {name: os.environ.get(name) for name in _LAUNCHER_VARIABLES}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 @pytest.fixture
