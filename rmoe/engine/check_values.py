@@ -209,7 +209,7 @@ def _check_loop(loop: Mapping[str, Any]) -> None:
     kind, by_epoch = loop.get("type"), loop.get("by_epoch")
     if kind is None and by_epoch is None:
         raise UserError("train_cfg has neither type nor by_epoch; give type='IterBasedTrainLoop' and max_iters")
-    wanted = ("max_epochs" if by_epoch else "max_iters") if kind is None else _LOOPS.get(_short(kind))
+    wanted = ("max_epochs" if by_epoch else "max_iters") if kind is None else _LOOPS.get(short_name(kind))
     if wanted not in (None, *lengths):
         how = f"type={kind!r}" if kind else f"by_epoch={by_epoch}"
         raise UserError(f"train_cfg has {lengths[0]}, but {how} takes {wanted}; change either")
@@ -251,7 +251,8 @@ def everywhere(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield from everywhere(node[key], where)
 
 
-def _short(kind: Any) -> str:
+def short_name(kind: Any) -> str:
+    """Returns the name of a registered class, without its package."""
     return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 

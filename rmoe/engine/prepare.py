@@ -10,7 +10,7 @@ from mmengine.config import Config, ConfigDict
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import changes, ds_json
-from rmoe.engine.check_values import check_values
+from rmoe.engine.check_values import check_values, short_name
 from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
@@ -162,24 +162,19 @@ def check_unused(cfg: Config) -> None:
 def _seed_data(loader: ConfigDict, seed: int, notes: list[str]) -> None:
     """Makes what the loader yields a function of the position in the run (see `rmoe.engine.randomness`)."""
     sampler = loader.get("sampler") or {"type": "InfiniteSampler", "shuffle": True}
-    name = _short(sampler["type"])
+    name = short_name(sampler["type"])
     if name in _SAMPLERS:
         loader.sampler = dict(sampler, type=_SAMPLERS[name], seed=seed)
     else:
         notes.append(f"sampler {name}: a resumed run will not see the same augmentations")
-    inner = loader.dataset.dataset if _short(loader.dataset.type) == "SeededDataset" else loader.dataset
+    inner = loader.dataset.dataset if short_name(loader.dataset.type) == "SeededDataset" else loader.dataset
     loader.dataset = {"type": "rmoe.SeededDataset", "dataset": inner, "seed": seed}
-
-
-def _short(kind: Any) -> str:
-    """Returns the name of a registered class, without its package."""
-    return (kind if isinstance(kind, str) else kind.__name__).rpartition(".")[2]
 
 
 def _add_tensorboard(cfg: Config) -> None:
     visualizer = cfg.get("visualizer") or {"type": "Visualizer", "vis_backends": [{"type": "LocalVisBackend"}]}
     backends = list(visualizer.get("vis_backends") or [])
-    if not any(_short(backend["type"]) == "TensorboardVisBackend" for backend in backends):
+    if not any(short_name(backend["type"]) == "TensorboardVisBackend" for backend in backends):
         backends.append({"type": "TensorboardVisBackend"})
     cfg.visualizer = dict(visualizer, vis_backends=backends)
 
@@ -194,15 +189,15 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
         {"type": f"{_HOOKS}.ExportHook", "stage": stage},
         {"type": "rmoe.engine.progress.ProgressHook"},
     ]
-    names = {_short(hook["type"]) for hook in ours}
+    names = {short_name(hook["type"]) for hook in ours}
     # A run dumps them into its config; an earlier version's stood in other modules.
-    dumped = [f"{hook['type']}".startswith("rmoe.engine.") and _short(hook["type"]) in names for hook in given]
+    dumped = [f"{hook['type']}".startswith("rmoe.engine.") and short_name(hook["type"]) in names for hook in given]
     custom = [hook for hook, ours_already in zip(given, dumped, strict=True) if not ours_already]
     if not any(hook["type"] == _BALANCE for hook in custom):
         every = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
         custom.append({"type": _BALANCE, "interval": every})
     for hook in custom:
-        if _short(hook["type"]) == "EMAHook" and hook["type"] != "rmoe.EMAHook":
+        if short_name(hook["type"]) == "EMAHook" and hook["type"] != "rmoe.EMAHook":
             ours_is = f"dict(type='rmoe.EMAHook', momentum={hook.get('momentum', 0.0002)})"
             raise UserError(f"custom_hooks has mmengine's EMAHook, whose average checkpoints lack; write {ours_is}")
         if hook["type"] == "rmoe.EMAHook" and ds_json.zero_stage(cfg.strategy.config) == 3:
@@ -211,7 +206,7 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
     cfg.default_hooks = {"checkpoint": {"type": "CheckpointHook", "interval": 1}, **(cfg.get("default_hooks") or {})}
     saver = cfg.default_hooks.checkpoint or {}
     for hook in (saver, *custom):
-        if _short(hook.get("type", "")) == "CheckpointHook":
+        if short_name(hook.get("type", "")) == "CheckpointHook":
             hook["type"] = "rmoe.CheckpointHook"
     if saver.get("max_keep_ckpts") == 1:
         # mmengine removes the old one before it writes the new one.
