@@ -15,6 +15,7 @@ Residual = Literal["low_rank", "full", "experts"]
 ExpertInit = Literal["core", "random"]
 Combine = Literal["auto", "residual", "straight_through", "softmax"]
 Exchange = Literal["auto", "tokens", "weights"]
+GateInput = Literal["token", "image"]
 Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
 
 _Config = TypeVar("_Config")
@@ -144,10 +145,12 @@ class ResidualMoEConfig:
 
     Attributes:
         num_experts: experts of each layer, E.
-        top_k: experts that each token uses, K.
+        top_k: experts that each token uses, K; "all" weighs every expert by its probability (soft mixing).
         residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only), `full` (Δ_e of the core's shape, biases too) or
             `experts` (no core: each expert is a network of its own, as in full MoE training, the upper bound).
         rank: R of `low_rank`.
+        alpha: strength of `low_rank`: Δ_e = α/√R · B_e A_e (rsLoRA, arXiv 2312.03732); None: Δ_e = B_e A_e.
+        shared_a: `low_rank` residuals of a layer share one A and have a B each (HydraLoRA, arXiv 2404.19245).
         expert_init: how `experts` start: as copies of the dense network (`core`, sparse upcycling, arXiv 2212.05055) or
             each drawn anew (`random`, full MoE pretraining).
         combine: where the gate value enters. `residual`: θ(x) = θ0 + Σ g_e Δ_e with g the softmax probability;
@@ -159,6 +162,12 @@ class ResidualMoEConfig:
             highest gate values first; None (the default) never drops. Evaluation never drops.
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1).
         losses: weights of the gate's auxiliary losses.
+        temperature: the gate's logits are divided by it; below 1 decides harder, above 1 more softly.
+        gate_input: what the gate reads: each `token`, or the mean over the tokens of its `image`, which then shares one
+            decision (as ParaX and ViMoE do).
+        balance_rate: how far, after each step, a bias is moved that is added to the probabilities where experts are
+            chosen, and nowhere else: up for those with fewer tokens than the mean, down for the others (loss-free
+            balancing, arXiv 2408.15664, which uses 0.001); 0 is off.
         gate_std: standard deviation of the router's initial weights; `rmoe verify` takes 1, for gates that are decided
             from the start.
         blocks: which blocks become MoE; one of the named rules, or a tuple of module names as they stand in the model.
@@ -172,14 +181,19 @@ class ResidualMoEConfig:
     """
 
     num_experts: int = 8
-    top_k: int = 1
+    top_k: int | Literal["all"] = 1
     residual: Residual = "low_rank"
     rank: int = 8
+    alpha: float | None = None
+    shared_a: bool = False
     expert_init: ExpertInit = "core"
     combine: Combine = "auto"
     capacity_factor: float | None = None
     noise: float = 1.0
     losses: GateLosses = GateLosses()
+    temperature: float = 1.0
+    gate_input: GateInput = "token"
+    balance_rate: float = 0.0
     gate_std: float = 0.02
     blocks: Blocks | tuple[str, ...] = "alternate_last_two_stages"
     train_core: bool = False
@@ -196,11 +210,11 @@ class ResidualMoEConfig:
     def __post_init__(self) -> None:
         _check_fields(self)
         for name in ("num_experts", "top_k", "rank", "ep_size"):
-            if not 1 <= getattr(self, name) <= _MOST:
+            if getattr(self, name) != "all" and not 1 <= getattr(self, name) <= _MOST:
                 raise UserError(f"ResidualMoEConfig.{name} is {getattr(self, name)}; it is 1 to {_MOST}")
         if self.blocks == ():
             raise UserError("ResidualMoEConfig.blocks is empty; name a block, or use blocks='all'")
-        if self.top_k > self.num_experts:
+        if self.experts_per_token > self.num_experts:
             raise UserError(f"top_k is {self.top_k}, more than the {self.num_experts} experts; lower top_k")
         if self.num_experts % self.ep_size:
             raise UserError(
@@ -211,6 +225,16 @@ class ResidualMoEConfig:
             raise UserError(f"capacity_factor is {self.capacity_factor}; it is positive, or None to drop no token")
         if self.noise < 0 or self.gate_std < 0:
             raise UserError(f"noise is {self.noise} and gate_std {self.gate_std}; neither may be negative")
+        if self.temperature <= 0:
+            raise UserError(f"temperature is {self.temperature}; it is positive, and 1 leaves the logits as they are")
+        if self.alpha is not None and self.alpha <= 0:
+            raise UserError(f"alpha is {self.alpha}; it is positive, or None for Δ = B A")
+        if self.residual != "low_rank" and (self.alpha is not None or self.shared_a):
+            raise UserError(f"alpha and shared_a belong to residual='low_rank', not '{self.residual}'; leave them out")
+        if self.balance_rate < 0:
+            raise UserError(f"balance_rate is {self.balance_rate}; it is 0 (off) or positive, such as 0.001")
+        if self.balance_rate and self.experts_per_token == self.num_experts:
+            raise UserError("balance_rate has no effect where each token uses every expert: set it to 0, or top_k lower")
         if self.losses.load and not self.noise:
             raise UserError("losses.load needs noise: set noise > 0 or losses.load = 0")
         if not self.kind.has_core and self.combine == "residual":
@@ -219,7 +243,7 @@ class ResidualMoEConfig:
             raise UserError(f"residual='{self.residual}' has no core to train: leave train_core=False")
         if not self.train_residual:
             object.__setattr__(self, "ep_size", 1)
-        if self.exchange == "tokens" and self.mixes_weights and self.top_k > 1:
+        if self.exchange == "tokens" and self.mixes_weights and self.experts_per_token > 1:
             raise UserError(
                 "exchange='tokens' cannot add the residuals of several experts inside one network: use "
                 "exchange='weights', combine='straight_through' or top_k=1"
@@ -229,6 +253,11 @@ class ResidualMoEConfig:
     def kind(self) -> Kind:
         """Returns what is to be known of the kind of `residual`."""
         return KINDS[self.residual]
+
+    @property
+    def experts_per_token(self) -> int:
+        """Returns K as a number: `top_k`, or every expert."""
+        return self.num_experts if isinstance(self.top_k, str) else self.top_k
 
     @property
     def combined(self) -> Combine:
@@ -253,4 +282,4 @@ class ResidualMoEConfig:
         """Says whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
         if self.exchange != "auto":
             return self.exchange == "tokens"
-        return self.kind.exchange == "tokens" and not (self.mixes_weights and self.top_k > 1)
+        return self.kind.exchange == "tokens" and not (self.mixes_weights and self.experts_per_token > 1)

@@ -54,7 +54,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     """Counts over all processes without asking them: every process holds as many experts."""
     shares: dict[nn.Parameter, tuple[int, float]] = {}  # processes that hold other experts, part that a token uses
     for layer in moe_layers(model).values():
-        used = layer.config.top_k / layer.config.num_experts
+        used = layer.config.experts_per_token / layer.config.num_experts
         shares |= dict.fromkeys(layer.deepspeed_moe.parameters(), (layer.ep_size, used))
     total = active = trainable = 0
     for parameter in model.parameters():

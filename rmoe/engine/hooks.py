@@ -308,7 +308,7 @@ class GateBalanceHook(Hook):
             name, values = self._names[layer], [float(value) for value in balance]
             found.append(f"{name} " + " / ".join(f"{value:.3f}" for value in values))
             scalars |= {f"gate/{name}/{key}": value for key, value in zip(balance._fields, values, strict=True)}
-            if 1 <= layer.config.top_k < layer.num_experts:
+            if 1 <= layer.config.experts_per_token < layer.num_experts:
                 self._judge(runner, name, values[0])
         runner.logger.info(f"gates, largest share / entropy of the load / confidence: {', '.join(found)}")
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)

@@ -61,7 +61,7 @@ class Gate(nn.Module):
             std = config.noise / config.num_experts if self.training else 0.0
             noisy_ET = clean_ET + std * torch.randn_like(clean_ET) if std else clean_ET
             probability_ET = clean_ET.softmax(0)
-            chosen_KT, expert_KT = _best(noisy_ET.softmax(0) if std else probability_ET, config.top_k)
+            chosen_KT, expert_KT = _best(noisy_ET.softmax(0) if std else probability_ET, config.experts_per_token)
             sums = self._sums(clean_ET, noisy_ET, probability_ET, expert_KT, std) if self.training else None
             expert_TK = expert_KT.T
             if self.training and config.capacity_factor is not None:
