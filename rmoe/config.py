@@ -158,9 +158,11 @@ class ResidualMoEConfig:
             backward; `softmax`: y = Σ p_e FFN(x; θ0 + Δ_e), as V-MoE (does not preserve the dense function); `auto`:
             the cheapest that preserves the function, `residual` for `low_rank`, `straight_through` for `full` and for
             `experts` copied from the core; `softmax` for those drawn anew, which have none to preserve.
-        capacity_factor: an expert takes at most ⌈factor · tokens · K / E⌉ tokens of the global training batch, the
-            highest gate values first; None (the default) never drops. Evaluation never drops.
-        noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1).
+        capacity_factor: an expert takes at most ⌈factor · tokens · K / E⌉ tokens of the global training batch (or so
+            many images, with gate_input="image"), the highest gate values first; None (the default) never drops.
+            Evaluation never drops.
+        noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1); there is none where a
+            token uses every expert.
         losses: weights of the gate's auxiliary losses.
         temperature: the gate's logits are divided by it; below 1 decides harder, above 1 more softly.
         gate_input: what the gate reads: each `token`, or the mean over the tokens of its `image`, which then shares one
@@ -233,10 +235,20 @@ class ResidualMoEConfig:
             raise UserError(f"alpha and shared_a belong to residual='low_rank', not '{self.residual}'; leave them out")
         if self.balance_rate < 0:
             raise UserError(f"balance_rate is {self.balance_rate}; it is 0 (off) or positive, such as 0.001")
-        if self.balance_rate and self.experts_per_token == self.num_experts:
-            raise UserError("balance_rate has no effect where each token uses every expert: set it to 0, or top_k lower")
-        if self.losses.load and not self.noise:
-            raise UserError("losses.load needs noise: set noise > 0 or losses.load = 0")
+        if self.balance_rate and not self.chooses:
+            raise UserError(
+                "balance_rate has no effect where each token uses every expert: set it to 0, or top_k lower"
+            )
+        if self.capacity_factor is not None and not self.chooses:
+            raise UserError(
+                "capacity_factor is for tokens that use some of the experts: set it to None, or top_k lower"
+            )
+        if self.losses.load and not (self.noise and self.chooses):
+            raise UserError("losses.load needs noise and a choice: set noise > 0 and top_k lower, or losses.load = 0")
+        if self.losses.load and self.balance_rate:
+            raise UserError(
+                "losses.load and balance_rate both even out the choices, each by itself: set one of them to 0"
+            )
         if not self.kind.has_core and self.combine == "residual":
             raise UserError(f"residual='{self.residual}' has no core to add residuals to: use combine='softmax'")
         if not self.kind.has_core and self.train_core:
@@ -258,6 +270,11 @@ class ResidualMoEConfig:
     def experts_per_token(self) -> int:
         """Returns K as a number: `top_k`, or every expert."""
         return self.num_experts if isinstance(self.top_k, str) else self.top_k
+
+    @property
+    def chooses(self) -> bool:
+        """Says whether a token uses some of the experts, rather than all."""
+        return self.experts_per_token < self.num_experts
 
     @property
     def combined(self) -> Combine:

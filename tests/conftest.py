@@ -24,7 +24,7 @@ settings.load_profile("rmoe")
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
-sys.path.append(str(ROOT / "tests"))  # for `import toy`
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "moe")]  # for `import toy` and `import no_sync`
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, translate
 from rmoe.errors import UserError
 from rmoe.moe.experts import WEIGHTS, described, is_weight
+from rmoe.moe.gate import absent_of_gates
 from rmoe.moe.state import global_state_dict, holds_experts, load_global_state_dict
 
 # (pattern, reason). LEFT_OUT: keys that the file may hold and the model lack. ABSENT: keys that the file may lack.
@@ -124,7 +125,10 @@ def load_core(
     advice = _MIXTURE if holds_experts(found) or holds_experts(own) else _ADVICE
     if surplus := _unexplained(LEFT_OUT, [key for key in found if key not in wanted], report):
         raise UserError(f"{path} holds {_counted(surplus)} that the model has no place for; {advice}")
-    if lacking := _unexplained(ABSENT, [key for key in wanted if key not in found], report):
+    gates = absent_of_gates(found, own)
+    for key in gates:
+        report.leave(key, "bias of a gate, not in the file: zeros")
+    if lacking := _unexplained(ABSENT, [key for key in wanted if key not in found and key not in gates], report):
         raise UserError(f"{path} lacks {_counted(lacking)} of the model; {advice}")
     fitted = {}
     for key in (key for key in wanted if key in found):
@@ -133,7 +137,7 @@ def load_core(
             report.leave(key, "classifier of other classes")
         else:
             fitted[key] = _cast(key, _fit(model, key, value, wanted[key].shape, report, advice), wanted[key], path)
-    load_global_state_dict(model, {key: fitted.get(key, x) for key, x in own.items()})
+    load_global_state_dict(model, {key: fitted.get(key, x) for key, x in (own | gates).items()})
     with torch.no_grad():
         for key, value in level_keys(level_norms).items():
             value.copy_(fitted.get(key, value))

@@ -72,7 +72,9 @@ class Engine(MMDeepSpeedEngineWrapper):
         log_vars = _averaged(log_vars)
         if not log_vars["loss"].isfinite():
             raise Diverged("the loss is not finite")
+        whole = self.model.is_gradient_accumulation_boundary()
         optim_wrapper.update_params(loss)
+        records.balance_experts(step=whole)
         if (norm := self.model.get_global_grad_norm()) is not None:
             log_vars["grad_norm"] = torch.as_tensor(float(norm))
             scaler = loss_scaler(self.model)

@@ -1,27 +1,36 @@
 """The gate: which experts a token uses, with what weight, and the losses that keep the experts in use.
 
-Shape suffixes: T tokens, C model width, E experts, K experts per token. Inside, experts come first: a softmax over the
-first of two dimensions is several times as fast on a CPU as one over a last dimension of eight.
+Shape suffixes: T tokens, D decisions (one for each token, or for each image), C model width, E experts, K experts per
+token. Inside, experts come first: a softmax over the first of two dimensions is several times as fast on a CPU as one
+over a last dimension of eight.
+
+Nothing here waits for the device: no shape and no branch depends on a tensor's values. The one exception is how many
+tokens each of several processes has, where a capacity is set (`drop_over_capacity`).
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+import warnings
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from rmoe.config import GateLosses, ResidualMoEConfig
+from rmoe.errors import UserError
+
+OPTIONAL = ("bias", "choice_bias")  # of a gate's state: zeros where a checkpoint lacks them
 
 
 class GateSums(NamedTuple):
     """Holds what the losses need of a batch, as float32 sums over its tokens: the parts of a batch add up."""
 
     probability_E: Tensor
-    load_E: Tensor  # smoothed number of tokens; zeros where the gate has no noise
-    first_E: Tensor  # tokens whose first choice is e; no gradient
+    load_E: Tensor  # smoothed number of tokens; zeros where the loss is off
+    first_E: Tensor  # tokens whose first choice is e; no gradient; zeros where the loss `balance` is off
     chosen_E: Tensor  # tokens that have e among their choices, before any is dropped; no gradient
     confidence: Tensor  # the largest probability of each token; no gradient
     z: Tensor
@@ -32,7 +41,8 @@ class Routing(NamedTuple):
     """Holds what the gate decided for T tokens.
 
     Attributes:
-        expert_TK: int64, the experts of each token, best first; E where the capacity dropped the choice.
+        expert_TK: int64, the experts of each token, best first; E where the capacity dropped the choice. Where a token
+            uses every expert, 0 … E-1 in this order.
         gate_TK: float32, the value with which each enters (see `ResidualMoEConfig.combine`).
         probability_TE: float32, softmax of the logits without noise, detached.
         sums: None outside training.
@@ -45,61 +55,166 @@ class Routing(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Routes tokens: linear without bias, in float32, softmax, top-k (V-MoE, arXiv 2106.05974, section 2)."""
+    """Routes tokens: linear, in float32, softmax, top-k (V-MoE, arXiv 2106.05974, section 2).
+
+    Attributes:
+        weight: [E, C]. bias: [E], zeros at the start.
+        choice_bias: [E], added to the probabilities where experts are chosen and nowhere else (loss-free balancing,
+            arXiv 2408.15664); None without `balance_rate`. `Records.balance_experts` moves it.
+    """
+
+    choice_bias: Tensor | None
 
     def __init__(self, width: int, config: ResidualMoEConfig) -> None:
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.randn(config.num_experts, width) * config.gate_std)
+        self.bias = nn.Parameter(torch.zeros(config.num_experts))
+        self.register_buffer("choice_bias", torch.zeros(config.num_experts) if config.balance_rate else None)
+        # Tokens of each expert since the optimizer's last step; checkpoints are made between steps.
+        self._counted_E: Tensor | None = None
 
-    def forward(self, x_TC: Tensor) -> Routing:
-        """Routes tokens of any floating dtype; the arithmetic is float32 (float64 for float64), also under autocast."""
-        config = self.config
-        with torch.autocast(x_TC.device.type, enabled=False):
-            dtype = torch.promote_types(x_TC.dtype, torch.float32)
-            clean_ET = self.weight.to(dtype) @ x_TC.to(dtype).T
-            std = config.noise / config.num_experts if self.training else 0.0
-            noisy_ET = clean_ET + std * torch.randn_like(clean_ET) if std else clean_ET
-            probability_ET = clean_ET.softmax(0)
-            chosen_KT, expert_KT = _best(noisy_ET.softmax(0) if std else probability_ET, config.experts_per_token)
-            sums = self._sums(clean_ET, noisy_ET, probability_ET, expert_KT, std) if self.training else None
-            expert_TK = expert_KT.T
+    def forward(self, x: Tensor) -> Routing:
+        """Routes the tokens of x [..., C], of any floating dtype; with gate_input="image" those of x [images, ..., C].
+
+        The arithmetic is float32 (float64 for float64), also under autocast.
+
+        Raises:
+            UserError: the gate reads images, and x is [T, C].
+        """
+        config, tokens = self.config, x.shape[:-1].numel()
+        with torch.autocast(x.device.type, enabled=False):
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            clean_ED = self._logits(gate_inputs(x, config, dtype))
+            std = config.noise / config.num_experts if self.training and config.chooses else 0.0
+            noisy_ED = clean_ED + std * torch.randn_like(clean_ED) if std else clean_ED
+            probability_ED = clean_ED.softmax(0)
+            score_ED = noisy_ED.softmax(0) if std else probability_ED
+            value_KD, expert_KD = self._choose(score_ED)
+            sums = None
+            if self.training:
+                sums = self._sums(clean_ED, noisy_ED, probability_ED, expert_KD, std, tokens)
             if self.training and config.capacity_factor is not None:
-                expert_TK = drop_over_capacity(expert_TK, chosen_KT.T, config.num_experts, config.capacity_factor)
-            return Routing(expert_TK, self._gate_values(chosen_KT).T, probability_ET.detach().T, sums)
+                expert_KD = drop_over_capacity(expert_KD.T, value_KD.T, config.num_experts, config.capacity_factor).T
+            per_token = (_for_each_token(part, tokens) for part in (expert_KD, self._gate_values(value_KD)))
+            return Routing(*per_token, _for_each_token(probability_ED.detach(), tokens), sums)
 
-    def _gate_values(self, chosen_KT: Tensor) -> Tensor:
-        if not self.config.normalises:
-            return chosen_KT
+    def _logits(self, x_DC: Tensor) -> Tensor:
+        weight_EC, bias_E = self.weight.to(x_DC.dtype), self.bias.to(x_DC.dtype)
+        if self.config.temperature != 1:
+            weight_EC, bias_E = weight_EC / self.config.temperature, bias_E / self.config.temperature
+        return torch.addmm(bias_E[:, None], weight_EC, x_DC.T)
+
+    def _choose(self, score_ED: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the scores of the chosen experts and which they are, [K, D] each."""
+        if not self.config.chooses:
+            return score_ED, torch.arange(len(score_ED), device=score_ED.device)[:, None].expand_as(score_ED)
+        if self.choice_bias is None:
+            return _best(score_ED, self.config.experts_per_token)
+        _, expert_KD = _best(score_ED.detach() + self.choice_bias[:, None], self.config.experts_per_token)
+        return score_ED.gather(0, expert_KD), expert_KD
+
+    def _gate_values(self, value_KD: Tensor) -> Tensor:
+        if not self.config.normalises or not self.config.chooses:
+            return value_KD
         # Forward the values sum to 1, so equal experts compute what one network computes; backward they change as the
         # probabilities do (straight-through: the sum is a constant), so that the gate learns with one expert too.
-        return chosen_KT / chosen_KT.sum(0).detach()
+        return value_KD / value_KD.sum(0).detach()
 
     def _sums(
-        self, clean_ET: Tensor, noisy_ET: Tensor, probability_ET: Tensor, expert_KT: Tensor, std: float
+        self, clean_ED: Tensor, noisy_ED: Tensor, probability_ED: Tensor, expert_KD: Tensor, std: float, tokens: int
     ) -> GateSums:
-        losses = self.config.losses
-        zeros_E = clean_ET.new_zeros(self.config.num_experts)
+        losses, decisions = self.config.losses, clean_ED.shape[1]
+        zeros_E = clean_ED.new_zeros(self.config.num_experts)
         load_E = zeros_E
         if losses.load:
             # The chance that fresh noise would bring an expert over the last chosen one (V-MoE, appendix A).
-            threshold_1T = noisy_ET.gather(0, expert_KT[-1:]).detach()
-            load_E = torch.special.ndtr((clean_ET - threshold_1T) / std).sum(1)
-        first_E = count_choices(expert_KT[:1], zeros_E)
-        return GateSums(
-            probability_E=probability_ET.sum(1),
+            threshold_1D = noisy_ED.gather(0, expert_KD[-1:]).detach()
+            load_E = torch.special.ndtr((clean_ED - threshold_1D) / std).sum(1)
+        first_1D = expert_KD[:1] if self.config.chooses else probability_ED.argmax(0, keepdim=True)
+        sums = GateSums(
+            probability_E=probability_ED.sum(1),
             load_E=load_E,
-            first_E=first_E,
-            chosen_E=first_E if len(expert_KT) == 1 else count_choices(expert_KT, zeros_E),
-            confidence=probability_ET.detach().amax(0).sum(),
-            z=clean_ET.logsumexp(0).square().sum() if losses.z else zeros_E.sum(),
-            tokens=zeros_E.new_tensor(float(clean_ET.shape[1])),
+            first_E=count_choices(first_1D, zeros_E) if losses.balance else zeros_E,
+            chosen_E=count_choices(expert_KD, zeros_E) if self.config.chooses else zeros_E + decisions,
+            confidence=probability_ED.detach().amax(0).sum(),
+            z=clean_ED.logsumexp(0).square().sum() if losses.z else zeros_E.sum(),
+            tokens=zeros_E.new_full((), decisions),
         )
+        # A decision counts as often as it has tokens: images need not be of one size.
+        return sums if decisions == tokens else GateSums(*(part * (tokens // decisions) for part in sums))
+
+    @torch.no_grad()
+    def balance(self, chosen_E: Tensor, step: bool) -> None:
+        """Counts the tokens of each expert and, at the end of a step, moves `choice_bias` against their imbalance.
+
+        b_e += rate · sign(mean count - count of e) (arXiv 2408.15664, algorithm 1).
+
+        Args:
+            chosen_E: tokens of the global batch, or of one part of it.
+            step: whether it was the last part.
+        """
+        if self.choice_bias is None:
+            return
+        counted_E = chosen_E if self._counted_E is None else self._counted_E + chosen_E
+        if step:
+            self.choice_bias += self.config.balance_rate * (counted_E.mean() - counted_E).sign()
+        self._counted_E = None if step else counted_E
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        zeros = absent_of_gates(state_dict, {prefix + name: x for name, x in self.state_dict().items()})
+        if zeros:
+            warnings.warn(f"{GATES_WITHOUT} {', '.join(zeros)}: read as zeros", stacklevel=2)
+        state_dict |= zeros
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def count_choices(expert_KT: Tensor, zeros_E: Tensor) -> Tensor:
+GATES_WITHOUT = "the checkpoint has gates, of an earlier version or of a run without balance_rate, without"
+
+
+def absent_of_gates(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns zeros, by key, for what the gates of `own` have and those of `state` lack: the biases of OPTIONAL.
+
+    Args:
+        state: of a checkpoint; a gate whose weight it lacks as well is not looked at.
+        own: of a model.
+    """
+    zeros = {}
+    for key, x in own.items():
+        gate, _, name = key.rpartition(".")
+        weight = state.get(f"{gate}.weight".removeprefix("."))
+        if name in OPTIONAL and gate.rpartition(".")[2] in ("gate", "") and key not in state and weight is not None:
+            zeros[key] = weight.new_zeros(x.shape)
+    return zeros
+
+
+def gate_inputs(x: Tensor, config: ResidualMoEConfig, dtype: torch.dtype) -> Tensor:
+    """Returns what the gate of a layer reads of its input x [..., C], in `dtype`: [D, C].
+
+    Raises:
+        UserError: see `Gate.forward`.
+    """
+    if config.gate_input == "token":
+        return x.reshape(-1, x.shape[-1]).to(dtype)
+    if x.ndim < 3:
+        raise UserError(
+            f"gate_input='image' got an input of shape {tuple(x.shape)}, whose tokens belong to no image; the layer's "
+            "input is [images, …, width] there: use gate_input='token'"
+        )
+    return x.flatten(1, -2).mean(1, dtype=dtype)
+
+
+def _for_each_token(part_XD: Tensor, tokens: int) -> Tensor:
+    """Returns [T, X] of [X, D]: tokens of one image stand together."""
+    decisions = part_XD.shape[1]
+    if decisions == tokens:
+        return part_XD.T
+    return part_XD.T[:, None].expand(-1, tokens // decisions, -1).reshape(tokens, -1)
+
+
+def count_choices(expert: Tensor, zeros_E: Tensor) -> Tensor:
     """Returns how often each expert is chosen, in the dtype of `zeros_E`."""
-    return zeros_E.scatter_add(0, expert_KT.flatten(), zeros_E.new_ones(()).expand(expert_KT.numel()))
+    return zeros_E.scatter_add(0, expert.flatten(), zeros_E.new_ones(()).expand(expert.numel()))
 
 
 def _best(x_ET: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -158,16 +273,18 @@ def drop_over_capacity(expert_TK: Tensor, chosen_TK: Tensor, num_experts: int, f
     """Replaces by E the choices beyond an expert's capacity, ⌈factor · tokens · K / E⌉ of the global batch.
 
     The highest gate values stay (batch prioritised routing, V-MoE section 3.3), so what is dropped depends neither on
-    the order of the tokens nor on how they are spread over processes. Every process must call it.
+    the order of the tokens nor on how they are spread over processes. Every process must call it. Several processes
+    tell each other how many tokens they have, which images of different sizes leave open, and wait for it once.
     """
     experts, values, own = _gather_tokens(expert_TK, chosen_TK)
     capacity = math.ceil(factor * experts.numel() / num_experts)
-    by_value = values.flatten().argsort(descending=True, stable=True)
-    by_expert = by_value[experts.flatten()[by_value].argsort(stable=True)]
-    sizes_E = torch.bincount(experts.flatten(), minlength=num_experts)
+    expert_N = experts.flatten()
+    by_value_N = values.flatten().argsort(descending=True, stable=True)
+    by_expert_N = by_value_N.gather(0, expert_N.gather(0, by_value_N).argsort(stable=True))
+    sizes_E = count_choices(expert_N, expert_N.new_zeros(num_experts))
     starts_E = sizes_E.cumsum(0) - sizes_E
-    place = torch.empty_like(by_expert)
-    place[by_expert] = torch.arange(len(by_expert), device=place.device) - starts_E[experts.flatten()[by_expert]]
+    place_N = torch.arange(len(expert_N), device=expert_N.device) - starts_E.gather(0, expert_N.gather(0, by_expert_N))
+    place = torch.empty_like(place_N).scatter(0, by_expert_N, place_N)
     keep = (place < capacity).view_as(experts)[own]
     return expert_TK.where(keep, num_experts)
 
@@ -177,9 +294,9 @@ def _gather_tokens(expert_TK: Tensor, chosen_TK: Tensor) -> tuple[Tensor, Tensor
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return expert_TK, chosen_TK, slice(None)
     world, rank = dist.get_world_size(), dist.get_rank()
-    counts = [torch.empty(1, dtype=torch.int64, device=expert_TK.device) for _ in range(world)]
-    dist.all_gather(counts, torch.tensor([len(expert_TK)], device=expert_TK.device))
-    sizes = [int(count) for count in counts]
+    counts = expert_TK.new_empty(world)
+    dist.all_gather_into_tensor(counts, counts.new_full((1,), len(expert_TK)))
+    sizes = counts.tolist()
     packed = torch.stack([expert_TK.to(chosen_TK.dtype), chosen_TK], -1)
     padded = packed.new_zeros(max(sizes), *packed.shape[1:])
     padded[: len(packed)] = packed

@@ -74,11 +74,11 @@ class ResidualMoE(nn.Module):
         """Returns y [..., C] of x [..., C]. In training, every process of the expert group must call it.
 
         Raises:
-            UserError: fewer tokens than experts in a training batch.
+            UserError: fewer tokens than experts in a training batch; with gate_input="image", x is [T, C].
         """
         x_TC = x.reshape(-1, x.shape[-1])
         self._check_tokens(len(x_TC))
-        routing = self.gate(x_TC)
+        routing = self.gate(x)
         record(self, routing)
         if self.config.recompute and torch.is_grad_enabled():
             return checkpoint(self._experts, x_TC, routing, use_reentrant=False).reshape(x.shape)

@@ -3,6 +3,8 @@
     with collect() as records:
         loss = criterion(model(images), labels)
     loss = loss + records.loss()
+    ...  # backward, the optimizer's step
+    records.balance_experts()  # for gates with a balance_rate
 
 `collect` is the one way to it. Outside of it nothing is kept.
 """
@@ -74,6 +76,20 @@ class Records:
         It reuses the sums of `loss`; called alone it is collective as that is.
         """
         return {layer: gate_balance(sums) for layer, sums in self._totals().items()}
+
+    def balance_experts(self, step: bool = True) -> None:
+        """Moves the biases by which gates with a `balance_rate` choose (loss-free balancing, arXiv 2408.15664).
+
+        Call it after each training step: nothing else moves them. It is the same on every process, reuses the sums of
+        `loss`, and alone it is collective as that is.
+
+        Args:
+            step: whether the optimizer makes a step with this batch; False for the parts of one that accumulates
+                gradients, save the last.
+        """
+        if any(layer.config.balance_rate for layer in self.sums):
+            for layer, sums in self._totals().items():
+                layer.gate.balance(sums.chosen_E.detach(), step)
 
     def _totals(self) -> dict[ResidualMoE, GateSums]:
         """Returns the sums over all processes, communicated once."""

@@ -4,10 +4,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from no_sync import Waits, no_sync
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmoe.config import GateLosses, ResidualMoEConfig
-from rmoe.moe.gate import Gate, GateSums, drop_over_capacity, gate_loss
+from rmoe.errors import UserError
+from rmoe.moe.gate import Gate, GateSums, Routing, drop_over_capacity, gate_balance, gate_loss
 
 
 def gate(**config: object) -> Gate:
@@ -43,7 +46,7 @@ def test_straight_through_of_two_sums_to_one() -> None:
 
 
 def test_noise_in_training_only() -> None:
-    module = gate(noise=5.0, top_k=3)
+    module = gate(noise=5.0, top_k=2)
     assert not torch.equal(module(LOGITS).gate_TK, module(LOGITS).gate_TK)
     module.eval()
     assert torch.equal(module(LOGITS).gate_TK, module(LOGITS).gate_TK)
@@ -64,12 +67,12 @@ def test_routing_is_float32_under_bfloat16() -> None:
 def test_gradients_of_all_that_the_gate_gives(k: int, noise: float) -> None:
     module = gate(top_k=k, noise=noise, losses=GateLosses(importance=1.0, load=1.0 if noise else 0.0, z=1.0)).double()
 
-    def function(x_TC: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    def function(x_TC: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         torch.manual_seed(0)  # the same noise each time
-        routing = torch.func.functional_call(module, {"weight": weight}, x_TC)
+        routing = torch.func.functional_call(module, {"weight": weight, "bias": bias}, x_TC)
         return routing.gate_TK, routing.sums.probability_E, routing.sums.z
 
-    inputs = [t.detach().double().requires_grad_() for t in (LOGITS + 0.1, module.weight)]
+    inputs = [t.detach().double().requires_grad_() for t in (LOGITS + 0.1, module.weight, module.bias)]
     assert torch.autograd.gradcheck(function, inputs)
 
 
@@ -94,7 +97,7 @@ def test_losses_by_hand() -> None:
 
 
 def test_sums_of_a_batch_in_training() -> None:
-    module = gate(losses=GateLosses(importance=1.0, z=1.0))
+    module = gate(losses=GateLosses(importance=1.0, balance=1.0, z=1.0))
     sums = module(LOGITS).sums
     assert sums is not None
     torch.testing.assert_close(sums.probability_E, LOGITS.softmax(-1).sum(0))
@@ -157,3 +160,204 @@ def test_capacity_in_training_only() -> None:
     same = LOGITS[:1].repeat(6, 1)
     assert (module(same).expert_TK == 3).sum() == 5
     assert (module.eval()(same).expert_TK == 3).sum() == 0
+
+
+# ---- bias, temperature, all experts ----------------------------------------------------------------------------------
+
+
+def test_bias_and_temperature_by_hand() -> None:
+    module = gate(temperature=2.0, top_k="all")
+    with torch.no_grad():
+        module.bias.copy_(torch.tensor([1.0, 0.0, -1.0]))
+    torch.testing.assert_close(module(LOGITS).gate_TK, ((LOGITS + module.bias) / 2).softmax(-1))
+
+
+@pytest.mark.parametrize("combine", ["residual", "straight_through", "softmax"])
+@pytest.mark.parametrize("top_k", ["all", 3])
+def test_all_experts_are_weighed_by_their_probabilities(combine: str, top_k: int | str) -> None:
+    module = gate(top_k=top_k, combine=combine, noise=5.0)
+    state = torch.get_rng_state()
+    routing = module(LOGITS)
+    assert torch.equal(torch.get_rng_state(), state), "noise was drawn"
+    assert routing.expert_TK.tolist() == [[0, 1, 2]] * 3
+    torch.testing.assert_close(routing.gate_TK, LOGITS.softmax(-1))
+    (grad,) = torch.autograd.grad(routing.gate_TK[0, 0], module.bias)
+    p = LOGITS[0].softmax(-1)
+    torch.testing.assert_close(grad, p[0] * (torch.eye(3)[0] - p))
+
+
+def test_all_experts_are_counted_by_their_probabilities() -> None:
+    sums = gate(top_k="all", losses=GateLosses(balance=1.0))(LOGITS).sums
+    assert sums.chosen_E.tolist() == [3, 3, 3]
+    assert sums.first_E.tolist() == [1, 1, 1]
+    share = LOGITS.softmax(-1).mean(0)
+    torch.testing.assert_close(gate_balance(sums).largest_share, share.max())
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_k": "all", "capacity_factor": 1.5},
+        {"top_k": "all", "balance_rate": 0.1},
+        {"top_k": "all", "losses": {"load": 1.0}},
+        {"balance_rate": 0.1, "losses": {"load": 1.0}},
+    ],
+)
+def test_keys_that_contradict_each_other(wrong: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="set"):
+        ResidualMoEConfig.from_dict({"noise": 1.0, **wrong})
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+PIXELS = torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(0))  # two images of six tokens
+
+
+@pytest.mark.parametrize("k", [1, 2, "all"])
+def test_tokens_of_an_image_share_a_decision(k: int | str) -> None:
+    config = {"top_k": k, "losses": GateLosses(importance=1.0, balance=1.0, z=1.0)}
+    routing = gate(gate_input="image", **config)(PIXELS)
+    means = gate(**config)(PIXELS.mean((1, 2)))
+    for image, of_image in zip(routing[:3], means[:3], strict=True):
+        assert torch.equal(image, of_image.repeat_interleave(6, 0))
+    for found, expected in zip(routing.sums, means.sums, strict=True):
+        torch.testing.assert_close(found, 6 * expected)
+
+
+def test_an_image_does_not_depend_on_its_batchmates_nor_on_the_order_of_its_tokens() -> None:
+    module = gate(gate_input="image").eval()
+    torch.testing.assert_close(module(PIXELS)[2][:6], module(PIXELS[:1])[2])
+    shuffled = PIXELS.flatten(1, 2)[:, torch.tensor([3, 0, 5, 1, 2, 4])]
+    torch.testing.assert_close(module(shuffled)[2], module(PIXELS)[2])
+
+
+def test_the_gate_of_images_has_a_gradient_from_every_token() -> None:
+    module, x = gate(gate_input="image"), PIXELS.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(module(x).gate_TK.sum(), x)
+    torch.testing.assert_close(grad, grad.mean((1, 2), keepdim=True).expand_as(grad))
+    assert grad.abs().min() > 0
+
+
+def test_tokens_without_images_are_refused() -> None:
+    with pytest.raises(UserError, match=r"shape \(3, 3\).*gate_input='token'"):
+        gate(gate_input="image")(LOGITS)
+
+
+def test_capacity_of_images() -> None:
+    module = gate(gate_input="image", capacity_factor=0.5)
+    expert_TK = module(PIXELS[:1].repeat(4, 1, 1, 1)).expert_TK.view(4, 6)
+    assert (expert_TK == expert_TK[:, :1]).all()
+    assert (expert_TK[:, 0] == 3).sum() == 3
+
+
+# ---- balance by bias -------------------------------------------------------------------------------------------------
+
+
+def test_the_bias_moves_against_the_imbalance_by_hand() -> None:
+    module = gate(balance_rate=0.25)
+    module.balance(torch.tensor([4.0, 1.0, 1.0]), step=True)
+    assert module.choice_bias.tolist() == [-0.25, 0.25, 0.25]
+    module.balance(torch.tensor([4.0, 1.0, 1.0]), step=False)
+    module.balance(torch.tensor([0.0, 4.0, 2.0]), step=True)  # 4, 5, 3 in both parts together
+    assert module.choice_bias.tolist() == [-0.25, 0.0, 0.5]
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_the_bias_enters_the_choice_alone(k: int) -> None:
+    module = gate(balance_rate=0.1, top_k=k, combine="residual")
+    module.choice_bias += torch.tensor([0.0, 0.0, 2.0])
+    routing = module(LOGITS)
+    assert (routing.expert_TK[:, 0] == 2).all()
+    p = LOGITS.softmax(-1)
+    torch.testing.assert_close(routing.gate_TK, p.gather(-1, routing.expert_TK))
+    torch.testing.assert_close(routing.probability_TE, p)
+    assert torch.equal(module.eval()(LOGITS).expert_TK, routing.expert_TK)
+
+
+def test_the_bias_brings_an_uneven_gate_to_balance() -> None:
+    module = gate(balance_rate=0.01)
+    x = torch.randn(300, 3, generator=torch.Generator().manual_seed(0)) + torch.tensor([1.0, 0.0, 0.0])
+    before = module(x).sums.chosen_E
+    for _ in range(100):
+        module.balance(module(x).sums.chosen_E, step=True)
+    after = module(x).sums.chosen_E
+    assert before.max() > 150
+    assert after.max() < 110
+
+
+# ---- state -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_state_of_before_gates_had_biases_reads_as_zeros() -> None:
+    model, old = nn.ModuleDict({"gate": gate(balance_rate=0.1)}), gate(noise=1.0).state_dict()
+    with torch.no_grad():
+        model["gate"].bias.add_(1.0)
+        model["gate"].choice_bias.add_(1.0)
+    with pytest.warns(UserWarning, match="without gate.bias, gate.choice_bias: read as zeros"):
+        model.load_state_dict({"gate.weight": old["weight"] + 1})
+    assert not model["gate"].bias.any()
+    assert not model["gate"].choice_bias.any()
+    with pytest.raises(RuntimeError, match=r"Missing key.*gate\.weight.*gate\.bias"):
+        model.load_state_dict({})
+
+
+def test_the_choice_bias_is_saved_and_nothing_to_a_gate_without_balance() -> None:
+    module = gate(balance_rate=0.1)
+    module.balance(torch.tensor([4.0, 1.0, 1.0]), step=True)
+    again = gate(balance_rate=0.2)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again.choice_bias, module.choice_bias)
+    assert set(gate().state_dict()) == {"weight", "bias"}
+    with pytest.raises(RuntimeError, match="Unexpected key.*choice_bias"):
+        gate().load_state_dict(module.state_dict())
+
+
+# ---- nothing waits for the device ------------------------------------------------------------------------------------
+
+LOSSES = GateLosses(importance=1.0, balance=1.0, z=1.0)
+GATES = {
+    "one": {},
+    "two": {"top_k": 2},
+    "all": {"top_k": "all"},
+    "load": {"losses": GateLosses(load=1.0), "noise": 1.0, "top_k": 2},
+    "capacity": {"capacity_factor": 0.5},
+    "capacity_two": {"capacity_factor": 0.5, "top_k": 2},
+    "balance": {"balance_rate": 0.1, "top_k": 2},
+    "image": {"gate_input": "image", "temperature": 0.5},
+    "straight_through": {"combine": "straight_through", "noise": 1.0},
+}
+
+
+def everything(module: Gate, x: Tensor) -> Routing:
+    """Runs what a training step asks of a gate."""
+    routing = module(x)
+    (routing.gate_TK.sum() + gate_loss(routing.sums, module.config.losses)).backward()
+    gate_balance(routing.sums)
+    module.balance(routing.sums.chosen_E, step=True)
+    return routing
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_no_gate_waits_for_the_device(name: str) -> None:
+    module = gate(**{"losses": LOSSES, **GATES[name]})
+    with no_sync():
+        everything(module, PIXELS)
+
+
+@pytest.mark.parametrize("name", GATES)
+def test_no_shape_depends_on_values(name: str) -> None:
+    module = gate(**{"losses": LOSSES, **GATES[name]})
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        routing = everything(module, mode.from_tensor(PIXELS))
+    assert routing.expert_TK.shape == (12, module.config.experts_per_token)
+
+
+def test_the_watch_for_waiting_sees_it() -> None:
+    x = torch.arange(3)
+    waiting = [torch.Tensor.item, torch.Tensor.nonzero, torch.Tensor.bincount, torch.unique, lambda x: x[x > 1]]
+    waiting += [lambda x: x.tolist(), lambda x: bool(x.any()), lambda x: x.numpy()]
+    for wait in waiting:
+        with no_sync(), pytest.raises(Waits):
+            wait(x[:1] if wait is torch.Tensor.item else x)
+    with no_sync():
+        assert x[x].shape == (3,)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from rmoe.engine.clipping import loss_scaler
 from rmoe.engine.optim import change_settings, checked_settings, settings
 from rmoe.errors import UserError
+from rmoe.moe.gate import GATES_WITHOUT, absent_of_gates
 from rmoe.moe.state import moe_layers
 
 WEIGHT, AVERAGE = "weight/", "average/"
@@ -276,6 +277,12 @@ def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor], kind: str 
     names = _Names(module)
     wanted = {kind + key: one for name, x in names.weights().items() for key, one in names.split(name, x)}
     known = {key for key in tensors if key.startswith(kind) and "deepspeed_experts." not in key}
+    saved = {key.removeprefix(kind): tensors[key] for key in known if ".gate." in key}
+    if gates := absent_of_gates(saved, {key.removeprefix(kind): x for key, x in wanted.items()}):
+        raise UserError(
+            f"{GATES_WITHOUT} {min(gates)}, whose training cannot go on: start a new run from the checkpoint's "
+            "weights: another --work-dir and --cfg-options load_from=CHECKPOINT"
+        )
     surplus = known - wanted.keys()
     wrong = sorted(surplus | (wanted.keys() - set(tensors)))
     wrong = wrong or sorted(key for key, x in wanted.items() if not _alike(tensors[key], x))

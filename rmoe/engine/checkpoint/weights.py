@@ -13,6 +13,7 @@ from rmoe.engine.checkpoint.files import Tensors, damage, is_checkpoint
 from rmoe.engine.checkpoint.resharding import AVERAGE, WEIGHT
 from rmoe.errors import UserError
 from rmoe.moe.experts import WEIGHT_DTYPES, WEIGHTS
+from rmoe.moe.gate import GATES_WITHOUT, absent_of_gates
 from rmoe.moe.state import global_state_dict, load_global_state_dict
 
 _LISTED = 3
@@ -30,6 +31,9 @@ def load_weights(model: nn.Module, path: Path) -> None:
     else:
         state = {str(key).removeprefix("module."): value for key, value in read_checkpoint(path).items()}
     wanted = global_state_dict(model)
+    if gates := absent_of_gates(state, wanted):
+        print_log(f"{path}: {GATES_WITHOUT} {', '.join(gates)}: read as zeros", logger="current")
+        state |= gates
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     both = sorted(wanted.keys() & state.keys())
     other = [key for key in both if wanted[key].shape != state[key].shape]
