@@ -18,11 +18,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals
+from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals, act_backward
 
 _TILE = 1600
 
@@ -159,7 +159,7 @@ class _LowRankRows(Function):
             _add_core_gradient_(grad_core[2:], grad_nC, a_nH)
             grad_nH = grad_nC @ core.w2_CH
             gate2_Gn = _low_rank_backward_(grad_nH, grad_nC, a_nH, of_h_and_y[2:], gate_Gn, low[2:], grad_low[2:], tile)
-            grad_nH = _act_backward(ctx.act, grad_nH, h_nH)
+            grad_nH = act_backward(ctx.act, grad_nH, h_nH)
             x_nC = x_NC.index_select(0, row_n)
             _add_core_gradient_(grad_core[:2], grad_nH, x_nC)
             torch.mm(grad_nH, core.w1_HC, out=back_nC)
@@ -282,7 +282,7 @@ class _FullRows(Function):
         wants_residual = any(ctx.needs_input_grad[7:])
         grad_NC = grad.index_select(0, rows.order_N)
         grad_NH, grad_w2, grad_b2 = _full_backward(grad_NC, a_NH, core.w2_CH, full.w2_ECH, rows, wants_residual)
-        grad_NH = _act_backward(ctx.act, grad_NH, h_NH)
+        grad_NH = act_backward(ctx.act, grad_NH, h_NH)
         sorted_NC = x_NC.index_select(0, rows.order_N)
         back_NC, grad_w1, grad_b1 = _full_backward(grad_NH, sorted_NC, core.w1_HC, full.w1_EHC, rows, wants_residual)
         core_w1, core_b1 = _core_backward(grad_NH, sorted_NC, *ctx.needs_input_grad[3:5])
@@ -325,13 +325,3 @@ def _full_backward(
 
 def _merged(w_OI: Tensor | None, delta_OI: Tensor, buffer_OI: Tensor) -> Tensor:
     return delta_OI if w_OI is None else torch.add(w_OI, delta_OI, out=buffer_OI)
-
-
-def _act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
-    """Returns the gradient of the activation's input, given its output's and the input."""
-    if isinstance(act, nn.GELU):
-        return torch.ops.aten.gelu_backward(grad, h, approximate=act.approximate)
-    with torch.enable_grad():
-        h = h.detach().requires_grad_()
-        # forward: past the hooks by which the FLOP counter follows modules, which do not stand a gradient in a gradient
-        return torch.autograd.grad(getattr(act, "forward", act)(h), h, grad)[0]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from rmoe.config import ResidualMoEConfig
 
@@ -48,6 +48,11 @@ class LowRank(NamedTuple):
     b1_ERH: Tensor
     a2_ERH: Tensor
     b2_ERC: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """Returns E."""
+        return self.b1_ERH.shape[0]
 
     @property
     def merges(self) -> bool:
@@ -82,6 +87,11 @@ class Full(NamedTuple):
     b1_EH: Tensor
     w2_ECH: Tensor
     b2_EC: Tensor
+
+    @property
+    def num_experts(self) -> int:
+        """Returns E."""
+        return self.w1_EHC.shape[0]
 
     @property
     def merges(self) -> bool:
@@ -137,7 +147,7 @@ def reference(
     mixes_weights: bool,
 ) -> Tensor:
     """Computes what the layer means, token by token; the fast paths are compared with it. Arguments as `mix`."""
-    num_experts = residuals[0].shape[0]
+    num_experts = residuals.num_experts
     core = core or nothing(residuals)
     rows = []
     for x_C, experts, gates_K in zip(x_TC, expert_TK.tolist(), gate_TK, strict=True):
@@ -156,6 +166,16 @@ def reference(
 def nothing(residuals: Residuals) -> Network:
     """Returns the core of experts that are networks of their own: θ0 = 0."""
     return Network(*(None if d is None else torch.zeros_like(d) for d in residuals.delta(0)))  # type: ignore[arg-type]
+
+
+def act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
+    """Returns the gradient of the activation's input h, given its output's, which it may overwrite."""
+    if isinstance(act, nn.GELU):
+        return torch.ops.aten.gelu_backward.grad_input(grad, h, approximate=act.approximate, grad_input=grad)
+    with torch.enable_grad():
+        h = h.detach().requires_grad_()
+        # forward: past the hooks by which the FLOP counter follows modules, which do not stand a gradient in a gradient
+        return torch.autograd.grad(getattr(act, "forward", act)(h), h, grad)[0]
 
 
 def _add(core: Network, delta: Network, scale: Tensor | float) -> Network:

@@ -77,7 +77,7 @@ class ResidualMoE(nn.Module):
             UserError: fewer tokens than experts in a training batch; with gate_input="image", x is [T, C].
         """
         x_TC = x.reshape(-1, x.shape[-1])
-        self._check_tokens(len(x_TC))
+        self._check_tokens(x_TC.shape[0])  # not len, which an exporter takes for a constant
         routing = self.gate(x)
         record(self, routing)
         if self.config.recompute and torch.is_grad_enabled():

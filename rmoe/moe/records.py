@@ -112,7 +112,8 @@ _open, _counting = 0, Lock()  # blocks of `collect` in all threads of the proces
 def collect() -> Iterator[Records]:
     """Collects what the gates decide inside the block, in this thread.
 
-    A layer that activation checkpointing runs again counts once; a model that runs twice counts twice.
+    A layer that activation checkpointing runs again counts once; a model that runs twice counts twice. A model that is
+    compiled leaves nothing in evaluation.
     """
     global _open
     records = Records()
@@ -134,6 +135,8 @@ def record(layer: ResidualMoE, routing: Routing) -> None:
         RuntimeError: the layer trains in another thread than the one that opened the block, where its losses would
             be lost.
     """
+    if routing.sums is None and torch.compiler.is_compiling():
+        return  # evaluation, in a graph that is compiled or exported: it has tensors alone
     if torch._C._current_graph_task_id() != -1:
         return  # a backward pass: activation checkpointing runs the layer again
     if (records := _RECORDS.get()) is not None:

@@ -144,6 +144,7 @@ def test_grouped_gemm_equals_reference(kind: str, tokens: int, experts: int, k: 
     theta = theta and Network(*weights[:4])
     again = (x, expert_TK, gate, theta, type(residuals)(*weights[-4:]), torch.tanh, mixes)
     with (
+        mock.patch.object(mixing, "_masks", return_value=False),
         mock.patch.object(mixing, "has_grouped_gemm", return_value=True),
         mock.patch.object(grouped, "has_grouped_gemm", return_value=True),
         mock.patch.object(cpu_kernels, "_sort_rows", side_effect=AssertionError("waits for the device")),

@@ -1,0 +1,313 @@
+"""Low-rank residuals of all experts at once, against `reference`; and what that path promises a GPU and an exporter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_mix import leaves, problem, value_and_gradients
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rmoe.config import ResidualMoEConfig
+from rmoe.engine.cost import counted_flops
+from rmoe.moe import cpu_kernels, masked
+from rmoe.moe import mix as mixing
+from rmoe.moe.experts import Activation, LowRank, Network, Residuals, reference
+from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.masked import masked_low_rank
+from rmoe.moe.mix import mix
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Chooses, on a CPU, what a GPU is given."""
+    with (
+        mock.patch.object(masked, "_is_on_gpu", return_value=True),
+        mock.patch.object(mixing, "_masks", return_value=True),
+    ):
+        yield
+
+
+def test_three_tokens_by_hand() -> None:
+    # FFN(x) = 2 · relu(x); expert 0 adds 1 to W1, expert 1 adds 1 to W2; the third token has no expert.
+    core = Network(torch.ones(1, 1), None, torch.full((1, 1), 2.0), None)
+    one = torch.ones(2, 1, 1)
+    low = LowRank(one, torch.tensor([[[1.0]], [[0.0]]]), one, torch.tensor([[[0.0]], [[1.0]]]))
+    x_TC, expert_TK, gate_TK = torch.ones(3, 1), torch.tensor([[0], [1], [2]]), torch.full((3, 1), 0.5)
+    y = masked_low_rank(x_TC, expert_TK, gate_TK, core, low, torch.relu)
+    assert y.flatten().tolist() == [3.0, 2.5, 2.0]  # 2·(1 + ½), (2 + ½)·1, 2·1
+    both = masked_low_rank(x_TC[:1], torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.25]]), core, low, torch.relu)
+    assert both.item() == 3.125  # (2 + ½)·(1 + ¼)
+
+
+@given(
+    tokens=st.integers(0, 9),
+    experts=st.integers(1, 5),
+    k=st.integers(1, 4),
+    width=st.integers(1, 4),
+    tile=st.integers(1, 7),
+    mixes=st.booleans(),
+    gpu=st.booleans(),
+    wanted=st.sets(st.sampled_from(range(10)), min_size=1),
+    act=st.sampled_from([torch.tanh, nn.GELU(), nn.GELU("tanh")]),
+    seed=st.integers(0, 10**6),
+)
+def test_equals_reference_in_value_and_gradient(
+    tokens: int,
+    experts: int,
+    k: int,
+    width: int,
+    tile: int,
+    mixes: bool,
+    gpu: bool,
+    wanted: set[int],
+    act: Activation,
+    seed: int,
+) -> None:
+    x, expert_TK, gate, core, low = problem("low_rank", tokens, width, 2 * width, experts, k, seed)
+    every = [x, gate, *core, *low]
+    inputs = [t.requires_grad_() for i, t in enumerate(every) if i in wanted and t is not None]
+    arguments = (inputs, x, expert_TK, gate, core, low, act, mixes)
+    with (
+        mock.patch.object(masked, "_TILE", tile),
+        mock.patch.object(masked, "_is_on_gpu", return_value=gpu),
+        mock.patch.object(mixing, "_masks", return_value=True),
+    ):
+        found = value_and_gradients(mix, *arguments)
+    expected = value_and_gradients(reference, *arguments)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12 * max(1.0, b.abs().max().item() if b.numel() else 0.0))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_gradcheck(k: int) -> None:
+    x, expert_TK, gate, core, low = problem("low_rank", 4, 2, 3, 3, k)
+
+    def function(x: Tensor, gate: Tensor, *weights: Tensor) -> Tensor:
+        return masked_low_rank(x, expert_TK, gate, Network(*weights[:4]), LowRank(*weights[4:]), torch.tanh)
+
+    assert torch.autograd.gradcheck(function, leaves(x, gate, core, low))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.02)], ids=str
+)
+def test_other_number_formats_are_the_reference_but_for_rounding(dtype: torch.dtype, tolerance: float) -> None:
+    x, expert_TK, gate, core, low = problem("low_rank", 40, 4, 8, 4, 2)
+    inputs = leaves(x, gate, core, low)
+    expected = value_and_gradients(reference, inputs, x, expert_TK, gate, core, low, torch.tanh, True)
+    rounded = [t.detach().to(dtype).requires_grad_() for t in inputs]
+    again = (rounded[0], expert_TK, rounded[1], Network(*rounded[2:6]), LowRank(*rounded[6:]))
+    for a, b in zip(value_and_gradients(mix, rounded, *again, torch.tanh, True), expected, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() < tolerance * b.norm()
+
+
+def test_autocast_computes_in_its_dtype_and_leaves_float32_gradients() -> None:
+    moe = layer(top_k="all", noise=0.0)
+    x = torch.randn(12, WIDTH)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = moe(x)
+    y.float().square().sum().backward()
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), moe.eval()(x), rtol=0.1, atol=0.1)
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in moe.residuals())
+
+
+@pytest.mark.parametrize("tokens", [0, 6])
+def test_experts_without_tokens_get_zeros(tokens: int) -> None:
+    x, _, gate, core, low = problem("low_rank", tokens, 3, 4, 4, 1)
+    leaves(x, gate, core, low)
+    masked_low_rank(x, torch.full((tokens, 1), 2), gate, core, low, torch.tanh).sum().backward()
+    for parameter in low:
+        assert parameter.grad is not None
+        assert parameter.grad[2].any() == (tokens > 0)
+        assert not parameter.grad[[0, 1, 3]].any()
+
+
+def test_zero_residuals_are_the_core_bit_for_bit() -> None:
+    x, expert_TK, gate, core, low = problem("low_rank", 8, 3, 4, 4, 3)
+    zero = low._replace(b1_ERH=torch.zeros(4, 2, 4).double(), b2_ERC=torch.zeros(4, 2, 3).double())  # type: ignore[call-arg]
+    assert torch.equal(masked_low_rank(x, expert_TK, gate, core, zero, torch.tanh), core(x, torch.tanh))
+
+
+# ---- what it costs ---------------------------------------------------------------------------------------------------
+
+WIDTH = 6
+
+
+class Mlp(nn.Module):
+    """A dense network in the layout of timm's."""
+
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.fc1, self.act, self.fc2 = nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+def layer(width: int = WIDTH, **config: Any) -> ResidualMoE:
+    """A layer of four experts whose residuals are not zero."""
+    torch.manual_seed(0)
+    moe = ResidualMoE(Mlp(width), ResidualMoEConfig(**{"num_experts": 4, "rank": 2, **config}))
+    with torch.no_grad():
+        for parameter in moe.deepspeed_moe.parameters():
+            parameter.add_(0.5 * torch.randn_like(parameter))
+    return moe
+
+
+@pytest.mark.parametrize("train_core", [False, True])
+@pytest.mark.parametrize("k", [1, 8])
+def test_flops_are_those_of_the_core_and_of_one_skinny_product_more(train_core: bool, k: int) -> None:
+    tokens, width, hidden, columns = 20, 12, 24, 8 * 2
+    x, expert_TK, gate, core, low = problem("low_rank", tokens, width, hidden, 8, k)
+    inputs = [t for t in leaves(x, gate, core, low) if train_core or not any(t is w for w in core)]
+    for weight in core:
+        weight.requires_grad_(train_core)  # type: ignore[union-attr]
+    counted: list[int] = []
+    with counted_flops(counted):
+        y = masked_low_rank(x, expert_TK, gate, core, low, nn.GELU())
+        torch.autograd.grad(y.sum(), inputs)
+    # Forward and the gradient of x; the gradient of trained weights is half as much again. 1.25·E·R/C where H = 4C.
+    dense = 4 * tokens * width * hidden * (3 if train_core else 2)
+    assert counted == [dense + 12 * tokens * columns * (width + hidden)]
+
+
+def saved_bytes(function: Any, x: Tensor, weights: list[Tensor]) -> int:
+    """Bytes that backward keeps, but for x and the weights."""
+    kept = {}
+
+    def keep(t: Tensor) -> Tensor:
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = function(x)
+    for t in (x, *weights):
+        kept.pop(t.untyped_storage().data_ptr(), None)
+    y.sum().backward()
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize(("gpu", "limit"), [(False, 1.3), (True, 0.75)])
+def test_it_keeps_little_more_than_the_dense_network(gpu: bool, limit: float) -> None:
+    width, tokens = 96, 300
+    moe = layer(width, num_experts=8, rank=8, top_k="all", train_core=True)
+    x = torch.randn(tokens, width, requires_grad=True)
+    routing = moe.gate(x.detach())
+
+    def mixture(x: Tensor) -> Tensor:
+        return moe._experts(x, routing._replace(gate_TK=routing.gate_TK.detach()))
+
+    dense = saved_bytes(moe.core, x, list(moe.parameters()))
+    with as_on_a_gpu() if gpu else mock.patch.object(masked, "_TILE", 100):
+        found = saved_bytes(mixture, x, list(moe.parameters()))
+    assert found <= limit * dense
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that would start a kernel on a GPU, and refuses those that wait for it."""
+
+    _WAITS = ("_local_scalar_dense", "nonzero", "bincount", "masked_select", "_unique2", "repeat_interleave.Tensor")
+    _FREE = ("empty", "new_empty", "detach", "lift_fresh", "promote_types")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        assert not name.startswith(self._WAITS), f"{name} waits for the device"
+        if not func.is_view and not name.startswith(self._FREE):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", [{}, {"top_k": "all"}, {"combine": "straight_through"}], ids=str)
+def test_few_launches_and_no_wait(form: dict[str, Any]) -> None:
+    moe = layer(**form)
+    x = torch.randn(24, WIDTH, requires_grad=True)
+    routing = moe.gate(x.detach())
+    routing = routing._replace(gate_TK=routing.gate_TK.detach().requires_grad_())
+    with as_on_a_gpu(), Launches() as launches:
+        moe._experts(x, routing).backward(torch.ones(24, WIDTH))
+    assert len(launches.found) <= 34
+
+
+# ---- which arithmetic runs -------------------------------------------------------------------------------------------
+
+
+def low_rank(experts: int, rank: int) -> LowRank:
+    return LowRank(*(torch.zeros(experts, rank, 1) for _ in range(4)))
+
+
+def test_where_all_experts_are_computed_at_once() -> None:
+    assert mixing._masks("cuda", 1, low_rank(64, 8))
+    assert not mixing._masks("cuda", 1, low_rank(65, 8))
+    assert not mixing._masks("cuda", 2, low_rank(65, 8))
+    assert mixing._masks("cuda", 65, low_rank(65, 8))  # where each token uses all of them nothing is computed in vain
+    assert not mixing._masks("cpu", 1, low_rank(8, 8))
+    assert mixing._masks("cpu", 2, low_rank(8, 8))
+
+
+@pytest.mark.parametrize("top_k", [2, "all"])
+def test_several_experts_in_one_network_are_never_sorted(top_k: Any) -> None:
+    moe = layer(top_k=top_k)
+    with (
+        mock.patch.object(cpu_kernels, "_sort_rows", side_effect=AssertionError),
+        mock.patch.object(mixing, "mix_weights", side_effect=AssertionError),
+    ):
+        moe(torch.randn(12, WIDTH)).sum().backward()
+
+
+# ---- compilers and exporters -----------------------------------------------------------------------------------------
+
+
+def expected(moe: ResidualMoE, x: Tensor) -> Tensor:
+    """The layer's output by the definition."""
+    x_TC = x.reshape(-1, WIDTH)
+    routing, core = moe.gate(x_TC), moe.core
+    network = Network(core.fc1.weight, core.fc1.bias, core.fc2.weight, core.fc2.bias)  # type: ignore[union-attr,arg-type]
+    residuals: Residuals = moe.residuals()
+    y = reference(x_TC, routing.expert_TK, routing.gate_TK, network, residuals, core.act, moe.config.mixes_weights)  # type: ignore[arg-type]
+    return y.view_as(x)
+
+
+FORMS = [{}, {"top_k": "all"}, {"top_k": 2, "combine": "straight_through"}]
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_layer_can_be_exported_with_any_number_of_images(form: dict[str, Any]) -> None:
+    moe, images = layer(**form).eval(), torch.randn(2, 5, WIDTH)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(moe, (images,), dynamic_shapes=({0: batch},)).module()
+    for x in (images, torch.randn(7, 5, WIDTH), torch.randn(1, 5, WIDTH)):
+        torch.testing.assert_close(program(x), expected(moe, x))
+
+
+def test_a_layer_can_be_exported_for_one_size() -> None:
+    moe, x = layer().eval(), torch.randn(2, 5, WIDTH)
+    torch.testing.assert_close(torch.export.export(moe, (x,)).module()(x), expected(moe, x))
+
+
+@pytest.mark.parametrize("form", FORMS, ids=str)
+def test_a_layer_compiles_as_one_graph(form: dict[str, Any]) -> None:
+    moe, x = layer(**form).eval(), torch.randn(2, 5, WIDTH)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(moe, fullgraph=True, backend="aot_eager")(x), expected(moe, x))
+
+
+def test_its_compiled_gradient_is_the_reference() -> None:
+    x, expert_TK, gate, core, low = problem("low_rank", 8, 3, 4, 4, 2)
+    arguments = (leaves(x, gate, core, low), x, expert_TK, gate, core, low, torch.tanh, True)
+    torch._dynamo.reset()
+    compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(value_and_gradients(compiled, *arguments), value_and_gradients(reference, *arguments))
