@@ -1,10 +1,12 @@
-"""What is compared in the layer's part: rmoe's kinds, the dense network, and what others make of a mixture or adapter."""
+"""What is compared in the layer's part: rmoe's kinds, the dense network, and what others make of it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.gpu.measure import INPUT_SETS, Step
 from rmoe.config import ResidualMoEConfig
+from rmoe.engine.ports import free_port
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 
@@ -71,8 +74,6 @@ def _arm(cell: Cell, module: nn.Module, inputs: list[tuple[Tensor, Tensor]], for
     def step(number: int) -> None:
         x_TC, grad_TC = inputs[number]
         module.train()
-        x_TC.grad = None
-        module.zero_grad()
         with cell.autocast():
             y_TC, loss = run(x_TC)
         grad_TC = grad_TC.to(y_TC.dtype)
@@ -80,6 +81,8 @@ def _arm(cell: Cell, module: nn.Module, inputs: list[tuple[Tensor, Tensor]], for
             y_TC.backward(grad_TC)
         else:
             torch.autograd.backward([y_TC, loss], [grad_TC, None])
+        x_TC.grad = None
+        module.zero_grad()  # at the end: gradients of arms that wait their turn would fill the memory
 
     def evaluate(number: int) -> None:
         module.eval()
@@ -159,14 +162,15 @@ def _lora(cell: Cell, inputs: Any) -> Arm:
 
 def _stock(cell: Cell, inputs: Any) -> Arm:
     """Runs deepspeed.moe, nothing dropped, with networks of the same size."""
-    import deepspeed  # noqa: F401
+    import deepspeed.ops
     import torch.distributed as dist
     from deepspeed.moe.layer import MoE
 
     if not dist.is_initialized():
-        from deepspeed import init_distributed
-
-        init_distributed("nccl" if cell.device.type == "cuda" else "gloo", verbose=False)
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # compiled for a minute, called by nobody here
+        with mock.patch.dict(os.environ, alone, MASTER_PORT=str(free_port())):
+            deepspeed.init_distributed("nccl" if cell.device.type == "cuda" else "gloo", verbose=False)
     layer = MoE(cell.width, cell.network(), cell.experts, k=1, drop_tokens=False, use_rts=False).to(cell.device)
     layer.set_deepspeed_parallelism()
     return _arm(cell, _First(layer), inputs)

@@ -63,7 +63,7 @@ def _measure_cell(report: Report, cell: Cell, place: Row, rounds: int, peak: flo
         names = [name for name in names if name not in SLOW]
     made: dict[str, Arm] = {}
     for name in names:
-        arm = attempt(report, {**place, "contender": name}, lambda name=name: ARMS[name](cell, inputs))  # type: ignore[misc]
+        arm = attempt(report, {**place, "contender": name}, ARMS[name], cell, inputs)
         if arm is not None:
             made[name] = arm
     profiled = report.arguments.dry or (cell.tokens, cell.width) == PROFILED

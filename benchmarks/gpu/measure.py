@@ -45,7 +45,7 @@ class Arguments(NamedTuple):
 
 
 class Report:
-    """Collects the rows of one part; its file is complete after each of them, so that a killed run leaves what it has."""
+    """Collects the rows of one part; its file is whole after each of them: a killed run leaves what it has."""
 
     def __init__(self, arguments: Arguments, part: str, config: Mapping[str, Any]) -> None:
         self.arguments, self.part = arguments, part
@@ -83,13 +83,13 @@ class Report:
         new.replace(self.path)
 
 
-def attempt(report: Report, place: Row, make: Callable[[], Any]) -> Any:
-    """Returns what `make` makes; where it does not fit, or fails, a row says so and None is returned.
+def attempt(report: Report, place: Row, make: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what `make` makes of `arguments`; where it does not fit, or fails, a row says so and None is returned.
 
     A failure ends the command with exit code 1 after all else was measured: the time on a GPU is short.
     """
     try:
-        return make()
+        return make(*arguments)
     except torch.OutOfMemoryError:
         report.add({**place, "skipped": "does not fit into the memory of the GPU"})
     except ModuleNotFoundError as error:
@@ -115,8 +115,7 @@ def time_in_turns(
     """
     ready: dict[str, tuple[Step, int, int]] = {}
     for name, step in arms.items():
-        # The second step has compiled, allocated and chosen its kernels.
-        if attempt(report, {**place, "contender": name}, lambda step=step: (step(0), step(1))) is None:  # type: ignore[misc]
+        if attempt(report, {**place, "contender": name}, _warm_up, step) is None:
             continue
         peak = _peak_bytes(step, device)
         once = min(_milliseconds(step, 1, device) for _ in range(2))
@@ -143,6 +142,13 @@ def time_in_turns(
             "peak_bytes": ready[name][2],
         }
     return found
+
+
+def _warm_up(step: Step) -> bool:
+    """Runs steps so that what is timed has compiled, allocated and chosen its kernels."""
+    for number in range(INPUT_SETS):
+        step(number)
+    return True
 
 
 def _milliseconds(step: Step, repeats: int, device: torch.device) -> float:
@@ -182,6 +188,8 @@ def launches(step: Step, device: torch.device) -> Row:
     torch.cuda.synchronize()
     on_device, names = {}, []
     for event in found.events():
+        if event.is_user_annotation:
+            continue
         if event.device_type == torch.autograd.DeviceType.CUDA:
             microseconds, count = on_device.get(event.name, (0.0, 0))
             on_device[event.name] = (microseconds + event.device_time_total, count + 1)

@@ -68,15 +68,15 @@ def main(arguments: Arguments) -> Report:
     for case in CASES:
         for precision in precisions:
             place = {"part": "layer", "contender": case.name, "precision": precision}
-            row = attempt(report, place, lambda case=case, p=precision: _check(case, p, device))  # type: ignore[misc]
+            row = attempt(report, place, _check, case, precision, device)
             if row is not None:
                 report.add({**place, **row})
     for residual, config in _MODELS.items():
         place = {"part": "losses", "contender": residual}
-        expected = attempt(report, place, lambda config=config: _losses(config, "float32", torch.device("cpu")))  # type: ignore[misc]
+        expected = attempt(report, place, _losses, config, "float32", torch.device("cpu"))
         for precision in () if expected is None else [p for p in precisions if p in LOSS_BOUNDS]:
             place |= {"precision": precision}
-            found = attempt(report, place, lambda config=config, p=precision: _losses(config, p, device))  # type: ignore[misc]
+            found = attempt(report, place, _losses, config, precision, device)
             if found is not None:
                 error = max(abs(a - b) / abs(b) for a, b in zip(found, expected, strict=True))
                 report.add({**place, **_verdict(error, LOSS_BOUNDS[precision], "loss"), "losses": found})
@@ -120,7 +120,7 @@ def _check(case: Case, precision: str, device: torch.device) -> Row:
 
 
 def _problem(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
-    """Draws x, gate values, the core's weights if there is a core, residuals; and experts, of which the last has none."""
+    """Draws x, gate values, weights of the core if there is one, residuals; and experts, of which the last has none."""
     width, hidden = 64, 256
 
     def random(*shape: int) -> Tensor:
@@ -200,7 +200,10 @@ def _losses(config: dict[str, Any], precision: str, device: torch.device) -> lis
         for _ in range(STEPS):
             images, labels = torch.randn(8, 3, 32, 32, generator=g), torch.randint(10, (8,), generator=g)
             images, labels = images.to(device), labels.to(device)
-            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"), rmoe.collect() as records:
+            with (
+                torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"),
+                rmoe.collect() as records,
+            ):
                 loss = F.cross_entropy(model(images).float(), labels)
             loss = loss + records.loss()
             optimizer.zero_grad()

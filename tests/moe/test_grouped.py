@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from rmoe.engine.cost import _MORE_FORMULAS
 from rmoe.moe import cpu_kernels, grouped
 from rmoe.moe import mix as mixing
 from rmoe.moe.experts import Full, LowRank, Network, Residuals, reference
@@ -203,6 +205,18 @@ VIEWS = {"view", "_unsafe_view", "t", "transpose", "slice", "select", "unsqueeze
 VIEWS |= {"empty", "empty_like", "new_empty", "reshape", "unflatten", "permute", "squeeze", "promote_types"}
 VIEWS |= {"lift_fresh"}
 WAITS = {"_local_scalar_dense", "nonzero", "bincount", "item", "unique", "masked_select", "is_nonzero"}
+
+
+def test_flops_are_those_of_a_dense_network_of_as_many_rows() -> None:
+    x, expert_TK, gate, _, residuals = problem("experts", 20, 3, 2, seed=0, drops=False)
+    single = [t.float().requires_grad_() for t in (x, gate, *residuals)]
+    counter = FlopCounterMode(display=False)
+    counter.flop_registry.update(_MORE_FORMULAS)
+    with as_on_hopper(F.grouped_mm), counter:
+        mix(single[0], expert_TK, single[1], None, Full(*single[2:]), torch.tanh, False, None, False).sum().backward()
+    columns, rows = 16 // 4, 20 * 2  # of ones, beside 8
+    first, second = 2 * rows * (8 + columns) * 16, 2 * rows * 8 * 16
+    assert counter.get_total_flops() == 2 * first + second + 3 * second + 2 * rows * columns * 8
 
 
 class Launches(TorchDispatchMode):
