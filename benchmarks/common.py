@@ -285,9 +285,9 @@ def markdown(rows: Sequence[Row]) -> str:
 def circumstances(found: Mapping[str, Any]) -> str:
     """Returns what `publish` wrote a result with: command, date, machine, versions, commit."""
     versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items())
-    machine = "{cpu}, {cores} cores, {threads} threads".format(**found["machine"])
+    machine = found["machine"]["gpu"] or "{cpu}, {cores} cores, {threads} threads, no GPU".format(**found["machine"])
     commit = f"{found['commit']}{' with changes' * found['dirty']}"
-    return f"`{found['command']}`, {found['date']}: {machine}, no GPU; {versions}; commit {commit}."
+    return f"`{found['command']}`, {found['date']}: {machine}; {versions}; commit {commit}."
 
 
 def cell(value: Any) -> str:

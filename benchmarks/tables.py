@@ -12,9 +12,13 @@ from pathlib import Path
 
 from benchmarks import common, layer, scaling, step, targets, training_cost
 from benchmarks.claims import verdicts
+from benchmarks.gpu import layer as gpu_layer
+from benchmarks.gpu import parity as gpu_parity
+from benchmarks.gpu import step as gpu_step
 
 DOCS = common.ROOT / "docs"
 _BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "training_cost": training_cost, "scaling": scaling}
+_BENCHMARKS |= {"gpu_parity": gpu_parity, "gpu_layer": gpu_layer, "gpu_step": gpu_step}
 
 
 def main() -> None:

@@ -1,16 +1,17 @@
 """The project's speed and memory targets, each beside what was measured.
 
-    python -m benchmarks.layer; python -m benchmarks.step; python -m benchmarks.targets
+    python -m benchmarks.layer; python -m benchmarks.step; python -m benchmarks.gpu; python -m benchmarks.targets
 
-Reads layer.json and step.json and writes targets.json: a list of one object for each target. `measured` is the worst
-of the sizes, `at` says which; it is taken in the first of `benchmarks.common.SETTINGS`, with the worst in the others
-beside it. null: not measured.
+Reads layer.json and step.json and, where a GPU was measured, gpu_layer.json and gpu_step.json; writes targets.json: a
+list of one object for each target. `measured` is the worst of the sizes, `at` says which; it is taken in the first of
+`benchmarks.common.SETTINGS`, with the worst in the others beside it. null: not measured.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 
 from benchmarks import common
 from benchmarks.common import ALL_CORES, DEFAULT, JUDGED, Row
@@ -31,15 +32,21 @@ FULL: Limits = (
 STOCK, GATE, GROWTH = 0.85, 0.08, {"low_rank_8": 1.10, "full": 1.25}
 STEP, MEMORY = {"low_rank": 1.00, "full": 1.03}, {"low_rank": 1.00, "full": 1.15}
 MORE_IN_BFLOAT16 = 0.20
+# On one H100, bfloat16 under autocast, 8 experts.
+GPU_LAYER = {"low_rank_8": 0.90, "full": 1.10}
+GPU_LAUNCHES, GPU_WAITS = {"low_rank_8": 40, "full": 70}, 0
+GPU_STEP = {"low_rank": 1.00, "full": 1.03}
 _ASIDE = {DEFAULT: "measured_default_allocator", ALL_CORES: "measured_all_cores"}
 LAYER_COMMAND, STEP_COMMAND = "python -m benchmarks.layer", "python -m benchmarks.step"
+GPU_COMMAND = "python -m benchmarks.gpu --part"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments = common.parse("targets", __doc__, argv)
     layer, step = (json.loads((arguments.out / f"{name}.json").read_text())["rows"] for name in ("layer", "step"))
-    rows = [*layer_targets(layer), *step_targets(step)]
+    gpu = (_gpu_rows(arguments.out / f"gpu_{name}.json") for name in ("layer", "step"))
+    rows = [*layer_targets(layer), *step_targets(step), *gpu_targets(*gpu)]
     common.show(table(rows), "targets")
     path = arguments.out / "targets.json"
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
@@ -80,6 +87,36 @@ def step_targets(rows: Sequence[Row]) -> Iterator[Row]:
             yield _target(f"{what}, {arm}", "dense step", limit, mine, key, STEP_COMMAND)
 
 
+def gpu_targets(layer: Sequence[Row], step: Sequence[Row]) -> Iterator[Row]:
+    """Returns the targets of a GPU; `at` names the card."""
+    mine = [row for row in layer if row.get("mode") == "autocast" and row["experts"] == 8 and "ms" in row]
+    trained = [row for row in mine if row["pass"] == "forward + backward"]
+    command = f"{GPU_COMMAND} layer"
+    for name, limit in GPU_LAYER.items():
+        found = [row for row in trained if row["contender"] == name]
+        found = [row for row in found if row["width"] >= 384 and row["tokens"] >= 25088]
+        what = f"{name}, H100, bfloat16, C ≥ 384, T ≥ 25,088"
+        yield _target(what, "dense FFN, trained", limit, found, "ratio", command)
+    counted = [row for row in trained if "launches" in row]
+    for name, limit in GPU_LAUNCHES.items():
+        found = [row for row in counted if row["contender"] == name]
+        yield _target(f"launches of a layer, forward + backward, {name}", "", limit, found, "launches", command)
+    found = [row for row in counted if row["contender"] in GPU_LAYER]
+    yield _target("waits of the host in a layer, forward + backward", "", GPU_WAITS, found, "syncs", command)
+    for arm, limit in GPU_STEP.items():
+        found = [row for row in step if (row.get("task"), row.get("contender")) == ("Swin-L + UPerNet", arm)]
+        what = f"training step of Swin-L + UPerNet, 640 px, H100, {arm}"
+        yield _target(what, "dense step", limit, [row for row in found if "ms" in row], "ratio", f"{GPU_COMMAND} step")
+
+
+def _gpu_rows(path: Path) -> list[Row]:
+    """Returns the rows of a GPU's result, none where there is none; each names its card."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    return [{**row, "setting": JUDGED, "gpu": content["machine"]["gpu"]} for row in content["rows"]]
+
+
 def table(rows: Sequence[Row]) -> list[Row]:
     """Returns the targets for print."""
     names = {"target": "target", "against": "against", "limit": "at most", "measured": "measured", "met": "met"}
@@ -99,7 +136,7 @@ def _target(what: str, against: str, limit: float, rows: Iterable[Row], key: str
         "measured": measured,
         "met": None if measured is None else measured <= limit,
         "command": command,
-        "at": {name: worst[name] for name in ("task", "tokens", "width", "contender") if name in worst},
+        "at": {name: worst[name] for name in ("gpu", "task", "tokens", "width", "contender") if name in worst},
         **{name: _worst(found, key, setting).get(key) for setting, name in _ASIDE.items()},
     }
 

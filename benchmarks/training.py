@@ -40,7 +40,7 @@ def preload(task: str) -> None:
     importlib.import_module(_LIBRARIES[task])
 
 
-def config(task: str, moe: dict[str, Any] | None, image_size: int, small: bool) -> Config:
+def config(task: str, moe: dict[str, Any] | None, image_size: int, small: bool, file: str | None = None) -> Config:
     """Returns a shipped config whose model starts from random weights.
 
     Args:
@@ -48,8 +48,9 @@ def config(task: str, moe: dict[str, Any] | None, image_size: int, small: bool) 
         moe: keys of `ResidualMoEConfig`, such as an entry of `ARMS`.
         image_size: height and width.
         small: a few channels and blocks, for tests.
+        file: within `CONFIGS`, another config of that task.
     """
-    cfg = Config.fromfile(TASKS[task])
+    cfg = Config.fromfile(CONFIGS / file if file else TASKS[task])
     model = cfg.model
     part = model if task == "classification" else model.backbone
     part.update(core=None, moe=moe, allow_random_core=True)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, Mlp, get_act_layer, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -255,7 +254,7 @@ class ConvAttention(nn.Module):
         """Maps tokens [B, (1 +) H·W, C] of a map of `size` (H, W) to the same shape."""
         token, x = _split(tokens, size)
         query, key, value = (
-            rearrange(linear(torch.cat([token, _tokens(convolve(x))], dim=1)), "b t (h d) -> b h t d", h=self.num_heads)
+            linear(torch.cat([token, _tokens(convolve(x))], dim=1)).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
             for convolve, linear in (
                 (self.conv_proj_q, self.proj_q),
                 (self.conv_proj_k, self.proj_k),
@@ -263,7 +262,7 @@ class ConvAttention(nn.Module):
             )
         )
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
-        return self.proj(rearrange(mixed, "b h t d -> b t (h d)"))
+        return self.proj(mixed.transpose(1, 2).flatten(2))
 
 
 def _depthwise(dim: int, stride: int) -> nn.Sequential:
@@ -284,14 +283,14 @@ def _init_weights(module: nn.Module) -> None:
 
 
 def _tokens(x: Tensor) -> Tensor:
-    return rearrange(x, "b c h w -> b (h w) c")
+    return x.flatten(2).transpose(1, 2)
 
 
 def _split(tokens: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Splits tokens [B, (1 +) H·W, C] into class token [B, 1 or 0, C] and map [B, C, H, W]."""
     area = size[0] * size[1]
     token, x = tokens.split([tokens.shape[1] - area, area], dim=1)
-    return token, rearrange(x, "b (h w) c -> b c h w", h=size[0])
+    return token, x.transpose(1, 2).unflatten(2, (size[0], size[1]))
 
 
 def _recomputed(block: nn.Module, tokens: Tensor, size: Sequence[int]) -> Tensor:

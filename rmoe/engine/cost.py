@@ -6,7 +6,7 @@ import os
 import platform
 import resource
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
 from rmoe.moe.state import moe_layers
 
@@ -24,8 +24,14 @@ _PACKAGES = ("torch", "deepspeed", "timm")
 _aten = torch.ops.aten
 
 
-# What torch's own list of formulas lacks: products in place, and attention on a CPU.
+def _grouped_flops(a: Sequence[int], b: Sequence[int], *_: Any, **__: Any) -> int:
+    """Returns the FLOPs of a grouped product of shapes [N, I] and [E, I, O], or [O, N] and [N, I]: each row has one."""
+    return 2 * a[0] * a[1] * b[-1]
+
+
+# What torch's own list of formulas lacks: products in place, of groups, and attention on a CPU.
 _MORE_FORMULAS = {
+    _aten._grouped_mm: shape_wrapper(_grouped_flops),
     _aten.addmm_: flop_registry[_aten.addmm],
     _aten.baddbmm_: flop_registry[_aten.baddbmm],
     _aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[_aten._scaled_dot_product_flash_attention],

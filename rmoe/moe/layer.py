@@ -127,7 +127,8 @@ class ResidualMoE(nn.Module):
     ) -> Tensor:
         theta = _network(self.core) if self.config.kind.has_core else None
         act: Any = self.core.act
-        return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready)
+        drops = self.training and self.config.capacity_factor is not None
+        return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready, drops)
 
     def residuals(self) -> Residuals:
         """Returns Δ of the experts of this process, stacked."""

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from rmoe.moe.cpu_kernels import rows_of_one_expert
 from rmoe.moe.experts import Activation, Network, Residuals
+from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_networks, mix_weights
 from rmoe.moe.masked import masked_low_rank
-from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_weights
 
 
 # Columns E·R of all experts' A beyond which the products of the experts that are not chosen cost more than sorting does.
@@ -29,6 +29,7 @@ def mix(
     act: Activation,
     mixes_weights: bool,
     ready: Callable[[], object] | None = None,
+    drops: bool = True,
 ) -> Tensor:
     """Applies to every token the network of its experts.
 
@@ -43,6 +44,7 @@ def mix(
         mixes_weights: y = FFN(x; θ0 + Σ g_e Δ_e) if true, y = Σ g_e FFN(x; θ0 + Δ_e) if not.
         ready: waits until the residuals have arrived, where they are still on their way from other processes; called
             after the core's first product where that is possible.
+        drops: whether `expert_TK` may hold E; False where the caller knows that it does not saves a product a group.
 
     Returns:
         y_TC.
@@ -54,7 +56,10 @@ def mix(
     if ready is not None and (residuals.merges or (inside and not masked) or residuals[0].dtype != dtype):
         ready()
         ready = None
-    x_TC, gate_TK = x_TC.to(dtype), gate_TK.to(dtype)
+    x_TC = x_TC.to(dtype)
+    if residuals.merges and not inside and has_grouped_gemm(x_TC, residuals):
+        return mix_networks(x_TC, expert_TK, gate_TK, core, residuals, act, drops)
+    gate_TK = gate_TK.to(dtype)
     weights = (None,) * 4 if core is None else core
     core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
     residuals = type(residuals)(*(w.to(dtype) for w in residuals))

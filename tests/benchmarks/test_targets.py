@@ -79,10 +79,28 @@ def test_every_cell_of_the_grid_has_its_target(tmp_path: Path, ratio: float, met
         (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
     targets.main(["--out", str(tmp_path)])
     found = json.loads((tmp_path / "targets.json").read_text())
-    assert len(found) == 2 * (4 + 3 + 2) + 1 + 2 + 4
+    assert len(found) == 2 * (4 + 3 + 2) + 1 + 2 + 4 + 7
+    found, of_gpu = found[:-7], found[-7:]
+    assert all(row["measured"] is None and row["met"] is None for row in of_gpu)
     assert all(set(row) >= KEYS for row in found)
     assert all(row["met"] is met for row in found)
     assert common.markdown(targets.table(found)).count("| yes |" if met else "| no |") == len(found)
+
+
+def test_what_a_gpu_is_measured_at_names_its_card(tmp_path: Path) -> None:
+    cell = {"mode": "autocast", "experts": 8, "tokens": 25088, "pass": "forward + backward", "ms": 1.0, "syncs": 0}
+    rows = [
+        cell | {"contender": "low_rank_8", "width": 384, "ratio": 0.8, "launches": 41},
+        cell | {"contender": "low_rank_8", "width": 96, "ratio": 2.0},
+        cell | {"contender": "low_rank_8", "width": 768, "ratio": 0.1, "mode": "bfloat16"},
+        cell | {"contender": "full", "width": 384, "ratio": 1.2, "launches": 70},
+        {"part": "layer", "contender": "megablocks", "skipped": "not installed"},
+        {"part": "ceiling", "gemm_tflops": 800.0},
+    ]
+    (tmp_path / "gpu_layer.json").write_text(json.dumps({"machine": {"gpu": "NVIDIA H100"}, "rows": rows}))
+    step, _, *others = targets.gpu_targets(targets._gpu_rows(tmp_path / "gpu_layer.json"), [])
+    assert (step["measured"], step["met"], step["at"]["gpu"]) == (0.8, True, "NVIDIA H100")
+    assert [row["met"] for row in others] == [False, True, True, None, None]
 
 
 @pytest.mark.parametrize("limits", [targets.LOW_RANK, targets.FULL])

@@ -8,13 +8,11 @@ from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmoe.moe import cpu_kernels, grouped
-from rmoe.moe import mix as mixing
+from rmoe.moe import cpu_kernels
 from rmoe.moe.experts import Full, LowRank, Network, Residuals, reference
 from rmoe.moe.mix import mix
 
@@ -123,54 +121,6 @@ def test_bfloat16_is_the_reference_but_for_rounding(kind: str, mixes: bool) -> N
     again = (half[0], expert_TK, half[1], Network(*half[2:6]), type(residuals)(*half[6:]))
     for a, b in zip(value_and_gradients(mix, half, *again, torch.tanh, mixes), expected, strict=True):
         assert (a.double() - b).norm() < 0.05 * b.norm()
-
-
-@given(
-    kind=st.sampled_from((*KINDS, "experts")),
-    tokens=st.integers(1, 20),
-    experts=st.integers(1, 5),
-    k=st.integers(1, 2),
-    mixes=st.booleans(),
-    seed=st.integers(0, 10**6),
-)
-def test_grouped_gemm_equals_reference(kind: str, tokens: int, experts: int, k: int, mixes: bool, seed: int) -> None:
-    # The arithmetic of a GPU: the CPU has the same function, in float32, as a loop.
-    x, expert_TK, gate, core, residuals = problem(kind, tokens, 4, 8, experts, k, seed)
-    theta, mixes = (None, False) if kind == "experts" else (core, mixes)
-    inputs = [t for t in leaves(x, gate, core, residuals) if theta or not any(t is c for c in core)]
-    expected = value_and_gradients(reference, inputs, x, expert_TK, gate, theta, residuals, torch.tanh, mixes)
-    single = [t.detach().float().requires_grad_() for t in inputs]
-    x, gate, *weights = single
-    theta = theta and Network(*weights[:4])
-    again = (x, expert_TK, gate, theta, type(residuals)(*weights[-4:]), torch.tanh, mixes)
-    with (
-        mock.patch.object(mixing, "_masks", return_value=False),
-        mock.patch.object(mixing, "has_grouped_gemm", return_value=True),
-        mock.patch.object(grouped, "has_grouped_gemm", return_value=True),
-        mock.patch.object(cpu_kernels, "_sort_rows", side_effect=AssertionError("waits for the device")),
-        mock.patch.object(F, "grouped_mm", wraps=reference_grouped_mm) as product,
-    ):
-        found = value_and_gradients(mix, single, *again)
-    assert product.called
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
-
-
-def reference_grouped_mm(x: Tensor, w: Tensor, offs: Tensor) -> Tensor:
-    """`torch.nn.functional.grouped_mm`, with what it asks for on a GPU."""
-    assert offs.dtype == torch.int32
-    assert offs[-1] == len(x)
-    return torch.cat([part @ w[e] for e, part in enumerate(x.tensor_split(offs[:-1].long()))])
-
-
-def test_torchs_grouped_gemm_is_the_reference() -> None:
-    x, w = torch.randn(10, 8, requires_grad=True), torch.randn(3, 8, 16, requires_grad=True)
-    offs = torch.tensor([4, 4, 10], dtype=torch.int32)
-    results = []
-    for function in (F.grouped_mm, reference_grouped_mm):
-        y = function(x, w, offs=offs)
-        results.append([y, *torch.autograd.grad(y.square().sum(), (x, w))])
-    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize("kind", KINDS)
