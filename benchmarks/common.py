@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -185,13 +186,21 @@ def join_group() -> None:
 
 
 class Arguments(NamedTuple):
-    """Holds the command line of a benchmark; `part` is of one that has parts."""
+    """Holds the command line of a benchmark.
+
+    Attributes:
+        name, quick, threads, out: of every benchmark.
+        part: of one that has parts.
+        minutes, only: of one that goes on over several sittings: when to begin no more, and a regular expression.
+    """
 
     name: str
     quick: bool
     threads: int
     out: Path
     part: str | None = None
+    minutes: float | None = None
+    only: str = ""
 
     def command(self) -> str:
         """Returns the line itself."""
@@ -200,7 +209,12 @@ class Arguments(NamedTuple):
 
 
 def parse(
-    name: str, description: str | None, argv: Sequence[str] | None = None, parts: Sequence[str] = ()
+    name: str,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+    parts: Sequence[str] = (),
+    *,
+    sittings: bool = False,
 ) -> Arguments:
     """Reads the command line that all benchmarks share.
 
@@ -209,17 +223,39 @@ def parse(
         description: its module's docstring.
         argv: default: the process's.
         parts: what it can do instead of what it does by default.
+        sittings: whether it can be stopped and goes on.
     """
     parser = argparse.ArgumentParser(prog=f"python -m benchmarks.{name}", description=description)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, measures nothing")
-    parser.add_argument("--threads", type=int, help="default: all cores, quick 1; layer and step have their own")
+    names = ("--threads", *["--jobs"] * sittings)
+    parser.add_argument(*names, type=int, help="default: all cores, quick 1; layer and step have their own")
     parser.add_argument("--out", type=Path, help=f"default: {_relative(RESULTS)}, quick {_relative(QUICK_RESULTS)}")
     if parts:
         parser.add_argument("--part", choices=parts, help="something else than the whole")
+    if sittings:
+        parser.add_argument("--minutes", type=_minutes, help="begin no run that would not end by then (method, regime)")
+        parser.add_argument(
+            "--only", type=_pattern, default="", help="runs whose task/arm/seed matches (method, regime)"
+        )
     given = parser.parse_args(argv)
     threads = given.threads or (1 if given.quick else CORES)
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
-    return Arguments(name, given.quick, threads, out, given.part if parts else None)
+    more = {"minutes": given.minutes, "only": given.only} if sittings else {}
+    return Arguments(name, given.quick, threads, out, given.part if parts else None, **more)
+
+
+def _minutes(text: str) -> float:
+    if not 0 <= (minutes := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} minutes; it takes a number of 0 or more, 0 to run nothing")
+    return minutes
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"'{text}' is no regular expression ({error})") from error
+    return text
 
 
 def publish(

@@ -1,6 +1,10 @@
 """Whole training steps, dense against residual: Swin-T with UPerNet and with Mask R-CNN, in one process.
 
     python -m benchmarks.step
+    python -m benchmarks.step --part real
+
+The latter is at the sizes that users train at, 512 and 800 pixels, with the candidates for the default of the method
+study (benchmarks/claims/method.py), at least ten rounds; step_real.json and step_real.png.
 
 Seconds: forward, losses, backward and AdamW's step of all arms in turns, on made-up images. Ratios to the dense arm.
 
@@ -8,82 +12,128 @@ Memory: each arm in a process of its own, with an allocator that maps every tens
 so that what is resident is what lives. Two steps create the optimizer's states; then the gradients are dropped, the
 kernel's mark of the highest resident size is reset, and one more step is run. `step` is what that step added to what
 was resident: activations and gradients. `beyond_weights` is that and the bytes of the optimizer's states, `estimated`
-what rmoe.reporting.estimate says of it.
+what rmoe.reporting.estimate says of it. FLOPs are counted in the first of these steps.
 """
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from benchmarks import common, training
+from benchmarks.claims.method import FULL, SOFT, SOFT_FROZEN
 from benchmarks.common import JUDGED, SETTINGS, Row
+from rmoe.engine.cost import counted_flops
 from rmoe.engine.optim import param_groups
 from rmoe.reporting.estimate import Setting, estimate
 
-TASKS, MEASURED = ("segmentation", "detection"), ("dense", "low_rank", "full")
-IMAGES, SIZE, QUICK_SIZE = 2, 224, 64
-PACE, QUICK_PACE = {"seconds": 150.0, "rounds": (5, 15)}, {"seconds": 0.0, "rounds": (1, 1)}
+
+class Part(NamedTuple):
+    """Says what is measured.
+
+    Attributes:
+        contenders: `moe` of a config, by arm.
+        pixels: height and width of the images, by task.
+        images: of a step, by task.
+        pace: of `common.alternate`.
+    """
+
+    contenders: Mapping[str, dict[str, Any] | None]
+    pixels: Mapping[str, int]
+    images: Mapping[str, int]
+    pace: Mapping[str, Any]
+
+
+_TWO = {"segmentation": 2, "detection": 2}
+PARTS = {
+    None: Part(
+        {name: training.ARMS[name] for name in ("dense", "low_rank", "full")},
+        {"segmentation": 224, "detection": 224},
+        _TWO,
+        {"seconds": 150.0, "rounds": (5, 15)},
+    ),
+    "real": Part(
+        {"dense": None, "full_calibrated": FULL, "soft": SOFT, "soft_frozen": SOFT_FROZEN},
+        {"segmentation": 512, "detection": 800},
+        _TWO,
+        {"seconds": 1200.0, "rounds": (10, 15)},
+    ),
+}
+QUICK_SIZE, QUICK_PACE = 64, {"seconds": 0.0, "rounds": (1, 1)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    arguments = common.parse("step", __doc__, argv)
-    tasks = TASKS[:1] if arguments.quick else TASKS
-    pace = QUICK_PACE if arguments.quick else PACE
-    sizes = {"image_size": QUICK_SIZE if arguments.quick else SIZE, "small": arguments.quick}
+    arguments = common.parse("step", __doc__, argv, parts=("real",))
+    part, file = PARTS[arguments.part], f"step_{arguments.part}" if arguments.part else "step"
+    tasks = list(part.pixels)
+    if arguments.quick:
+        tasks, part = tasks[:1], part._replace(pixels=dict.fromkeys(tasks, QUICK_SIZE), pace=QUICK_PACE)
     rows: list[Row] = []
     allocator, threads = SETTINGS[JUDGED]
     for task in tasks:
-        bytes_of = common.in_child("benchmarks.step:memory", allocator="exact", threads=threads, task=task, **sizes)
+        given = {"task": task, "contenders": part.contenders, "images": part.images[task]}
+        given |= {"image_size": part.pixels[task], "small": arguments.quick}
+        bytes_of = common.in_child("benchmarks.step:memory", allocator="exact", threads=threads, **given)
         timed = common.in_child(
-            "benchmarks.step:seconds", allocator=allocator, threads=threads, task=task, pace=pace, **sizes
+            "benchmarks.step:seconds", allocator=allocator, threads=threads, pace=part.pace, **given
         )
         rows += [{"task": task, "setting": JUDGED} | row | bytes_of[row["contender"]] for row in timed]
     for row in rows:
         dense = next(other for other in rows if (other["task"], other["contender"]) == (row["task"], "dense"))
         row |= {f"{kind}_ratio": row[f"{kind}_bytes"] / dense[f"{kind}_bytes"] for kind in ("step", "beyond_weights")}
-    draw(arguments, rows)
-    common.publish(arguments, {"images": IMAGES, "pace": pace, **sizes}, rows, table(rows))
+        row["flops_ratio"] = row["flops"] / dense["flops"]
+    draw(arguments, rows, file)
+    config = {"images": part.images, "image_size": part.pixels, "pace": part.pace, "small": arguments.quick}
+    common.publish(arguments, config | {"contenders": part.contenders}, rows, table(rows), file=file)
 
 
-def seconds(task: str, image_size: int, small: bool, pace: dict[str, Any]) -> list[Row]:
+def seconds(
+    task: str,
+    contenders: Mapping[str, dict[str, Any] | None],
+    images: int,
+    image_size: int,
+    small: bool,
+    pace: dict[str, Any],
+) -> list[Row]:
     """Measures seconds of all arms in turns, in a child process."""
-    images = training.batch(task, IMAGES, image_size)
+    batch = training.batch(task, images, image_size)
     steps = {
         arm: training.training_step(
-            model := training.build(training.config(task, training.ARMS[arm], image_size, small)),
-            _optimizer(model),
-            images,
+            model := training.build(training.config(task, moe, image_size, small)), _optimizer(model), batch
         )
-        for arm in MEASURED
+        for arm, moe in contenders.items()
     }
     return common.timing_rows(common.alternate(steps, **pace), "dense")
 
 
-def memory(task: str, image_size: int, small: bool) -> dict[str, Row]:
+def memory(
+    task: str, contenders: Mapping[str, dict[str, Any] | None], images: int, image_size: int, small: bool
+) -> dict[str, Row]:
     """Measures bytes of every arm, each in a process forked from this child, which computes nothing itself."""
     training.preload(task)
     found: dict[str, Row] = {}
-    for arm in MEASURED:
+    for arm, moe in contenders.items():
         with ProcessPoolExecutor(1, get_context("fork")) as pool:
-            found[arm] = pool.submit(measure_memory, task, arm, image_size, small).result()
+            found[arm] = pool.submit(measure_memory, task, moe, images, image_size, small).result()
     return found
 
 
-def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
-    """Measures bytes of one arm."""
-    model = training.build(training.config(task, training.ARMS[arm], image_size, small))
+def measure_memory(task: str, moe: dict[str, Any] | None, images: int, image_size: int, small: bool) -> Row:
+    """Measures bytes and FLOPs of one arm."""
+    model = training.build(training.config(task, moe, image_size, small))
     optimizer = _optimizer(model)
-    step = training.training_step(model, optimizer, training.batch(task, IMAGES, image_size))
-    step()
+    step = training.training_step(model, optimizer, training.batch(task, images, image_size))
+    flops: list[int] = []
+    with counted_flops(flops):
+        step()
     step()
     optimizer.zero_grad()
     gc.collect()
@@ -93,15 +143,16 @@ def measure_memory(task: str, arm: str, image_size: int, small: bool) -> Row:
     added = _status("VmHWM") - resident
     states = sum(x.nbytes for state in optimizer.state.values() for x in state.values())
     weights = sum(x.nbytes for x in [*model.parameters(), *model.buffers()])
-    found = {"weights_bytes": weights, "step_bytes": added, "beyond_weights_bytes": added + states}
-    return found | {"estimated_bytes": _estimated(task, arm, image_size, small)}
-
-
-def _estimated(task: str, arm: str, image_size: int, small: bool) -> int:
-    """Returns what rmoe.reporting.estimate says of `beyond_weights`."""
-    setting = Setting(processes=1, zero=0, micro_batch=IMAGES, image_size=(image_size, image_size))
-    memory = estimate(training.config(task, training.ARMS[arm], image_size, small), setting).memory
-    return memory.total - memory.weights
+    setting = Setting(processes=1, zero=0, micro_batch=images, image_size=(image_size, image_size))
+    estimated = estimate(training.config(task, moe, image_size, small), setting).memory
+    return {
+        "weights_bytes": weights,
+        "optimizer_bytes": states,
+        "step_bytes": added,
+        "beyond_weights_bytes": added + states,
+        "estimated_bytes": estimated.total - estimated.weights,
+        "flops": flops[0],
+    }
 
 
 def _optimizer(model: nn.Module) -> torch.optim.Optimizer:
@@ -116,6 +167,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
             "arm": row["contender"],
             "seconds": row["ms"] / 1e3,
             "× dense": row["ratio"],
+            **({"FLOPs × dense": row["flops_ratio"]} if "flops_ratio" in row else {}),
             "step MB": row["step_bytes"] / 1e6,
             "× dense's step": row["step_ratio"],
             "beyond weights MB": row["beyond_weights_bytes"] / 1e6,
@@ -126,10 +178,10 @@ def table(rows: Sequence[Row]) -> list[Row]:
     ]
 
 
-def draw(arguments: common.Arguments, rows: Sequence[Row]) -> None:
+def draw(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:
     """Draws time and memory of the arms, dense = 1."""
     kinds = {"ratio": "time", "step_ratio": "memory of the step", "beyond_weights_ratio": "memory beyond weights"}
-    with common.picture(arguments, len(kinds), "Training step, dense = 1") as axes:
+    with common.picture(arguments, len(kinds), "Training step, dense = 1", file=file) as axes:
         for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
             axis.bar([f"{row['task'][:3]}.\n{row['contender']}" for row in rows], [row[kind] for row in rows])
             axis.set(title=title)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.tables
 
-What stands above the first of them is left as it is.
+What stands above the first of them is left as it is, but for the lines between the two of `MARKS`, where a page has
+them: docs/claims.md opens with the table of who should choose what.
 """
 
 from __future__ import annotations
@@ -11,22 +12,37 @@ import json
 from pathlib import Path
 
 from benchmarks import common, layer, scaling, step, targets, training_cost
-from benchmarks.claims import verdicts
+from benchmarks.claims import method_verdicts, verdicts
 from benchmarks.gpu import layer as gpu_layer
 from benchmarks.gpu import parity as gpu_parity
 from benchmarks.gpu import step as gpu_step
 
 DOCS = common.ROOT / "docs"
-_BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "training_cost": training_cost, "scaling": scaling}
+MARKS = ("<!-- what to choose -->\n", "<!-- end of what to choose -->\n")
+_BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "step_real": step}
+_BENCHMARKS |= {"training_cost": training_cost, "scaling": scaling}
 _BENCHMARKS |= {"gpu_parity": gpu_parity, "gpu_layer": gpu_layer, "gpu_step": gpu_step}
 
 
 def main() -> None:
     """Runs the command."""
-    for name, tables in (("performance.md", render(common.RESULTS)), ("claims.md", verdicts.render(common.RESULTS))):
+    for name, tables in (("performance.md", render(common.RESULTS)), ("claims.md", claims(common.RESULTS))):
         page = DOCS / name
         first = tables.partition("\n")[0]
-        page.write_text(page.read_text().partition(first)[0] + tables)
+        words = page.read_text().partition(first)[0]
+        page.write_text(opened(words, method_verdicts.opening(common.RESULTS)) + tables)
+
+
+def claims(folder: Path) -> str:
+    """Returns Markdown of the claims, and of the method study."""
+    return verdicts.render(folder) + method_verdicts.render(folder)
+
+
+def opened(words: str, table: str) -> str:
+    """Returns a page's words with `table` between the `MARKS`, if they are there."""
+    before, mark, rest = words.partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    return f"{before}{mark}{table}{end}{after}" if end else words
 
 
 def render(folder: Path) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import tables
-from benchmarks.claims import verdicts
+from benchmarks.claims import method_verdicts
 from benchmarks.common import RESULTS
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
@@ -33,7 +33,9 @@ def test_the_estimate_is_near_the_memory_that_was_measured() -> None:
 
 
 def test_the_page_of_claims_ends_with_the_tables_of_the_results() -> None:
-    assert (DOCS / "claims.md").read_text().endswith(verdicts.render(RESULTS))
+    page = (DOCS / "claims.md").read_text()
+    assert page.endswith(tables.claims(RESULTS))
+    assert tables.opened(page, method_verdicts.opening(RESULTS)) == page
 
 
 def test_what_was_run_twice_came_out_alike() -> None:
@@ -54,11 +56,8 @@ def test_every_figure_in_the_words_about_claims_is_in_a_result() -> None:
     """As it stands, in percent, or as a percentage more than 1; rounded as the page rounds it."""
     words = (DOCS / "claims.md").read_text().partition("## Claim by claim")[0]
     words = re.sub(r"`[^`]*`|\([^)]*://[^)]*\)|arXiv [\d.]+", "", words)
-    files = [
-        path
-        for pattern in ("claims*.json", "long*.json", "ablation*.json", "experts*/*/*.json")
-        for path in RESULTS.glob(pattern)
-    ]
+    patterns = ("claims*.json", "long*.json", "ablation*.json", "method*.json", "regime.json", "experts*/*/*.json")
+    files = [path for pattern in patterns for path in RESULTS.glob(pattern)]
     results = {*numbers([json.loads(path.read_text()) for path in files])}
     figures = set(re.findall(r"(?<![\w.])\d+(?:\.\d+)?(?![\w])", words))
     for digits in {len(figure.partition(".")[2]) for figure in figures}:

@@ -16,6 +16,12 @@ long      The paper's four pipelines and some arms with `LONGER` times the steps
 ablation  One choice at a time, segmentation; writes ablation.json, ablation_runs.json and ablation.png.
 again     A dense and a residual pipeline twice on this machine, each time from rendering the data on: both results in
           claims_again.json, beside those in claims_runs.json, which another machine may have made.
+method    Which residual experts beat dense finetuning, with controls, segmentation and detection, up to 8 seeds: days
+          of one core, over as many sittings as it takes (benchmarks/claims/method.py has the arms and their order).
+          Each run that ends is written to method_runs.json at once and is not run again; method.json and method.png are
+          made of what is there. `--minutes 0` runs nothing and makes them.
+regime    The headline's arms under other conditions: steps, variety of the data, width of the backbone; regime.json and
+          regime.png. Its runs are in method_runs.json, too.
 """
 
 from __future__ import annotations
@@ -27,16 +33,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 from benchmarks import common
+from benchmarks.claims import study
 from benchmarks.claims.arms import FULL, INSIDE, MODEL, QUICK, portion
 from benchmarks.claims.pictures import draw, draw_choices, table
 from benchmarks.claims.runs import carry_out, look_inside
 from benchmarks.claims.statistics import again, results
 from benchmarks.common import ROOT
+from rmoe.errors import run_guarded
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
-    arguments = common.parse("claims", __doc__, argv, parts=("long", "ablation", "again"))
+    parts = ("long", "ablation", "again", *study.PARTS)
+    arguments = common.parse("claims", __doc__, argv, parts, sittings=True)
+    if arguments.part in study.PARTS:
+        os.chdir(ROOT)
+        study.hold(arguments)
+        return
     size = QUICK if arguments.quick else FULL
     folder = Path("work_dirs") / ("claims_quick" if arguments.quick else "claims")
     file, size, arms = portion(arguments.part, size)
@@ -59,4 +72,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_guarded(main, "benchmarks.claims")

@@ -33,11 +33,13 @@ class Arm:
         upstream: the stage that it starts from, a key of `UPSTREAM`.
         moe: keys of `ResidualMoEConfig` downstream; None is dense.
         options: further dotted keys of the downstream config, and their values.
+        longer: its steps as a multiple of the others'.
     """
 
     upstream: str
     moe: Mapping[str, Any] | None
     options: Mapping[str, Any] = field(default_factory=dict)
+    longer: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,13 @@ class Upstream:
         moe: as of `Arm`.
         after: the stage that it starts from, if any.
         share: its steps as a part of core pretraining's.
+        options: as of `Arm`, of the upstream config.
     """
 
     moe: Mapping[str, Any] | None = None
     after: str | None = None
     share: float = 1.0
+    options: Mapping[str, Any] = field(default_factory=dict)
 
 
 UPSTREAM = {
@@ -172,6 +176,8 @@ class Size:
         seeds: of all arms.
         headline_seeds: of `HEADLINE`.
         arms, tasks: which of them.
+        width: channels of the backbone, as a multiple of `MODEL`'s.
+        label: ends the names of what is made of other scenes than a folder's usual ones.
     """
 
     pictures: Mapping[str, str]
@@ -183,6 +189,21 @@ class Size:
     headline_seeds: tuple[int, ...] = HEADLINE_SEEDS
     arms: tuple[str, ...] = tuple(ARMS)
     tasks: tuple[str, ...] = tuple(TASKS)
+    width: float = 1.0
+    label: str = ""
+
+    def model(self, task: str | None = None) -> dict[str, Any]:
+        """Returns the options that make a config's model `MODEL`, of this width: a task's, or those of a core."""
+        given = {f"model.{'backbone.' * (task is not None)}{key}": value for key, value in MODEL.items()}
+        if task is not None:
+            given |= TASKS[task].options
+        return {key: _widened(key, value, self.width) for key, value in given.items()}
+
+
+def _widened(key: str, value: Any, width: float) -> Any:
+    if key.endswith(".kwargs"):
+        return {**value, "embed_dims": tuple(round(width * one) for one in value["embed_dims"])}
+    return [round(width * one) for one in value] if key.endswith(".in_channels") else value
 
 
 FULL = Size(

@@ -70,3 +70,66 @@ def draw_choices(arguments: common.Arguments, rows: Sequence[Row], file: str) ->
             axis.set(xlabel=label, yticks=range(len(shown)), yticklabels=[])
             axis.grid(axis="y", alpha=0.3)
         axes[0].set_yticklabels([row["arm"] for row in shown])
+
+
+def draw_method(arguments: common.Arguments, rows: Sequence[Row]) -> None:
+    """Draws, for each task, every arm's difference to dense with its interval, and that difference over FLOPs."""
+    metrics = [one for one in dict.fromkeys((row["task"], row["metric"]) for row in rows) if one[1] != "mask AP"]
+    height = 1.5 + 0.25 * max(sum((row["task"], row["metric"]) == one for row in rows) for one in metrics)
+    title = "Difference to dense, 95 % of paired seeds"
+    with common.picture(arguments, 2 * len(metrics), title, height, file="method") as axes:
+        for panels, (task, metric) in zip(zip(axes[::2], axes[1::2], strict=True), metrics, strict=True):
+            by_arm, by_cost = panels
+            shown = [
+                row
+                for row in rows
+                if (row["task"], row["metric"]) == (task, metric) and difference(row).mean is not None
+            ]
+            shown.reverse()
+            for place, row in enumerate(shown):
+                mean, interval = difference(row)
+                color = _COLORS[row["kind"]]
+                by_arm.plot(interval or [mean, mean], [place, place], color=color)
+                by_arm.plot(mean, place, "o", color=color)
+                by_cost.plot(ratio(row, "finetune_flops").mean, mean, "o", color=color)
+                if row["kind"] == "candidate":
+                    by_cost.annotate(row["arm"], (ratio(row, "finetune_flops").mean, mean), fontsize="small")
+            by_arm.axvline(0.0, color="black", linewidth=0.5)
+            by_arm.set(xlabel=f"{task}: {metric} − dense", yticks=range(len(shown)))
+            by_arm.set_yticklabels([f"{row['arm']} ({len(row['seeds_to_dense'])})" for row in shown])
+            by_arm.grid(axis="y", alpha=0.3)
+            by_cost.axhline(0.0, color="black", linewidth=0.5)
+            by_cost.set(xlabel="FLOPs of the finetune, × dense", ylabel=f"{metric} − dense")
+
+
+_COLORS = {"candidate": "tab:red", "choice": "tab:blue", "control": "tab:gray"}
+
+
+def draw_regime(arguments: common.Arguments, rows: Sequence[Row], usual: tuple[int, int, float]) -> None:
+    """Draws each arm's difference to dense, with its interval, over one condition at a time.
+
+    Args:
+        arguments: the benchmark's.
+        rows: of `comparison.regimes`.
+        usual: steps, number of styles and width where the other two conditions stand in each panel.
+    """
+    labels = ("steps", "styles of drawing in the data", "width of the backbone, × the miniature's")
+    with common.picture(arguments, len(labels), "Where residual experts pay", file="regime") as axes:
+        for place, (axis, label) in enumerate(zip(axes, labels, strict=True)):
+            for name in dict.fromkeys(row["arm"] for row in rows):
+                points = []
+                for row in (row for row in rows if row["arm"] == name and row["diff_to_dense"] is not None):
+                    at = (row["steps"], len(row["styles"]), row["width"])
+                    if at[:place] + at[place + 1 :] == usual[:place] + usual[place + 1 :]:
+                        mean = row["diff_to_dense"]
+                        low, high = row["interval95"] or [mean, mean]
+                        points.append((at[place], mean, mean - low, high - mean))
+                if points:
+                    where, means, below, above = zip(*sorted(points), strict=True)
+                    axis.errorbar(where, means, yerr=[below, above], fmt="o-", capsize=3, label=name)
+            axis.axhline(0.0, color="black", linewidth=0.5)
+            axis.set(xlabel=label, xscale="log", ylabel="mIoU − dense")
+            axis.minorticks_off()
+            axis.set_xticks(ticks := sorted({(r["steps"], len(r["styles"]), r["width"])[place] for r in rows}))
+            axis.set_xticklabels([f"{tick:g}" for tick in ticks])
+        axes[-1].legend(fontsize="small")

@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from benchmarks.claims.arms import ANALYSED, CATEGORIES, HEADLINE, MODEL, TASKS, UPSTREAM, Arm, Size
+from benchmarks.claims.arms import ANALYSED, CATEGORIES, HEADLINE, TASKS, UPSTREAM, Arm, Size, Upstream
 from benchmarks.common import Row
 from rmoe.pipelines import Training, installed, moved, with_classes
 from rmoe.reporting.report import analyze
@@ -32,8 +32,8 @@ Key = tuple[str, str, int]
 
 def carry_out(folder: Path, size: Size, arms: Mapping[str, Arm], jobs: int) -> tuple[dict[Key, Training], list[Row]]:
     """Renders the data and runs what is not complete; returns the runs, and `describe` of each."""
-    _render(folder / "data/pictures", size.pictures)
-    _render(folder / "data/scenes", size.scenes)
+    render(folder / "data/pictures", size.pictures)
+    render(folder / "data/scenes", size.scenes)
     runs = plan(folder, size, arms)
     execute(list(runs.values()), jobs)
     return runs, [describe(key, training) for key, training in runs.items()]
@@ -41,47 +41,67 @@ def carry_out(folder: Path, size: Size, arms: Mapping[str, Arm], jobs: int) -> t
 
 def plan(folder: Path, size: Size, arms: Mapping[str, Arm]) -> dict[Key, Training]:
     """Returns all runs, each after those that it starts from; by task, then by seed."""
-    runs: dict[Key, Training] = {}
-
-    def upstream(stage: str, seed: int) -> Training:
-        key = (stage, "upstream", seed)
-        if key not in runs:
-            one = UPSTREAM[stage]
-            before = () if one.after is None else (upstream(one.after, seed),)
-            steps = max(1, round(one.share * size.upstream_steps))
-            config = _demo("core.py")
-            options = {
-                **moved(config, DATA, folder / "data/pictures"),
-                "stage": stage,
-                "model.core": str(before[0].folder) if before else None,
-            }
-            options |= {f"model.{key}": value for key, value in MODEL.items()}
-            _change(config, steps, size.batch["upstream"], seed, options, "model", one.moe)
-            runs[key] = _training(folder / f"{stage}_{seed}", config, before)
-        return runs[key]
-
-    for task_name in size.tasks:
-        task = TASKS[task_name]
+    made = Trainings(folder, size, UPSTREAM, folder / "data")
+    for task in size.tasks:
         for seed in sorted({*size.seeds, *size.headline_seeds}):
             for name, arm in arms.items():
-                if seed not in (size.headline_seeds if name in HEADLINE else size.seeds):
-                    continue
-                before = upstream(arm.upstream, seed)
-                config = _demo(task.base)
-                options = {
-                    **moved(config, DATA, folder / "data/scenes"),
-                    **with_classes(config, task.stuff + CATEGORIES),
-                    "stage": name,
-                    "model.backbone.core": str(before.folder),
-                    **task.options,
-                    **arm.options,
-                }
-                options |= {f"model.backbone.{key}": value for key, value in MODEL.items()}
-                steps, batch = size.steps[task_name], size.batch[task_name]
-                _change(config, steps, batch, seed, options, "model.backbone", arm.moe)
-                place = folder / f"{task_name}_{steps}" / f"{name.replace(' ', '_')}_{seed}"
-                runs[(name, task_name, seed)] = _training(place, config, (before,))
-    return runs
+                if seed in (size.headline_seeds if name in HEADLINE else size.seeds):
+                    made.downstream(name, arm, task, seed)
+    return made.runs
+
+
+class Trainings:
+    """Makes the runs of one size, each once, and writes their configs.
+
+    Attributes:
+        runs: those made so far, each after those that it starts from.
+    """
+
+    def __init__(self, folder: Path, size: Size, stages: Mapping[str, Upstream], data: Path) -> None:
+        self.runs: dict[Key, Training] = {}
+        self._folder, self._size, self._stages, self._data = folder, size, stages, data
+
+    def upstream(self, stage: str, seed: int) -> Training:
+        """Returns the run of an upstream stage."""
+        if (key := (stage, "upstream", seed)) not in self.runs:
+            one, size = self._stages[stage], self._size
+            before = () if one.after is None else (self.upstream(one.after, seed),)
+            config = _demo("core.py")
+            options = {
+                **moved(config, DATA, self._data / "pictures"),
+                "stage": stage,
+                "model.core": str(before[0].folder) if before else None,
+                **size.model(),
+                **one.options,
+            }
+            steps = upstream_steps(one, size)
+            _change(config, steps, size.batch["upstream"], seed, options, "model", one.moe)
+            self.runs[key] = _training(self._folder / f"{stage}_{seed}", config, before)
+        return self.runs[key]
+
+    def downstream(self, name: str, arm: Arm, task: str, seed: int) -> Training:
+        """Returns the run of an arm."""
+        if (key := (name, task, seed)) not in self.runs:
+            size, before = self._size, self.upstream(arm.upstream, seed)
+            config = _demo(TASKS[task].base)
+            options = {
+                **moved(config, DATA, self._data / f"scenes{size.label}"),
+                **with_classes(config, TASKS[task].stuff + CATEGORIES),
+                "stage": name,
+                "model.backbone.core": str(before.folder),
+                **size.model(task),
+                **arm.options,
+            }
+            steps = round(arm.longer * size.steps[task])
+            _change(config, steps, size.batch[task], seed, options, "model.backbone", arm.moe)
+            place = self._folder / f"{task}_{steps}{size.label}" / f"{name.replace(' ', '_')}_{seed}"
+            self.runs[key] = _training(place, config, (before,))
+        return self.runs[key]
+
+
+def upstream_steps(stage: Upstream, size: Size) -> int:
+    """Returns how many steps a stage of upstream training has."""
+    return max(1, round(stage.share * size.upstream_steps))
 
 
 def _demo(name: str) -> Config:
@@ -121,7 +141,9 @@ def _change(
 def _training(folder: Path, config: Config, after: tuple[Training, ...]) -> Training:
     path = folder.with_name(f"{folder.name}.py")  # a name may have a dot
     path.parent.mkdir(parents=True, exist_ok=True)
-    config.dump(path)
+    written = path.with_name(f".{path.name}")
+    config.dump(written)
+    written.replace(path)  # at once: a run may be reading the same one
     return Training(folder, str(path), JSON, after=after)
 
 
@@ -183,6 +205,7 @@ def look_inside(runs: Mapping[Key, Training], seed: int, names: Iterable[str], o
             analyze(runs[*after, seed].folder, out / name, before and runs[*before, seed].folder)
 
 
-def _render(folder: Path, parameters: Mapping[str, str]) -> None:
+def render(folder: Path, parameters: Mapping[str, str]) -> None:
+    """Draws a data set of emoji scenes, unless the folder holds the same already."""
     words = [f"--{name}={value}" for name, value in parameters.items()]
     subprocess.run(installed(["rmoe", "data", "scenes", str(folder), *words]), check=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,32 @@ def test_step(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {row["contender"] for row in rows} == {"dense", "low_rank", "full"}
     assert all(set(row) >= RATIO | {"task", "step_bytes", "beyond_weights_bytes"} for row in rows)
     assert all(row["step_bytes"] > 0 for row in rows)
+
+
+def test_a_step_at_real_sizes(out: Path) -> None:
+    importlib.import_module("benchmarks.step").main(["--quick", "--part", "real", "--out", str(out)])
+    rows = json.loads((out / "step_real.json").read_text())["rows"]
+    assert [row["contender"] for row in rows] == ["dense", "full_calibrated", "soft", "soft_frozen"]
+    assert all(set(row) >= RATIO | {"flops_ratio", "optimizer_bytes"} for row in rows)
+    assert rows[0]["flops_ratio"] == 1.0
+    assert all(row["optimizer_bytes"] > 0 for row in rows)
+
+
+def test_the_method_study_and_its_regimes(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claims = importlib.import_module("benchmarks.claims.__main__")
+    for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS"):  # which it sets for all that follows
+        monkeypatch.setenv(name, os.environ.get(name, ""))
+    for part, runs in (("method", 2 + 4), ("regime", 2 + 4 + 1 + 2)):  # cores and others
+        claims.main(["--quick", "--part", part, "--out", str(out), "--jobs", "2"])
+        assert len(json.loads((out / "method_runs.json").read_text())["rows"]) == runs
+        assert (out / f"{part}.png").read_bytes().startswith(b"\x89PNG")
+    method, regime = (json.loads((out / f"{part}.json").read_text()) for part in ("method", "regime"))
+    assert [(row["arm"], row["seeds"]) for row in method["arms"]] == [("dense", [0, 1]), ("full_random", [0, 1])]
+    assert {row["verdict"] for row in method["verdicts"]} <= {"not enough seeds", "not run", "met", "not met"}
+    assert [(row["steps"], row["width"]) for row in regime["rows"]] == [(2, 1.0), (3, 0.5)]
+    before = (out / "method_runs.json").read_bytes()
+    claims.main(["--quick", "--part", "method", "--out", str(out)])  # nothing is left to run
+    assert (out / "method_runs.json").read_bytes() == before
 
 
 def test_training_cost(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

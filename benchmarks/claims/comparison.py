@@ -1,0 +1,236 @@
+"""What the runs of a study come to: differences of pairs, with intervals, and what they owe to the number of arms.
+
+A pair is of one seed and one `Context` (kind of machine, core); a seed with pairs in several contexts counts once, with
+their mean. Intervals are Student's, 95 %, and not corrected for the number of arms; `p_holm` is the two-sided p of the
+same test after Holm's correction over all arms of a task and metric that are compared with the same reference.
+
+Of several learning rates the best is taken by its mean over the seeds that all of them have: dense's as the reference,
+one low-rank expert's as the control. It is chosen on the seeds that it is judged on, which favours it, so what beats it
+beats it in spite of that.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from scipy.stats import t as student
+
+from benchmarks.claims.ledger import Cell, Context, Ledger, context_of
+from benchmarks.claims.method import CANDIDATES, CHOICES, DENSE, ONE_LOW_RANK, RIVALS, Study
+from benchmarks.claims.statistics import paired
+from benchmarks.common import Row
+
+METRICS = ("mIoU", "box AP", "mask AP")
+COSTS = {  # what is set in relation to dense's, by the name that `statistics.ratio` knows it by
+    "cost": "pipeline_device_seconds",
+    "finetune_cost": "finetune_device_seconds",
+    "flops": "pipeline_flops",
+    "finetune_flops": "finetune_flops",
+}
+
+Runs = Mapping[tuple[int, Context], Row]
+"""The runs of an arm, by seed and context."""
+
+Read = Callable[[Row], float | None]
+"""Reads a figure of a run, None where it has none."""
+
+
+class Difference(NamedTuple):
+    """Compares the runs of two arms over their pairs.
+
+    Attributes:
+        seeds: that have a pair.
+        mean: of the differences; None without a pair.
+        interval: Student's, 95 %; None with fewer than two.
+        p: two-sided, of no difference; likewise.
+    """
+
+    seeds: list[int]
+    mean: float | None
+    interval: list[float] | None
+    p: float | None
+
+
+def difference(mine: Runs, theirs: Runs, read: Read, minus: Callable[[float, float], float]) -> Difference:
+    """Compares a figure of two arms: `minus` of theirs from mine, or their ratio."""
+    of_seed: dict[int, list[float]] = {}
+    for key in mine.keys() & theirs.keys():
+        ours, others = read(mine[key]), read(theirs[key])
+        if ours is not None and others is not None:
+            of_seed.setdefault(key[0], []).append(minus(ours, others))
+    if not of_seed:
+        return Difference([], None, None, None)
+    differences = [statistics.mean(of_seed[seed]) for seed in sorted(of_seed)]
+    mean, interval = paired(differences)
+    return Difference(sorted(of_seed), mean, interval, _p(differences))
+
+
+def _p(differences: Sequence[float]) -> float | None:
+    if (count := len(differences)) < 2:
+        return None
+    mean, error = statistics.mean(differences), statistics.stdev(differences) / count**0.5
+    if error == 0:
+        return 0.0 if mean else 1.0
+    return float(2 * student.sf(abs(mean) / error, count - 1))
+
+
+def holm(p: Mapping[str, float]) -> dict[str, float]:
+    """Returns p values after Holm's correction (1979): the i-th smallest times what is left, and never falling."""
+    corrected: dict[str, float] = {}
+    least = 0.0
+    for rank, name in enumerate(sorted(p, key=lambda one: p[one])):
+        least = max(least, min(1.0, (len(p) - rank) * p[name]))
+        corrected[name] = least
+    return corrected
+
+
+def subtract(mine: float, theirs: float) -> float:
+    """Returns a difference."""
+    return mine - theirs
+
+
+def divide(mine: float, theirs: float) -> float:
+    """Returns a ratio."""
+    return mine / theirs
+
+
+def reading(name: str) -> Read:
+    """Returns what reads the figure of this name."""
+    return lambda row: row.get(name)
+
+
+def gather(study: Study, ledger: Ledger, cells: Iterable[Cell]) -> dict[str, Runs]:
+    """Returns the runs of some cells, by arm."""
+    found: dict[str, dict[tuple[int, Context], Row]] = {}
+    for cell in cells:
+        for row in ledger.find(cell, study.fingerprint(cell)):
+            found.setdefault(cell.name, {})[cell.seed, context_of(row)] = row
+    return dict(found)
+
+
+def best_of(names: Iterable[str], runs: Mapping[str, Runs], read: Read) -> str | None:
+    """Returns the arm with the highest mean over the seeds and contexts that all have of which there are runs.
+
+    None if there is no such arm, or no such seed.
+    """
+    present = [name for name in names if runs.get(name)]
+    shared = set[tuple[int, Context]].intersection(*(set(runs[name]) for name in present)) if present else set()
+    means = {}
+    for name in present:
+        values = [value for key in shared if (value := read(runs[name][key])) is not None]
+        means |= {name: statistics.mean(values)} if values else {}
+    return max(means, key=lambda name: means[name]) if means else None
+
+
+def measured(study: Study, ledger: Ledger) -> Iterator[tuple[str, str, dict[str, Runs]]]:
+    """Yields each task and metric that there are runs of, with the arms that have them."""
+    for task in dict.fromkeys(cell.where for cell in study.cells):
+        runs = gather(study, ledger, (cell for cell in study.cells if cell.where == task))
+        for metric in METRICS:
+            of_arm = {name: runs[name] for name in runs if any(metric in run for run in runs[name].values())}
+            if of_arm:
+                yield task, metric, of_arm
+
+
+def rows(study: Study, ledger: Ledger) -> list[Row]:
+    """Returns one object for each task, metric and arm that has runs."""
+    found: list[Row] = []
+    for task, metric, runs in measured(study, ledger):
+        of_metric = [{"task": task, "metric": metric} | _row(name, runs, study, reading(metric)) for name in runs]
+        for reference in ("dense", "best_dense"):
+            family = {row["arm"]: row[f"p_to_{reference}"] for row in of_metric if row["arm"] not in DENSE}
+            corrected = holm({name: p for name, p in family.items() if p is not None})
+            for row in of_metric:
+                row |= {f"p_holm_to_{reference}": corrected.get(row["arm"]), "arms_compared": len(corrected)}
+        found += of_metric
+    return found
+
+
+def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
+    mine, best = runs[name], best_of(DENSE, runs, read)
+    values: dict[int, list[float]] = {}
+    for (seed, _), run in sorted(mine.items()):
+        if (value := read(run)) is not None:
+            values.setdefault(seed, []).append(value)
+    means = [statistics.mean(of_seed) for of_seed in values.values()]
+    row: Row = {
+        "arm": name,
+        "kind": "candidate" if name in CANDIDATES else "choice" if name in CHOICES else "control",
+        "upstream": study.arms[name].upstream,
+        "devices": sorted({context.device for _, context in mine}),
+        "seeds": [*values],
+        "values": means,
+        "mean": statistics.mean(means),
+        "std": statistics.stdev(means) if len(means) > 1 else None,
+        "best_dense": best,
+        "rival": RIVALS.get(name),
+    }
+    others = {"dense": runs.get("dense", {}), "best_dense": runs[best] if best else {}}
+    others["rival"] = runs.get(RIVALS[name], {}) if name in RIVALS else {}
+    losses = [run["train_loss"] for run in mine.values() if run["train_loss"] is not None]
+    loss: Row = {"mean": statistics.mean(losses) if losses else None}
+    for other, theirs in others.items():
+        row |= _flat(other, difference(mine, theirs, read, subtract))
+        # A longer run has other images in its last steps.
+        same = {key: run for key, run in theirs.items() if key in mine and run["steps"] == mine[key]["steps"]}
+        loss |= _flat(other, difference(mine, same, reading("train_loss"), subtract))
+    row["train_loss"] = loss
+    for label, key in COSTS.items():
+        cost = difference(mine, others["dense"], reading(key), divide)
+        row |= {key: statistics.mean(run[key] for run in mine.values()), f"{label}_vs_dense": cost.mean}
+        row |= {f"{label}_interval95": cost.interval}
+    parameters = difference(mine, others["dense"], reading("params_total"), divide)
+    return row | {"params_total_vs_dense": parameters.mean}
+
+
+def _flat(other: str, found: Difference) -> Row:
+    """Returns a difference under the names that `statistics.difference` reads."""
+    end = "" if other == "dense" else f"_to_{other}"
+    return {
+        f"seeds_to_{other}": found.seeds,
+        f"diff_to_{other}": found.mean,
+        f"interval95{end}": found.interval,
+        f"p_to_{other}": found.p,
+    }
+
+
+def controls(study: Study, ledger: Ledger) -> list[Row]:
+    """Returns what each candidate has over each of its controls, by task and metric."""
+    found: list[Row] = []
+    for task, metric, runs in measured(study, ledger):
+        read = reading(metric)
+        for candidate in (name for name in CANDIDATES if name in runs):
+            for control in _controls_of(candidate, runs, read):
+                seeds, mean, interval, p = difference(runs[candidate], runs[control], read, subtract)
+                row = {"task": task, "metric": metric, "candidate": candidate, "control": control}
+                found.append(row | {"seeds": seeds, "difference": mean, "interval95": interval, "p": p})
+    return found
+
+
+def _controls_of(candidate: str, runs: Mapping[str, Runs], read: Read) -> list[str]:
+    """Returns the best dense arm, and those whose rival the candidate is, of one low-rank expert the best alone."""
+    mine = [name for name, rival in RIVALS.items() if rival == candidate and name not in (*CANDIDATES, *CHOICES)]
+    best = [best_of(DENSE, runs, read), best_of((name for name in mine if name in ONE_LOW_RANK), runs, read)]
+    names = [*best, *(name for name in mine if name not in ONE_LOW_RANK)]
+    return [name for name in names if name is not None and name in runs]
+
+
+def regimes(study: Study, ledger: Ledger) -> list[Row]:
+    """Returns one object for each condition and arm but dense: its difference to dense, one condition changed."""
+    found: list[Row] = []
+    conditions = dict.fromkeys((cell.steps, cell.styles, cell.width) for cell in study.cells)
+    for steps, styles, width in conditions:
+        cells = [cell for cell in study.cells if (cell.steps, cell.styles, cell.width) == (steps, styles, width)]
+        runs = gather(study, ledger, cells)
+        for name in (one for one in runs if one != "dense"):
+            quality, loss = (
+                difference(runs[name], runs.get("dense", {}), reading(key), subtract) for key in ("mIoU", "train_loss")
+            )
+            dense = [row["mIoU"] for row in runs.get("dense", {}).values()]
+            row: Row = {"arm": name, "task": "segmentation", "metric": "mIoU", "steps": steps}
+            row |= {"styles": styles.split(","), "width": width, "dense": statistics.mean(dense) if dense else None}
+            row |= {"seeds": quality.seeds, "diff_to_dense": quality.mean, "interval95": quality.interval}
+            found.append(row | {"train_loss": {"diff_to_dense": loss.mean, "interval95": loss.interval}})
+    return found

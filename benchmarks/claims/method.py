@@ -1,0 +1,301 @@
+"""The method study: which residual experts beat dense finetuning, and which control explains it if none does.
+
+Its runs are done in the order in which they are worth most (`order`), over as many sittings as it takes: first the
+candidates for the default beside dense finetuning on five seeds; then what a gain could be owed to otherwise; then the
+other task, more seeds of the headline, and single choices; last the regimes. All at 1200 steps, where docs/claims.md
+found that arms can be told apart at all.
+
+Candidates, by prototypes on seeds 0 to 2 (so seeds 3 to 7 are the first that did not choose them):
+
+- `full_calibrated`: residuals of the core's shape in all blocks, cores frozen, top-1, gates from clusters. At a dense
+  network's FLOPs.
+- `soft`: residuals of rank 8, all eight weighed by the gate inside one network, cores trained, their learning rate × 4,
+  every other block of the last two stages. With a hundredth of the parameters.
+- `soft_frozen`: the same beside frozen cores, which is what a small adapter of a shared core needs.
+
+Controls, and what each would explain:
+
+- `dense_lr_half`, `dense_lr_double`: the schedule is not dense's best. The best of the three rates is the reference. It
+  is chosen on the very seeds that it is compared on, which favours dense.
+- `one_full`, `one_low_rank_lr_1`, `…_2`, `…_4`: the gain is the residual's (parameters, optimizer), not routing's. One
+  expert has as much of it as the candidate's eight have for a token: the core's shape, or rank 64; the latter at its
+  own best of three rates, since that of an eighth need not suit the whole.
+- `full_fixed_gate`, `soft_fixed_gate`: any cut of the tokens does, whether learnt or not. The gates stay as they were
+  drawn, without noise; soft ones are drawn wide enough to prefer someone.
+- `frozen_all`, `frozen_alternate`: freezing cores is what helps. No residuals, in the blocks of each candidate.
+- `dense_longer`: the FLOPs are. As many more steps as the soft candidate has more FLOPs a step in the miniature.
+- `upper_bound_all`, `upper_bound_alternate`: full MoE training in the same blocks as its rival.
+- `dense_core_longer`: for the RMoE-I arms, whose stage of upstream training makes cores longer trained.
+
+Single choices differ from their candidate in what their names say; three seeds each. None of their learning rates was
+chosen by trial. The factor of 4 for low rank was, on other arms than these, among 1, 4 and 10; dense has three, too.
+
+Every mixture says all that it is made of: a change of the defaults of `ResidualMoEConfig` must change no arm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from benchmarks.claims import arms
+from benchmarks.claims.arms import Arm, Size, Upstream
+from benchmarks.claims.ledger import UPSTREAM, Cell, fingerprint
+
+STEPS = 1200
+SEEDS, MORE_SEEDS, FEW_SEEDS = (0, 1, 2, 3, 4), (5, 6, 7), (0, 1, 2)
+TASKS = ("segmentation", "detection")
+CANDIDATES = ("full_calibrated", "soft", "soft_frozen")
+HEADLINE = ("dense", "full_calibrated", "soft")
+DENSE = ("dense", "dense_lr_half", "dense_lr_double")  # whose best is the reference
+ONE_LOW_RANK = ("one_low_rank_lr_1", "one_low_rank_lr_2", "one_low_rank_lr_4")  # likewise
+
+_LR, _PARAMWISE = "optim_wrapper.optimizer.lr", "optim_wrapper.paramwise_cfg."
+_DENSE_LR = 1e-3  # of the demo's configs, which are the study's
+_RESIDUAL_LR: dict[str, Any] = {f"{_PARAMWISE}residual_lr_mult": 4.0}
+_FIXED_GATE: dict[str, Any] = {f"{_PARAMWISE}gate_lr_mult": 0.0}
+_CALIBRATED: dict[str, Any] = {"calibrate": {"batches": 16, "confidence": 0.7}}
+_LAST_HALF = tuple(f"stages.2.blocks.{number}.mlp" for number in range(4))  # 4 of 7
+
+_GATE: dict[str, Any] = {"noise": 1.0, "gate_std": 0.02, "losses": {"importance": 0.005}}
+FULL: dict[str, Any] = {
+    "num_experts": 8,
+    "top_k": 1,
+    "residual": "full",
+    "combine": "straight_through",
+    "blocks": "all",
+    "train_core": False,
+    **_GATE,
+}
+SOFT: dict[str, Any] = {
+    "num_experts": 8,
+    "top_k": "all",
+    "residual": "low_rank",
+    "rank": 8,
+    "combine": "residual",
+    "blocks": "alternate_last_two_stages",
+    "train_core": True,
+    **_GATE,
+}
+SOFT_FROZEN = SOFT | {"train_core": False}
+UPPER: dict[str, Any] = {
+    "num_experts": 8,
+    "top_k": 1,
+    "residual": "experts",
+    "expert_init": "random",
+    "combine": "softmax",
+    "capacity_factor": 1.25,
+    "blocks": "alternate_last_two_stages",
+    "noise": 1.0,
+    "gate_std": 0.02,
+    "losses": {"importance": 0.005, "load": 0.005},
+    "ep_size": 1,
+}
+_NONE: dict[str, Any] = {"num_experts": 8, "top_k": 1, "residual": "low_rank", "rank": 1, "combine": "residual"}
+_NONE |= {"train_core": False, "train_residual": False, **_GATE}
+_ONE: dict[str, Any] = SOFT | {"num_experts": 1, "top_k": 1, "rank": 64}
+_WIDE: dict[str, Any] = {"noise": 0.0, "gate_std": 0.1}
+_TOP_1: dict[str, Any] = SOFT | {"top_k": 1, "combine": "straight_through"}
+
+STAGES = {
+    "core": Upstream(),
+    "core_longer": Upstream(None, "core", 0.2),
+    "moe_all": Upstream(UPPER | {"blocks": "all"}),
+    "moe_alternate": Upstream(UPPER),
+    "intermediate_full": Upstream(FULL, "core", 0.2, _CALIBRATED),
+    "intermediate_soft": Upstream(SOFT, "core", 0.2, _RESIDUAL_LR),
+}
+
+CONTROLS = {
+    "dense": Arm("core", None),
+    "dense_lr_half": Arm("core", None, {_LR: 0.5 * _DENSE_LR}),
+    "dense_lr_double": Arm("core", None, {_LR: 2.0 * _DENSE_LR}),
+    "dense_longer": Arm("core", None, longer=1.083),
+    "dense_core_longer": Arm("core_longer", None),
+    "one_full": Arm("core", FULL | {"num_experts": 1}),
+    "one_low_rank_lr_1": Arm("core", _ONE),
+    "one_low_rank_lr_2": Arm("core", _ONE, {f"{_PARAMWISE}residual_lr_mult": 2.0}),
+    "one_low_rank_lr_4": Arm("core", _ONE, _RESIDUAL_LR),
+    "full_fixed_gate": Arm("core", FULL | {"noise": 0.0}, _FIXED_GATE),
+    "soft_fixed_gate": Arm("core", SOFT | _WIDE, _RESIDUAL_LR | _FIXED_GATE),
+    "frozen_all": Arm("core", _NONE | {"blocks": "all"}),
+    "frozen_alternate": Arm("core", _NONE | {"blocks": "alternate_last_two_stages"}),
+    "upper_bound_all": Arm("moe_all", UPPER | {"blocks": "all"}),
+    "upper_bound_alternate": Arm("moe_alternate", UPPER),
+}
+_CANDIDATES = {
+    "full_calibrated": Arm("core", FULL, _CALIBRATED),
+    "soft": Arm("core", SOFT, _RESIDUAL_LR),
+    "soft_frozen": Arm("core", SOFT_FROZEN, _RESIDUAL_LR),
+}
+CHOICES = {
+    "full_random": Arm("core", FULL),
+    "full_trained_core": Arm("core", FULL | {"train_core": True}, _CALIBRATED),
+    "full_alternate": Arm("core", FULL | {"blocks": "alternate_last_two_stages"}, _CALIBRATED),
+    "full_last_half": Arm("core", FULL | {"blocks": _LAST_HALF}, _CALIBRATED),
+    "full_4_experts": Arm("core", FULL | {"num_experts": 4}, _CALIBRATED),
+    "full_16_experts": Arm("core", FULL | {"num_experts": 16}, _CALIBRATED),
+    "full_image_gate": Arm("core", FULL | {"gate_input": "image"}, _CALIBRATED),
+    "full_intermediate": Arm("intermediate_full", FULL),
+    "soft_rank_4": Arm("core", SOFT | {"rank": 4}, _RESIDUAL_LR),
+    "soft_rank_16": Arm("core", SOFT | {"rank": 16}, _RESIDUAL_LR),
+    "soft_all_blocks": Arm("core", SOFT | {"blocks": "all"}, _RESIDUAL_LR),
+    "soft_last_half": Arm("core", SOFT | {"blocks": _LAST_HALF}, _RESIDUAL_LR),
+    "soft_4_experts": Arm("core", SOFT | {"num_experts": 4}, _RESIDUAL_LR),
+    "soft_16_experts": Arm("core", SOFT | {"num_experts": 16}, _RESIDUAL_LR),
+    "soft_lr_1": Arm("core", SOFT),
+    "soft_calibrated": Arm("core", SOFT, _RESIDUAL_LR | _CALIBRATED),
+    "soft_image_gate": Arm("core", SOFT | {"gate_input": "image"}, _RESIDUAL_LR),
+    "soft_intermediate": Arm("intermediate_soft", SOFT, _RESIDUAL_LR),
+    "soft_frozen_all_blocks": Arm("core", SOFT_FROZEN | {"blocks": "all"}, _RESIDUAL_LR),
+    "soft_frozen_rank_4": Arm("core", SOFT_FROZEN | {"rank": 4}, _RESIDUAL_LR),
+    "soft_frozen_rank_16": Arm("core", SOFT_FROZEN | {"rank": 16}, _RESIDUAL_LR),
+    "top_1": Arm("core", _TOP_1, _RESIDUAL_LR | _CALIBRATED),
+}
+ARMS: dict[str, Arm] = CONTROLS | _CANDIDATES | CHOICES
+
+# What arms are told to do by keys that the code does not act on yet: it would train something else without a word.
+UNBUILT = ("calibrate", "gate_input")
+
+# Which candidate a control or a choice is compared with, besides dense.
+RIVALS = {
+    "one_full": "full_calibrated",
+    "full_fixed_gate": "full_calibrated",
+    "frozen_all": "full_calibrated",
+    "upper_bound_all": "full_calibrated",
+    **dict.fromkeys(ONE_LOW_RANK, "soft"),
+    "soft_fixed_gate": "soft",
+    "frozen_alternate": "soft_frozen",
+    "upper_bound_alternate": "soft",
+    "dense_longer": "soft",
+    "soft_frozen": "soft",
+    **{name: "full_calibrated" for name in CHOICES if name.startswith("full_")},
+    **{name: "soft" for name in CHOICES if name.startswith(("soft_", "top_"))},
+    **{name: "soft_frozen" for name in CHOICES if name.startswith("soft_frozen_")},
+}
+
+REGIME_ARMS = ("dense", "full_calibrated", "soft")
+REGIME_STEPS = (400, 1200, 3600)
+REGIME_STYLES = ("plain", "plain,night", "plain,night,tinted,outline")
+REGIME_WIDTHS = (0.5, 1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Study:
+    """Says what is run, in which order, and on what.
+
+    Attributes:
+        size: of the usual runs.
+        arms, stages: by name.
+        cells: the downstream runs, those that are worth most first.
+    """
+
+    size: Size
+    arms: Mapping[str, Arm]
+    stages: Mapping[str, Upstream]
+    cells: Sequence[Cell]
+
+    def size_of(self, cell: Cell) -> Size:
+        """Returns how much is trained on what under a cell's conditions."""
+        label = "" if cell.styles in ("", self.size.scenes["styles"]) else f"_{cell.styles.replace(',', '_')}"
+        size = replace(self.size, width=cell.width, label=label)
+        if cell.where in TASKS:
+            scenes = {**size.scenes, "styles": cell.styles}
+            size = replace(size, steps=dict.fromkeys(TASKS, cell.steps), scenes=scenes)
+        return size
+
+    def fingerprint(self, cell: Cell) -> str:
+        """Returns the hash of what the study says of a cell."""
+        one = self.arms[cell.name] if cell.where in TASKS else self.stages[cell.name]
+        return fingerprint(self.size_of(cell), self.stages, cell.where, one)
+
+    def compared_with(self, cell: Cell) -> list[Cell]:
+        """Returns the cells that a cell's differences are taken to."""
+        others = ["dense", RIVALS[cell.name]] if cell.name in RIVALS else ["dense"]
+        return [cell._replace(name=name) for name in others if name != cell.name and name in self.arms]
+
+    def only(self, pattern: str) -> Study:
+        """Returns the study without the cells whose 'task/arm/seed' has no match for a regular expression."""
+        kept = [cell for cell in self.cells if re.search(pattern, f"{cell.where}/{cell.name}/{cell.seed}")]
+        return replace(self, cells=kept)
+
+
+def method() -> Study:
+    """Returns the study of the arms."""
+    size = replace(arms.FULL, steps=dict.fromkeys(TASKS, STEPS))
+    return Study(size, ARMS, STAGES, tuple(dict.fromkeys(_order())))
+
+
+def regime() -> Study:
+    """Returns the study of the conditions: steps, variety of the data, width of the backbone, one at a time."""
+    usual = REGIME_STYLES[1]
+    settings = [(steps, usual, 1.0) for steps in REGIME_STEPS]
+    settings += [(STEPS, styles, 1.0) for styles in REGIME_STYLES]
+    settings += [(STEPS, usual, width) for width in REGIME_WIDTHS]
+    cells = [
+        Cell(name, "segmentation", seed, *setting)
+        for setting in sorted(set(settings), key=_cost)
+        for seed in FEW_SEEDS
+        for name in REGIME_ARMS
+    ]
+    return replace(method(), cells=tuple(cells))
+
+
+def _cost(setting: tuple[int, str, float]) -> tuple[float, str]:
+    steps, styles, width = setting
+    return steps * width**2, styles
+
+
+def quick_method() -> Study:
+    """Returns a study of seconds, which shows that everything runs."""
+    names = ("dense", "full_random")
+    return _quick([Cell(name, "segmentation", seed, 2, "plain,night", 1.0) for seed in (0, 1) for name in names])
+
+
+def quick_regime() -> Study:
+    """Returns the same of the conditions."""
+    conditions = ((2, "plain,night", 1.0), (3, "plain", 0.5))
+    return _quick([Cell(name, "segmentation", 0, *one) for one in conditions for name in ("dense", "full_random")])
+
+
+def _quick(cells: Sequence[Cell]) -> Study:
+    size = replace(arms.QUICK, scenes={**arms.QUICK.scenes, "styles": "plain,night"}, steps=dict.fromkeys(TASKS, 2))
+    return Study(size, ARMS, STAGES, cells)
+
+
+def unbuilt(study: Study, cell: Cell) -> list[str]:
+    """Returns the keys of an arm, or of a stage that it starts from, that the code does not act on yet."""
+    one: Arm | Upstream = study.arms[cell.name] if cell.where in TASKS else study.stages[cell.name]
+    before = one.upstream if isinstance(one, Arm) else one.after
+    found = [key for key in UNBUILT if key in {**(one.moe or {}), **one.options}]
+    more = unbuilt(study, cell._replace(name=before, where=UPSTREAM)) if before else []
+    return [*found, *more]
+
+
+def _order() -> Iterator[Cell]:
+    def cells(names: Sequence[str], seeds: Sequence[int], task: str = "segmentation") -> Iterator[Cell]:
+        for seed in seeds:
+            for name in names:
+                yield Cell(name, task, seed, STEPS, arms.FULL.scenes["styles"], 1.0)
+
+    yield from cells(HEADLINE, SEEDS)
+    yield from cells(DENSE, SEEDS)
+    yield from cells(("one_full", *ONE_LOW_RANK), FEW_SEEDS)
+    yield from cells(("upper_bound_all",), SEEDS)
+    yield from cells(("full_fixed_gate", "soft_fixed_gate", "full_random"), FEW_SEEDS)
+    yield from cells(HEADLINE, SEEDS, "detection")
+    yield from cells(DENSE, FEW_SEEDS, "detection")
+    yield from cells((*HEADLINE, *DENSE), MORE_SEEDS)
+    yield from cells(("one_full", *ONE_LOW_RANK, "full_fixed_gate", "soft_fixed_gate"), SEEDS)
+    yield from cells(("soft_frozen", "frozen_all", "frozen_alternate", "dense_longer"), FEW_SEEDS)
+    yield from cells(("full_trained_core", "full_alternate", "soft_lr_1", "soft_all_blocks"), FEW_SEEDS)
+    yield from cells(("one_full", *ONE_LOW_RANK), FEW_SEEDS, "detection")
+    yield from cells(DENSE, SEEDS, "detection")
+    yield from cells((*HEADLINE, *DENSE), MORE_SEEDS, "detection")
+    yield from cells(("upper_bound_alternate",), FEW_SEEDS)
+    yield from cells(tuple(CHOICES), FEW_SEEDS)
+    yield from cells(("soft_frozen", "frozen_all", "frozen_alternate", "dense_longer"), SEEDS)
+    yield from cells(("dense_core_longer",), FEW_SEEDS)
+    yield from cells(("upper_bound_all", "one_full", *ONE_LOW_RANK), SEEDS, "detection")
