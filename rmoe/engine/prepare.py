@@ -91,12 +91,12 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
 
 
 def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> None:
-    if moe and stage == 3:
-        raise UserError(
-            "zero_optimization.stage is 3, which splits every parameter over all processes, and DeepSpeed does not do "
-            "that with experts; use stage 2 (ds_configs/zero2.json) and spread the experts by moe.ep_size"
-        )
     for one in moe:
+        if stage == 3 and one.ep_size > 1:
+            raise UserError(
+                "zero_optimization.stage is 3, which splits every parameter over all processes, and moe.ep_size is "
+                f"{one.ep_size}, which spreads the experts already; use stage 2 (ds_configs/zero2.json), or ep_size 1"
+            )
         if processes % one.ep_size:
             fitting = [n for n in range(1, processes + 1) if processes % n == 0 and one.num_experts % n == 0]
             raise UserError(
