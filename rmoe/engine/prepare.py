@@ -15,6 +15,7 @@ from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
 from rmoe.engine.model_config import allow_random_cores, moe_dicts
+from rmoe.engine.precision import autocasts
 from rmoe.engine.processes import backend
 from rmoe.errors import UserError, nearest
 
@@ -125,6 +126,7 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
         accumulation=wrapper.get("accumulative_counts", 1),
         max_norm=clip.get("max_norm", 0.0),
         processes=processes,
+        autocasts=autocasts(),
     )
 
 
