@@ -37,8 +37,8 @@ def add_arguments(words: argparse.ArgumentParser) -> None:
         "--deepspeed_config",
         type=Path,
         metavar="JSON",
-        help="DeepSpeed's own keys: a file, or the name of a shipped one (default: zero2.json on the CPU, "
-        "zero2_bf16.json on GPUs)",
+        default=Path("zero2.json"),
+        help="DeepSpeed's own keys: a file, or the name of a shipped one (default: %(default)s)",
     )
     words.add_argument(
         "--steps",
@@ -71,8 +71,7 @@ def start(arguments: argparse.Namespace) -> int:
     """Imports what training needs, says so, and trains; see `rmoe.engine.launch.run`."""
     if speaks():  # a wrong name is told before anything is imported
         find_config(arguments.config)
-        if arguments.deepspeed_config is not None:
-            find_json(arguments.deepspeed_config)
+        find_json(arguments.deepspeed_config)
     keep_warnings()
     say("importing PyTorch, DeepSpeed and OpenMMLab (some seconds)")
     import torch

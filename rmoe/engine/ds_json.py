@@ -17,6 +17,7 @@ from rmoe.errors import UserError, nearest
 
 AUTO = "auto"
 _MICRO, _ACCUMULATION, _GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+_AUTOCAST = "torch_autocast"
 _DTYPES = ("bfloat16", "bf16", "float16", "fp16")  # of torch_autocast
 _LARGEST, _DEEPEST = 2**20, 16  # bytes of a file, levels in it
 
@@ -99,6 +100,8 @@ def _check_section(path: Path, key: str, value: Any) -> None:
     if isinstance(default, bool) and not isinstance(value, bool):
         raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
     section = _section(key)
+    if key == _AUTOCAST and isinstance(value, dict) and value.get("enabled") == AUTO:
+        value = {**value, "enabled": True}
     if section is not None and not isinstance(value, dict):
         raise UserError(f"{path}: {key} is {value!r}; it takes an object, such as {{}}")
     for name, inner in value.items() if section else ():
@@ -129,7 +132,7 @@ def _check_numbers(path: Path, content: Mapping[str, Any]) -> None:
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it is one of 0, 1, 2, 3")
-    dtype = content.get("torch_autocast", {}).get("dtype", _DTYPES[0])
+    dtype = content.get(_AUTOCAST, {}).get("dtype", _DTYPES[0])
     if dtype not in _DTYPES:
         raise UserError(f"{path}: torch_autocast.dtype is {dtype!r}; it is one of {', '.join(_DTYPES)}")
 
@@ -199,9 +202,16 @@ class _Asked(dict[str, Any]):
 
 
 def resolve(
-    content: Mapping[str, Any], *, batch_size: int, accumulation: int, max_norm: float, processes: int
+    content: Mapping[str, Any],
+    *,
+    batch_size: int,
+    accumulation: int,
+    max_norm: float,
+    processes: int,
+    autocasts: bool = False,
 ) -> dict[str, Any]:
-    """Returns the file's content with a number for every "auto": batch sizes, accumulation and clipping are explicit.
+    """Returns the file's content with a value for every "auto": batch sizes, accumulation, clipping and precision are
+    explicit.
 
     Args:
         content: what `read_json` returned.
@@ -209,6 +219,7 @@ def resolve(
         accumulation: of the config, iterations for one step.
         max_norm: of the config's clipping; 0 does not clip.
         processes: number of processes.
+        autocasts: what "auto" means for `torch_autocast.enabled`, see `rmoe.engine.precision.autocasts`.
 
     Raises:
         UserError: batch sizes that do not fit together, or a section that DeepSpeed refuses.
@@ -236,6 +247,10 @@ def resolve(
     resolved = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **content}
     resolved |= {_MICRO: micro, _ACCUMULATION: steps, _GLOBAL: total}
     resolved |= {"gradient_clipping": float(max_norm if clipping == AUTO else clipping)}
+    if content.get(_AUTOCAST, {}).get("enabled") == AUTO:
+        del resolved[_AUTOCAST]
+        if autocasts:
+            resolved[_AUTOCAST] = {**content[_AUTOCAST], "enabled": True}
     _ask_deepspeed(resolved, "DeepSpeed refuses")
     return resolved
 
@@ -243,9 +258,3 @@ def resolve(
 def zero_stage(content: Mapping[str, Any]) -> int:
     """Returns the ZeRO stage that a DeepSpeed JSON asks for."""
     return int(content.get("zero_optimization", {}).get("stage", 0))
-
-
-def precision(content: Mapping[str, Any]) -> str:
-    """Returns the number format that matrix products are computed in."""
-    autocast = content.get("torch_autocast", {})
-    return str(autocast.get("dtype", "bfloat16")) if autocast.get("enabled") else "float32"

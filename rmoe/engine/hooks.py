@@ -21,7 +21,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from rmoe.engine import cost
 from rmoe.engine.checkpoint import export
 from rmoe.engine.checkpoint.files import PARTIAL, all_or_none
-from rmoe.engine.ds_json import precision, zero_stage
+from rmoe.engine.ds_json import zero_stage
+from rmoe.engine.precision import precision
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers
 from rmoe.registry import HOOKS

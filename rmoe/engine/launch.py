@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from mmengine.config import Config
 from mmengine.dist import all_gather_object
 
@@ -91,10 +90,8 @@ def train(arguments: argparse.Namespace) -> None:
     with faults.Signals() as signals:
         if arguments.safe_config:
             safe_config.lock_down()
-        json, why = arguments.deepspeed_config, ""
-        if json is None:
-            json, why = Path(default_json()), f", the default on {get_accelerator().device_name()}"
-        say(f"reading {arguments.config} and {json}{why}")
+        json = arguments.deepspeed_config
+        say(f"reading {arguments.config} and {json}")
         content = ds_json.read_json(find_json(json))
         options = arguments.cfg_options or {}
         with without_noise():
@@ -113,7 +110,7 @@ def train(arguments: argparse.Namespace) -> None:
                     runner = Runner.from_cfg(cfg)
                 for note in notes:
                     runner.logger.warning(note)
-                runner.register_hook(StartHook(f"{arguments.config}, {json}{why}"))
+                runner.register_hook(StartHook(f"{arguments.config}, {json}"))
                 runner.register_hook(faults.PreemptionHook(signals))
                 runner.register_hook(faults.WatchHook(watch))
                 say("building data, model and optimizer")
@@ -122,11 +119,6 @@ def train(arguments: argparse.Namespace) -> None:
                 if faults.of_a_collective(error):
                     raise Fault(watch.explain(error)) from error
                 raise
-
-
-def default_json() -> str:
-    """Returns the name of the shipped JSON that suits this machine."""
-    return "zero2.json" if get_accelerator().device_name() == "cpu" else "zero2_bf16.json"
 
 
 def check_data(cfg: Config) -> None:

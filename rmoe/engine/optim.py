@@ -47,7 +47,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Returns the groups to build an optimizer from, as few as can be: each makes DeepSpeed's steps slower.
 
-    Frozen parameters are in none. Experts are in groups of their own, marked for DeepSpeed.
+    Frozen parameters are in none. Experts that are spread over processes are in groups of their own, marked for
+    DeepSpeed.
 
     Args:
         model: dense or with `ResidualMoE` layers.
@@ -64,7 +65,7 @@ def param_groups(
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay` and a unique `name`; `moe=True` and DeepSpeed's group name where the
-        parameters are experts.
+        parameters are experts that are spread.
 
     Raises:
         UserError: nothing to train, a rate, decay or multiplier that is not a finite number of 0 or more, or a custom

@@ -15,6 +15,7 @@ from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
 from rmoe.engine.model_config import allow_random_cores, moe_dicts
+from rmoe.engine.precision import autocasts
 from rmoe.engine.processes import backend
 from rmoe.errors import UserError, nearest
 
@@ -91,12 +92,12 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
 
 
 def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> None:
-    if moe and stage == 3:
-        raise UserError(
-            "zero_optimization.stage is 3, which splits every parameter over all processes, and DeepSpeed does not do "
-            "that with experts; use stage 2 (ds_configs/zero2.json) and spread the experts by moe.ep_size"
-        )
     for one in moe:
+        if stage == 3 and one.ep_size > 1:
+            raise UserError(
+                "zero_optimization.stage is 3, which splits every parameter over all processes, and moe.ep_size is "
+                f"{one.ep_size}, which spreads the experts already; use stage 2 (ds_configs/zero2.json), or ep_size 1"
+            )
         if processes % one.ep_size:
             fitting = [n for n in range(1, processes + 1) if processes % n == 0 and one.num_experts % n == 0]
             raise UserError(
@@ -125,6 +126,7 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
         accumulation=wrapper.get("accumulative_counts", 1),
         max_norm=clip.get("max_norm", 0.0),
         processes=processes,
+        autocasts=autocasts(),
     )
 
 

@@ -14,7 +14,8 @@ from mmengine.hooks import Hook
 from rich.file_proxy import FileProxy
 from rich.progress import Progress
 
-from rmoe.engine.ds_json import precision, zero_stage
+from rmoe.engine.ds_json import zero_stage
+from rmoe.engine.precision import precision
 from rmoe.engine.terminal import progress_bar, show_all
 from rmoe.moe.state import moe_layers
 

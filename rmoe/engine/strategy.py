@@ -27,6 +27,7 @@ from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
 from rmoe.engine.cost import Parameters, count_parameters
+from rmoe.engine.precision import set_float32_products
 from rmoe.engine.terminal import keep_short
 from rmoe.errors import UserError
 from rmoe.moe.records import Records, collect
@@ -116,6 +117,7 @@ class Strategy(DeepSpeedStrategy):
         # Plain data: DeepSpeed writes it into checkpoints, which are read with weights_only=True.
         self.config = json.loads(json.dumps(dict(config, steps_per_print=10**15)))
         check_precision(self.config)
+        set_float32_products(self.config)
         self.layout, self._load_from = Layout(**layout), load_from
 
     def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:

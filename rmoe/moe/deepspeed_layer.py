@@ -1,4 +1,4 @@
-"""The layer as DeepSpeed's engine knows it, so that ZeRO and clipping see which parameters are experts'."""
+"""The layer as DeepSpeed's engine knows it, so that ZeRO and clipping see which parameters only some processes hold."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from rmoe.moe.exchange import make_expert_groups
 from rmoe.moe.layer import ResidualMoE
 
 
-class TrainedResidualMoE(ResidualMoE, MoE):
-    """Is a `ResidualMoE` whose residuals are trained; it is never constructed, a layer becomes one.
+class SpreadResidualMoE(ResidualMoE, MoE):
+    """Is a `ResidualMoE` whose residuals are spread over processes; it is never constructed, a layer becomes one.
 
-    The engine asks of every `MoE` that experts of it are trained; a layer whose experts are fixed stays as it is.
+    The engine asks of every `MoE` that experts of it are trained, and reduces the gradients of experts apart from all
+    others; a layer whose experts are fixed, or are all in every process, stays an ordinary module.
     """
 
     use_residual = enable_expert_tensor_parallelism = False  # what DeepSpeed means by them

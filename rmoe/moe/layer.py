@@ -4,14 +4,13 @@ One forward pass, in the order in which it runs: `Gate` chooses the experts of e
 core plus their residuals (experts.py); where experts are spread over processes, weights or tokens travel first
 (exchange.py). What the gate decided is collected by `collect` (records.py), and by nothing else.
 
-To DeepSpeed, where that is installed, a layer whose residuals are trained is one of its own (deepspeed_layer.py). The
-gate, the arithmetic and the exchange are not DeepSpeed's.
+To DeepSpeed, a layer whose trained residuals are spread over processes is one of its own (deepspeed_layer.py); all
+others are ordinary modules. The gate, the arithmetic and the exchange are not DeepSpeed's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -43,6 +42,10 @@ class ResidualMoE(nn.Module):
         UserError: a core that the layer cannot compute, or ep_size does not divide the number of processes.
     """
 
+    # DeepSpeed's ZeRO 3 makes the parameters of the whole layer whole before its forward, which uses those of modules
+    # inside whose own forward nobody calls.
+    _z3_leaf = True
+
     def __init__(self, core: nn.Module, config: ResidualMoEConfig) -> None:
         # Not MoE's constructor, which would build a gate of its own and a copy of the core for each expert.
         nn.Module.__init__(self)
@@ -64,10 +67,10 @@ class ResidualMoE(nn.Module):
         self.core.requires_grad_(config.train_core)
         if not config.train_residual:
             self.deepspeed_moe.requires_grad_(False)
-        elif find_spec("deepspeed"):
-            from rmoe.moe.deepspeed_layer import TrainedResidualMoE
+        if config.ep_size > 1:
+            from rmoe.moe.deepspeed_layer import SpreadResidualMoE
 
-            self.__class__ = TrainedResidualMoE
+            self.__class__ = SpreadResidualMoE
         self.train(core.training)
 
     def forward(self, x: Tensor) -> Tensor:

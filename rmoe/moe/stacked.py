@@ -34,12 +34,12 @@ class StackedExperts(nn.Module):
             every = self.kind.initial(config, core)
         for name, x in every._asdict().items():
             self.register_parameter(name, nn.Parameter(x[start : start + local].clone()))
-        self.group_name, self.trained = f"ep_size_{config.ep_size}", config.train_residual
+        self.group_name, self.spread = f"ep_size_{config.ep_size}", config.ep_size > 1
         self._mark()
 
     def _mark(self) -> None:
-        """Gives the parameters the marks by which DeepSpeed knows experts."""
-        for parameter in self.parameters() if self.trained else ():
+        """Gives parameters that only some processes hold the marks by which DeepSpeed knows experts."""
+        for parameter in self.parameters() if self.spread else ():
             parameter.allreduce = False  # type: ignore[attr-defined]
             parameter.group_name = self.group_name  # type: ignore[attr-defined]
 

@@ -90,10 +90,17 @@ def train(zero: int, moe: dict[str, Any], clip: float, folder: Path) -> dict[str
         norms.append(float(engine.get_global_grad_norm()))
     # Evaluation: as many batches as there are ranks after this one, so any communication would hang.
     engine.eval()
-    with local_experts(engine.module), torch.no_grad():
+    with whole(engine), local_experts(engine.module), torch.no_grad():
         for _ in range(1 + rank):
             logits = engine.module(images[:2])
-    return {"losses": losses, "norms": norms, "logits": logits, "state": global_state_dict(engine.module)}
+        state = global_state_dict(engine.module)
+    return {"losses": losses, "norms": norms, "logits": logits, "state": state}
+
+
+def whole(engine: Any) -> Any:
+    """Makes parameters whole that ZeRO 3 has split."""
+    split = engine.zero_optimization_partition_weights()
+    return deepspeed.zero.GatheredParameters([*engine.module.parameters()], enabled=split)
 
 
 def main() -> None:

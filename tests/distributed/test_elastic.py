@@ -38,7 +38,7 @@ class Chain(NamedTuple):
 
 CHAINS = {
     "low rank": Chain(LOW, ADAMW, (4, 2, 1, 2), (2, 1, 0, 2), averaged=True),
-    "full": Chain(FULL, ADAMW, (2, 1, 1, 2), (1, 2, 2, 0)),
+    "full": Chain(FULL, ADAMW, (2, 1, 1, 2), (1, 3, 2, 0)),
     "from stage 0": Chain(FULL, SGD, (4, 2, 1, 1), (0, 2, 1, 1)),
     "dense": Chain(None, ADAMW, (1, 1, 1, 1), (3, 0, 2, 3)),
 }

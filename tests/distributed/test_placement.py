@@ -39,16 +39,16 @@ def cases(ep_size: int) -> dict[str, dict[str, Any]]:
     return {
         f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": ep_size}}
         for name, moe in LAYERS.items()
-        for zero in STAGES
-        # All of them under ZeRO-2, some under the others too.
-        if zero == 2 or name in ("low_rank", "full", "fixed")
+        for zero in (*STAGES, 3)
+        # All of them under ZeRO-2, some under the others too; spread experts not under ZeRO-3.
+        if zero == 2 or (name in ("low_rank", "full", "fixed") and (zero < 3 or ep_size == 1))
     }
 
 
 @pytest.fixture(scope="module")
 def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("one")
-    run_processes(out, [SCRIPT, out, json.dumps(cases(1))])
+    run_processes(out, [SCRIPT, out, json.dumps({k: case for k, case in cases(1).items() if case["zero"] < 3})])
     return out
 
 
@@ -57,7 +57,7 @@ def one_process(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_placement_free(processes: int, ep_size: int, tmp_path: Path, one_process: Path, launch: Any) -> None:
     launch([SCRIPT, tmp_path, json.dumps(cases(ep_size))], nproc=processes)
     for name in cases(ep_size):
-        one, here = (torch.load(folder / f"{name}.pt") for folder in (one_process, tmp_path))
+        one, here = torch.load(one_process / f"{name.replace('_3', '_2')}.pt"), torch.load(tmp_path / f"{name}.pt")
         for what in ("losses", "norms", "logits", "state"):
             torch.testing.assert_close(
                 here[what], one[what], rtol=1e-5, atol=1e-5, msg=lambda m, n=name, w=what: f"{n}, {w}: {m}"

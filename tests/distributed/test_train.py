@@ -110,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     frozen = {"optim_wrapper.optimizer.lr": 0.0, "optim_wrapper.optimizer.weight_decay": 0.0}
     pair = {
         **{f"pair dense {stage}": make(f"pair dense {stage}", half, stage) for stage in (0, 2)},
-        "pair ep1 2": make("pair ep1 2", half | {"model.moe": MOE}, 2),
+        **{f"pair ep1 {stage}": make(f"pair ep1 {stage}", half | {"model.moe": MOE}, stage) for stage in (2, 3)},
         **{f"pair ep2 {s}": make(f"pair ep2 {s}", half | {"model.moe": MOE | {"ep_size": 2}}, s) for s in (0, 1, 2)},
         "whole pair": make("whole pair", WILD, 2),
         "resumed pair": make("resumed pair", WILD, 2, "--resume"),
@@ -185,7 +185,7 @@ def saved_weights(path: Path, kind: str = "weight/") -> dict[str, Tensor]:
     ("reference", "others"),
     [
         ("alone dense 0", ["alone dense 1", "alone dense 2", "alone dense 3", "pair dense 0", "pair dense 2"]),
-        ("alone moe 0", ["alone moe 2", "pair ep1 2", "pair ep2 0", "pair ep2 1", "pair ep2 2"]),
+        ("alone moe 0", ["alone moe 2", "pair ep1 2", "pair ep1 3", "pair ep2 0", "pair ep2 1", "pair ep2 2"]),
     ],
 )
 def test_placement_changes_nothing(runs: Runs, reference: str, others: list[str]) -> None:
@@ -467,7 +467,7 @@ def test_the_launcher_trains(launcher: Callable[..., tuple[Finished, Path]]) -> 
 
 
 def test_the_launcher_shows_one_line_and_leaves_with_2(launcher: Callable[..., tuple[Finished, Path]]) -> None:
-    ended, folder = launcher("refuses", {"model.moe": MOE}, 3)
+    ended, folder = launcher("refuses", {"model.moe": MOE | {"ep_size": 2}}, 3)
     assert ended.returncode == 2
     lines = [line for line in ended.stderr.splitlines() if "rmoe: error:" in line]
     assert len(lines) == 1

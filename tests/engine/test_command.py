@@ -27,7 +27,7 @@ def test_steps_are_a_whole_number(words: str, capsys: pytest.CaptureFixture[str]
 
 def test_what_need_not_be_said() -> None:
     arguments = parser().parse_args(["c.py"])
-    assert arguments.deepspeed_config is None
+    assert arguments.deepspeed_config == Path("zero2.json")
     assert arguments.steps is None
     assert parser().parse_args(["c.py", "--steps", "12"]).steps == 12
 

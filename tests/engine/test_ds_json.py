@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from rmoe.engine.ds_json import precision, read_json, resolve, zero_stage
+from rmoe.engine.ds_json import read_json, resolve, zero_stage
+from rmoe.engine.precision import precision
 from rmoe.errors import UserError
 
 SHIPPED = sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json"))
 BATCH = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size")
 
 
-def resolved(processes: int = 2, **content: Any) -> dict[str, Any]:
-    return resolve(content, batch_size=4, accumulation=1, max_norm=0.5, processes=processes)
+def resolved(processes: int = 2, autocasts: bool = False, **content: Any) -> dict[str, Any]:
+    return resolve(content, batch_size=4, accumulation=1, max_norm=0.5, processes=processes, autocasts=autocasts)
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -26,11 +27,22 @@ def test_shipped(path: Path) -> None:
     assert [whole[key] for key in BATCH] == [4, 1, 8]
     assert whole["gradient_clipping"] == 0.5
     assert zero_stage(content) == int(path.stem[4])
-    assert precision(content) == {"bf16": "bfloat16", "fp16": "float16"}.get(path.stem.partition("_")[2], "float32")
+    assert precision(whole) == {"bf16": "bfloat16", "fp16": "float16"}.get(path.stem.partition("_")[2], "float32")
 
 
 def test_there_is_one_for_each_stage_and_precision() -> None:
-    assert [path.stem for path in SHIPPED] == ["zero0", "zero1", "zero2", "zero2_bf16", "zero2_fp16"]
+    assert [path.stem for path in SHIPPED] == [*("zero0", "zero1", "zero2", "zero2_bf16", "zero2_fp16", "zero2_fp32")]
+
+
+def test_the_precision_that_suits_the_machine() -> None:
+    """No trace of autocast is left on a CPU, where a run must not change by a bit."""
+    content = {"torch_autocast": {"enabled": "auto", "dtype": "bfloat16"}}
+    assert "torch_autocast" not in resolved(**content)
+    assert resolved(**content, autocasts=True)["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    for fixed in (True, False):
+        for autocasts in (True, False):
+            section = resolved(torch_autocast={"enabled": fixed}, autocasts=autocasts)["torch_autocast"]
+            assert section == {"enabled": fixed}
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path:
 @pytest.mark.parametrize(
     ("options", "content", "message"),
     [
-        ({"model.moe": MOE}, {"stage": 3}, "stage is 3.*use stage 2"),
+        ({"model.moe": MOE}, {"stage": 3}, "stage is 3.*ep_size is 2.*use stage 2"),
         ({"model.moe": MOE}, {"processes": 3}, r"ep_size 2 does not divide the 3 processes; use one of \[1\]"),
         ({"model.moe": MOE | {"ep_size": 3}}, {}, "ep_size 3 does not divide the 4 experts"),
         ({"model.moe.num_expert": 4}, {}, "no key 'num_expert'; did you mean 'num_experts'"),
@@ -96,8 +96,9 @@ def test_mistakes(options: dict[str, Any], content: dict[str, Any], message: str
     assert not (tmp_path / "work").exists()
 
 
-def test_stage_3_is_for_dense_models(tmp_path: Path) -> None:
-    assert prepared(tmp_path, stage=3).strategy.config.zero_optimization.stage == 3
+@pytest.mark.parametrize("moe", [None, MOE | {"ep_size": 1}])
+def test_stage_3_is_for_what_is_not_spread(tmp_path: Path, moe: dict[str, Any] | None) -> None:
+    assert prepared(tmp_path, {"model.moe": moe}, stage=3).strategy.config.zero_optimization.stage == 3
 
 
 @pytest.mark.parametrize(

@@ -62,15 +62,28 @@ def test_roles_have_their_own_rates() -> None:
     }
 
 
-def test_experts_are_marked_and_names_are_unique() -> None:
-    groups = param_groups(Small(), 1.0, 0.1, head_lr_mult=5.0)
+def test_experts_that_are_spread_have_groups_of_their_own() -> None:
+    model = Small()
+    experts = [*model.backbone["mlp"].deepspeed_moe.parameters()]
+    for parameter in experts:
+        parameter.allreduce, parameter.group_name = False, "ep_size_2"
+    groups = param_groups(model, 1.0, 0.1, head_lr_mult=5.0)
     marked = [group for group in groups if group.get("moe")]
     others = [group["name"] for group in groups if not group.get("moe")]
-    assert marked
-    assert all(group["name"] == "ep_size_1" for group in marked)
-    assert all(parameter.allreduce is False for group in marked for parameter in group["params"])
+    assert all(group["name"] == "ep_size_2" for group in marked)
+    assert {parameter for group in marked for parameter in group["params"]} == set(experts)
     assert len(set(others)) == len(others)
     assert all(group["params"] for group in groups)
+
+
+def test_experts_that_are_not_spread_share_groups_with_others() -> None:
+    model = Small()
+    groups = param_groups(model, 1.0, 0.1)
+    assert len(groups) == 2
+    assert not any(group.get("moe") for group in groups)
+    assert {parameter for group in groups for parameter in group["params"]} == {
+        p for p in model.parameters() if p.requires_grad
+    }
 
 
 def test_a_shared_parameter_is_in_one_group_and_named(monkeypatch: pytest.MonkeyPatch) -> None:

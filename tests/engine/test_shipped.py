@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from rmoe.engine import launch, shipped
+from rmoe.engine import command, launch, shipped
 from rmoe.errors import UserError
 
 
@@ -39,8 +39,6 @@ def test_the_nearest_names_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         shipped.find_config(Path("xyzxyz"))
 
 
-@pytest.mark.parametrize(("device", "name"), [("cpu", "zero2.json"), ("cuda", "zero2_bf16.json")])
-def test_the_json_by_device(device: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.get_accelerator(), "device_name", lambda: device)
-    assert launch.default_json() == name
-    assert shipped.find_json(Path(name)).is_file()
+def test_the_json_that_is_taken_where_none_is_given() -> None:
+    given = command.parser().parse_args(["demo/dense.py"]).deepspeed_config
+    assert shipped.find_json(given) == shipped.JSONS / "zero2.json"

@@ -121,8 +121,6 @@ def test_a_loop_has_one_length(tmp_path: Path) -> None:
 def test_an_empty_moe_is_a_mixture(tmp_path: Path) -> None:
     model = {"type": "ToyModel", "moe": {}}
     assert prepared(tmp_path, model=model).strategy.layout.num_experts == 8
-    with pytest.raises(UserError, match="stage is 3"):
-        prepared(tmp_path, {"zero_optimization": {"stage": 3}}, model=model)
     model = {"type": "ToyModel", "moe": None}
     assert prepared(tmp_path, {"zero_optimization": {"stage": 3}}, model=model).strategy.layout.num_experts == 0
 

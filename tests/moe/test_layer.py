@@ -11,6 +11,7 @@ from itertools import product
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
+from deepspeed.moe.utils import is_moe_param
 from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -168,9 +169,6 @@ def test_fixed_residuals_do_not_train() -> None:
     moe(tokens()).sum().backward()
     assert moe.gate.weight.grad is not None
     assert all(p.grad is None for p in moe.deepspeed_moe.parameters())
-    # DeepSpeed's engine asks of its own kind of layer that some experts are trained.
-    assert not isinstance(moe, MoE)
-    assert isinstance(layer(), MoE)
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------
@@ -282,7 +280,6 @@ def test_a_layer_made_on_meta_takes_a_state_by_assignment(kind: str) -> None:
         moe.load_state_dict(made.state_dict())
     moe.load_state_dict(made.state_dict(), assign=True)
     assert not any(parameter.is_meta for parameter in moe.parameters())
-    assert all(p.group_name == "ep_size_1" and not p.allreduce for p in moe.deepspeed_moe.parameters())
     assert {n for n, p in moe.named_parameters() if p.requires_grad} == {
         n for n, p in made.named_parameters() if p.requires_grad
     }
@@ -294,7 +291,6 @@ def test_a_layer_made_on_meta_takes_a_state_in_place() -> None:
     with torch.device("meta"):
         moe = layer()
     moe.to_empty(device="cpu").load_state_dict(made.state_dict())
-    assert all(not p.allreduce for p in moe.deepspeed_moe.parameters())
     assert torch.equal(moe.eval()(tokens()), made.eval()(tokens()))
 
 
@@ -473,13 +469,33 @@ def test_global_state_dict_round_trip_and_refusal() -> None:
         load_global_state_dict(other, global_state_dict(eight))
 
 
-def test_copies_keep_deepspeeds_marks() -> None:
-    for moe in (layer(), copy.deepcopy(layer())):
-        marks = {name: getattr(p, "allreduce", True) for name, p in moe.named_parameters()}
-        assert [name for name, reduced in marks.items() if not reduced] == [
-            name for name in marks if name.startswith("deepspeed_moe.")
-        ]
-        assert all(p.group_name == "ep_size_1" for p in moe.deepspeed_moe.parameters())
+@pytest.mark.parametrize("kind", KINDS)
+def test_residuals_that_are_not_spread_are_ordinary_parameters(kind: str) -> None:
+    moe = layer(residual=kind)
+    assert not isinstance(moe, MoE)
+    assert not any(is_moe_param(parameter) for parameter in moe.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:for .* copying from a non-meta parameter")
+def test_residuals_that_are_spread_have_deepspeeds_marks(first_of_two: None) -> None:
+    """Copies of them too, and those that have left the meta device."""
+    made = layer(ep_size=2)
+    with torch.device("meta"):
+        empty, assigned = layer(ep_size=2), layer(ep_size=2)
+    assigned.load_state_dict(made.state_dict(), assign=True)
+    for moe in (made, copy.deepcopy(made), empty.to_empty(device="cpu"), assigned):
+        assert isinstance(moe, MoE)
+        marked = [name for name, parameter in moe.named_parameters() if is_moe_param(parameter)]
+        assert marked == [f"deepspeed_moe.experts.{name}" for name in moe.residuals()._fields]
+        assert {p.group_name for p in moe.deepspeed_moe.parameters()} == {"ep_size_2"}
+
+
+@pytest.fixture
+def first_of_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a layer believe that it is in the first of two processes, which it may not speak to."""
+    monkeypatch.setattr("rmoe.moe.layer._check_processes", lambda ep_size: None)
+    monkeypatch.setattr("rmoe.moe.layer.make_expert_groups", lambda ep_size: None)
+    monkeypatch.setattr(ResidualMoE, "expert_rank", lambda self: 0)
 
 
 def test_roles() -> None:

@@ -1,10 +1,10 @@
 """Core pretraining: dense CvT-W24 on ImageNet-22k, 90 epochs.
 
     deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/cvt_w24_core_imagenet22k.py \
-        --deepspeed_config ds_configs/zero2_bf16.json
+        --deepspeed_config ds_configs/zero2.json
 
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/cvt_w24_core_imagenet22k.py \
-        ds_configs/zero2_bf16.json work_dirs/cvt_w24_core_imagenet22k
+        ds_configs/zero2.json work_dirs/cvt_w24_core_imagenet22k
 
 The weight decay is the published one. The length of training on ImageNet-22k and the drop path were not published:
 Swin-L's schedule and this drop path are this project's choices.

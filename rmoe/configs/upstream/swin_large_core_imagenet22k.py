@@ -1,10 +1,10 @@
 """Core pretraining: dense Swin-L on ImageNet-22k, 90 epochs.
 
     deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/swin_large_core_imagenet22k.py \
-        --deepspeed_config ds_configs/zero2_bf16.json
+        --deepspeed_config ds_configs/zero2.json
 
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_core_imagenet22k.py \
-        ds_configs/zero2_bf16.json work_dirs/swin_large_core_imagenet22k
+        ds_configs/zero2.json work_dirs/swin_large_core_imagenet22k
 
 Schedule, weight decay and drop path are those of the published configuration (the paper says weight decay 0.01).
 Gradients are clipped and images augmented as for ImageNet-1k.

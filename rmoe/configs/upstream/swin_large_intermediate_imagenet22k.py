@@ -2,10 +2,10 @@
 block of the last two stages, their cores frozen.
 
     deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
-        --deepspeed_config ds_configs/zero2_bf16.json
+        --deepspeed_config ds_configs/zero2.json
 
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
-        ds_configs/zero2_bf16.json work_dirs/swin_large_intermediate_imagenet22k
+        ds_configs/zero2.json work_dirs/swin_large_intermediate_imagenet22k
 
 The core comes from the work dir of upstream/swin_large_core_imagenet22k.py. As in the finetunes, the residuals, the
 gates and all that lies outside the experts' networks are trained at one rate. That, the rate and the number of epochs

@@ -2,10 +2,10 @@
 90 epochs.
 
     deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/swin_large_moe_imagenet22k.py \
-        --deepspeed_config ds_configs/zero2_bf16.json
+        --deepspeed_config ds_configs/zero2.json
 
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_moe_imagenet22k.py \
-        ds_configs/zero2_bf16.json work_dirs/swin_large_moe_imagenet22k
+        ds_configs/zero2.json work_dirs/swin_large_moe_imagenet22k
 
 The mixture is that of _base_/upper_bound.py. All else is as for the dense core, so that they can be compared.
 """

@@ -1,10 +1,10 @@
 """Core pretraining: dense ViT-L/16 on ImageNet-1k, 200 epochs.
 
     deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/vit_large_core_imagenet1k.py \
-        --deepspeed_config ds_configs/zero2_bf16.json
+        --deepspeed_config ds_configs/zero2.json
 
     sbatch launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/vit_large_core_imagenet1k.py \
-        ds_configs/zero2_bf16.json work_dirs/vit_large_core_imagenet1k
+        ds_configs/zero2.json work_dirs/vit_large_core_imagenet1k
 
 Unlike there, timm draws the initial weights in its own way.
 """
