@@ -234,7 +234,9 @@ class ResidualMoEConfig:
         if self.balance_rate < 0:
             raise UserError(f"balance_rate is {self.balance_rate}; it is 0 (off) or positive, such as 0.001")
         if self.balance_rate and self.experts_per_token == self.num_experts:
-            raise UserError("balance_rate has no effect where each token uses every expert: set it to 0, or top_k lower")
+            raise UserError(
+                "balance_rate has no effect where each token uses every expert: set it to 0, or top_k lower"
+            )
         if self.losses.load and not self.noise:
             raise UserError("losses.load needs noise: set noise > 0 or losses.load = 0")
         if not self.kind.has_core and self.combine == "residual":
