@@ -10,16 +10,18 @@ from rmoe.errors import UserError
 
 if TYPE_CHECKING:
     from rmoe.backbones.upcycle import upcycle
+    from rmoe.inference.load import load
     from rmoe.moe.layer import ResidualMoE
     from rmoe.moe.records import collect
 
 __version__ = "0.1.0"
-__all__ = ["GateLosses", "ResidualMoE", "ResidualMoEConfig", "UserError", "collect", "upcycle"]
+__all__ = ["GateLosses", "ResidualMoE", "ResidualMoEConfig", "UserError", "collect", "load", "upcycle"]
 
 # Loaded when first used: torch and deepspeed take seconds, which `rmoe --help` should not.
 _LAZY = {
     "ResidualMoE": "rmoe.moe.layer",
     "collect": "rmoe.moe.records",
+    "load": "rmoe.inference.load",
     "upcycle": "rmoe.backbones.upcycle",
 }
 

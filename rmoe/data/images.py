@@ -11,7 +11,7 @@ import os
 import stat
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from rmoe.data.files import reason
 from rmoe.errors import UserError
@@ -73,6 +73,11 @@ def is_turned(image: Image.Image) -> bool:
         return image.getexif().get(_ORIENTATION, 1) != 1
     except Exception:  # EXIF data that is damaged gives no orientation
         return False
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Returns an image turned as its EXIF orientation says, for pictures that no label map refers to."""
+    return ImageOps.exif_transpose(image) if is_turned(image) else image
 
 
 def _decode(path: str, content: bytes | None, kind: str) -> tuple[Image.Image, str]:

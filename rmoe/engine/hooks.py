@@ -254,12 +254,16 @@ class ExportHook(Hook):
         with all_or_none(folder / f"{export.MODEL}{PARTIAL}"):
             if is_main_process():
                 config = _plain(runner.cfg.model.to_dict())
+                metainfo = getattr(runner.train_loop.dataloader.dataset, "metainfo", None) or {}
+                palette = metainfo.get("palette")
                 export.write_model(
                     folder,
                     state,
                     config,
                     stage=self._stage,
-                    classes=(getattr(runner.train_loop.dataloader.dataset, "metainfo", None) or {}).get("classes"),
+                    classes=metainfo.get("classes"),
+                    palette=None if palette is None else [[int(shade) for shade in colour] for colour in palette],
+                    inputs=_plain(export.inputs_of(runner.cfg)),
                     core_sha256=runner.message_hub.runtime_info.get(self._KEY),
                 )
                 about = {"stage": self._stage, "iterations": runner.iter, "model": config}

@@ -14,12 +14,11 @@ import json
 import math
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
-import mmcv.ops
 import mmengine.registry
 import numpy as np
 import yaml
@@ -29,7 +28,6 @@ from mmengine.registry import registry as lookup
 from mmengine.utils import get_object_from_string
 from yaml.resolver import Resolver
 
-from rmoe.engine import hooks, optim, randomness  # noqa: F401 (what they register may be named)
 from rmoe.errors import UserError
 
 # What `rmoe.engine.prepare` adds to a config, and a run's dumped config therefore has.
@@ -42,6 +40,7 @@ OURS = {
         "rmoe.engine.faults.spare_worker",
     ),
 }
+_OF_TRAINING = ("rmoe.engine.hooks", "rmoe.engine.optim", "rmoe.engine.randomness")
 _FORMATS = (".json", ".yaml", ".yml")
 _SCOPES = ("mmengine", "mmcv", "mmseg", "mmdet", "rmoe")
 _MODULE = re.compile(r"(mmengine|mmcv|mmseg|mmdet|rmoe\.(tasks|backbones))(\.\w+)*")
@@ -67,24 +66,41 @@ def read(path: Path) -> dict[str, Any]:
     content = _parsed(path)
     if not isinstance(content, dict) or "_base_" in content:
         raise UserError(f"--safe-config: {path} must hold all keys itself, without _base_; dump the whole config")
-    for module in _modules(content):
-        if not (isinstance(module, str) and _MODULE.fullmatch(module)):
-            _refuse(path, module, "which is neither ours nor OpenMMLab's to import")
-    for key, value in _items(content):
-        if key in _SCOPE_KEYS and value is not None and value not in _SCOPES:
-            _refuse(path, value, f"which is no scope: {', '.join(_SCOPES)}")
-        if key in _START_KEYS and value not in (None, "fork"):
-            _refuse(path, value, f"and {key} must be 'fork': other workers would not be locked down")
-        if key == "sys_path":
-            _refuse(path, value, "a folder to import from (sys_path)")
-        if isinstance(value, str) and _PICKLE.fullmatch(value):
-            _refuse(path, value, "a pickle, and reading a pickle runs it")
-    for module in _modules(content):
+    for module in _OF_TRAINING:  # what they register may be named
         importlib.import_module(module)
-    for key, value in _items(content):
+    check(content, f"--safe-config: {path}", _modules(content))
+    return with_pairs(content)
+
+
+def check(content: Any, where: str, modules: Iterable[Any], packages: Sequence[str] = _SCOPES[2:4]) -> None:
+    """Checks that building from `content` runs nothing that it brings along, and imports the `modules` that it names.
+
+    Args:
+        content: plain data.
+        where: the name of its origin, which messages begin with.
+        modules: names of modules that register what `content` names.
+        packages: those of OpenMMLab's that may be imported to look a name up.
+
+    Raises:
+        UserError: it names what is neither ours nor OpenMMLab's and has not been imported, or reads a pickle.
+    """
+    for module in modules:
+        if not is_ours(module):
+            _refuse(where, module, "which is neither ours nor OpenMMLab's to import")
+    for key, value in _items(content, where):
+        if key in _SCOPE_KEYS and value is not None and value not in _SCOPES:
+            _refuse(where, value, f"which is no scope: {', '.join(_SCOPES)}")
+        if key in _START_KEYS and value not in (None, "fork"):
+            _refuse(where, value, f"and {key} must be 'fork': other workers would not be locked down")
+        if key == "sys_path":
+            _refuse(where, value, "a folder to import from (sys_path)")
+        if isinstance(value, str) and _PICKLE.fullmatch(value):
+            _refuse(where, value, "a pickle, and reading a pickle runs it")
+    for module in modules:
+        importlib.import_module(module)
+    for key, value in _items(content, where):
         if key in _TYPES and value is not None:
-            _check_name(path, value)
-    return _with_pairs(content)
+            _check_name(where, value, packages)
 
 
 def lock_down() -> None:
@@ -98,13 +114,18 @@ def lock_down() -> None:
     np.load = _load_array  # type: ignore[assignment]
 
 
-def _with_pairs(node: Any, transforms: bool = False) -> Any:
+def is_ours(module: Any) -> bool:
+    """Returns whether `module` is the name of a module of ours or OpenMMLab's that data may have imported."""
+    return isinstance(module, str) and bool(_MODULE.fullmatch(module))
+
+
+def with_pairs(node: Any, transforms: bool = False) -> Any:
     """Turns pairs of numbers among the arguments of transforms into tuples, which those insist on and data has not."""
     if isinstance(node, dict):
-        return {key: _with_pairs(value, transforms or key == "pipeline") for key, value in node.items()}
+        return {key: with_pairs(value, transforms or key == "pipeline") for key, value in node.items()}
     if isinstance(node, list):
         pair = transforms and len(node) == 2 and all(isinstance(item, int | float) for item in node)
-        return (tuple if pair else list)(_with_pairs(item, transforms) for item in node)
+        return (tuple if pair else list)(with_pairs(item, transforms) for item in node)
     return node
 
 
@@ -128,8 +149,8 @@ def _import_of_ours(name: str) -> Any:
     return importlib.import_module(name)
 
 
-def _refuse(path: Path, value: object, why: str) -> NoReturn:
-    raise UserError(f"--safe-config: {path} names {str(value)[:200]!r}, {why}; mend the file, or leave it alone")
+def _refuse(where: str, value: object, why: str) -> NoReturn:
+    raise UserError(f"{where} names {str(value)[:200]!r}, {why}; mend the file, or leave it alone")
 
 
 def _modules(content: Mapping[str, Any]) -> list[Any]:
@@ -138,7 +159,7 @@ def _modules(content: Mapping[str, Any]) -> list[Any]:
     return imports if isinstance(imports, list) else [imports] if imports else []
 
 
-def _items(content: Any) -> Iterator[tuple[Any, Any]]:
+def _items(content: Any, where: str) -> Iterator[tuple[Any, Any]]:
     """Yields every value with the key that it stands under, items of a list with that of the list.
 
     Raises:
@@ -149,35 +170,35 @@ def _items(content: Any) -> Iterator[tuple[Any, Any]]:
         key, node, level = todo.pop()
         yield key, node
         if level > _DEEPEST:
-            raise UserError(f"--safe-config: more than {_DEEPEST} levels at key {key!r}; no config needs as many")
+            raise UserError(f"{where} has more than {_DEEPEST} levels at key {key!r}; no config needs as many")
         if isinstance(node, dict):
             todo += [(name, value, level + 1) for name, value in node.items()]
         elif isinstance(node, list):
             todo += [(key, value, level + 1) for value in node]
 
 
-def _check_name(path: Path, value: Any) -> None:
+def _check_name(where: str, value: Any, packages: Sequence[str]) -> None:
     if not isinstance(value, str):
         if not isinstance(value, dict | list):  # a section that is called so is looked into on its own
-            _refuse(path, value, "which is no name")
+            _refuse(where, value, "which is no name")
         return
-    if value in OURS or value in mmcv.ops.__all__:
+    if value in OURS:
         return
-    found = _registered(value)
-    if not found:
-        _refuse(path, value, "which no registry of ours or OpenMMLab's holds")
+    found = _registered(value, packages)
+    if not found and value not in _operations():
+        _refuse(where, value, "which no registry of ours or OpenMMLab's holds")
     if any(_evaluates(one) for one in found):
-        _refuse(path, value, "which evaluates strings as programs")
+        _refuse(where, value, "which evaluates strings as programs")
 
 
-def _registered(name: str) -> list[Any]:
+def _registered(name: str, packages: Sequence[str]) -> list[Any]:
     """Returns what the registries hold under `name`, which may begin with a scope. Nothing is imported by its name."""
     scope, dot, bare = name.partition(".")
     nodes = _nodes()
     if dot and scope in _SCOPES:
         nodes, name = [node for node in nodes if node.scope == scope], bare
-    if (dot and scope in _SCOPES[2:4]) or not any(name in node.module_dict for node in nodes):
-        _import_registries()
+    if (dot and scope in packages) or not any(name in node.module_dict for node in nodes):
+        _import_registries(tuple(packages))
         nodes = [node for node in _nodes() if not dot or node.scope == scope]
     return [node.module_dict[name] for node in nodes if name in node.module_dict]
 
@@ -192,9 +213,18 @@ def _nodes() -> list[Registry]:
 
 
 @cache
-def _import_registries() -> None:
+def _operations() -> Sequence[str]:
+    """Returns the names of mmcv's operations; none where it is not installed, which a classifier does without."""
+    try:
+        return importlib.import_module("mmcv.ops").__all__
+    except ImportError:
+        return ()
+
+
+@cache
+def _import_registries(packages: tuple[str, ...]) -> None:
     """Imports what the packages register, which they put off until somebody asks."""
-    for package in _SCOPES[2:4]:
+    for package in packages:
         importlib.import_module(f"{package}.registry")
     for node in _nodes():
         node.import_from_location()

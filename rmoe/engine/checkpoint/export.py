@@ -22,7 +22,7 @@ from rmoe.errors import UserError
 from rmoe.moe.state import save_tensors
 
 MODEL, BACKBONE = "model.safetensors", "backbone.safetensors"
-_JSON = ("model", "classes", "initial")  # the keys of the metadata whose strings are JSON
+_JSON = ("model", "classes", "palette", "inputs", "initial")  # the keys of the metadata whose strings are JSON
 
 
 def write_model(
@@ -32,13 +32,15 @@ def write_model(
     *,
     stage: str | None = None,
     classes: Sequence[str] | None = None,
+    palette: Sequence[Sequence[int]] | None = None,
+    inputs: Mapping[str, Any] | None = None,
     core_sha256: str | None = None,
 ) -> None:
     """Writes `model.safetensors` and, for a dense timm model, `backbone.safetensors` into `folder`.
 
     The metadata of both, which `read_metadata` reads, are `format` ("pt"), `rmoe` (the version that wrote it), `stage`,
-    `model` (the model's config), `classes` and `core_sha256`, without those that are not known. The backbone's says
-    with `initial` which of its weights the model does not have, see `timm_state`.
+    `model` (the model's config), `classes`, `palette`, `inputs` and `core_sha256`, without those that are not known.
+    The backbone's says with `initial` which of its weights the model does not have, see `timm_state`.
 
     Args:
         folder: a work dir.
@@ -46,13 +48,15 @@ def write_model(
         config: of the model, as plain data.
         stage: of the pipeline, as the config says.
         classes: their names, in the order of their indices.
+        palette: their colours, each [red, green, blue] in 0 … 255.
+        inputs: how images become the model's inputs, see `inputs_of`.
         core_sha256: see `core_sha256`.
     """
     known = {"stage": stage, "core_sha256": core_sha256}
     metadata = {"format": "pt", "rmoe": rmoe.__version__, "model": json.dumps(config)}
     metadata |= {key: text for key, text in known.items() if text is not None}
-    if classes is not None:
-        metadata["classes"] = json.dumps([*classes])
+    lists = {"classes": classes, "palette": palette, "inputs": inputs}
+    metadata |= {key: json.dumps(value) for key, value in lists.items() if value is not None}
     _write(folder / MODEL, state, metadata)
     if found := timm_state(config, state):
         _write(folder / BACKBONE, found[0], {**metadata, "initial": json.dumps(found[1])})
@@ -80,6 +84,26 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise UserError(
             f"{path} cannot be read ({error}); give the work dir of a finished run, or a file of it"
         ) from error
+
+
+def inputs_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns how a run's validation images become its model's inputs, from the run's config; None where it has none.
+
+    Returns:
+        `scope`, whose registries hold the names below; `imports`, the modules that register what is not OpenMMLab's;
+        and `pipeline`, mmseg's or mmdet's transforms, or `transform`, arguments of `timm.data.create_transform`.
+    """
+    loader = config.get("val_dataloader") or config.get("test_dataloader") or {}
+    dataset = loader.get("dataset") or {}
+    while "dataset" in dataset or "datasets" in dataset:  # a wrapper, such as mmengine's RepeatDataset
+        dataset = dataset.get("dataset") or dataset["datasets"][0]
+    found = {key: dataset[key] for key in ("pipeline", "transform") if dataset.get(key)}
+    if len(found) != 1:
+        return None
+    given = config.get("custom_imports") or {}
+    imports = given.get("imports", ()) if isinstance(given, Mapping) else given
+    named = [imports] if isinstance(imports, str) else [*imports]
+    return {"scope": config.get("default_scope") or "mmengine", "imports": named, **found}
 
 
 def core_sha256(config: Any) -> str | None:

@@ -31,6 +31,7 @@ from rmoe.moe.state import save_tensors
 
 MARKER, RUN, HISTORY = "complete.json", "run.json", "history.safetensors"
 PARTIAL, REPLACED = ".partial", ".replaced"
+WEIGHT, AVERAGE = "weight/", "average/"  # what the names of a checkpoint's weights, and of their average, begin with
 _MOST_JSON = 2**26  # bytes of a JSON file; what is larger was not written here
 _FILES = rf"^(part_\d{{5}}\.safetensors|{re.escape(HISTORY)}|{re.escape(RUN)})$"
 

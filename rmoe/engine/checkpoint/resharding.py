@@ -21,13 +21,13 @@ from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from rmoe.engine.checkpoint.files import AVERAGE, WEIGHT
 from rmoe.engine.clipping import loss_scaler
 from rmoe.engine.optim import change_settings, checked_settings, settings
 from rmoe.errors import UserError
 from rmoe.moe.gate import GATES_WITHOUT, absent_of_gates
 from rmoe.moe.state import moe_layers
 
-WEIGHT, AVERAGE = "weight/", "average/"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps", "micro_steps")
 _STEP = "step"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,8 +10,7 @@ from mmengine.logging import print_log
 from torch import Tensor, nn
 
 from rmoe.backbones.load_core import read_checkpoint
-from rmoe.engine.checkpoint.files import Tensors, damage, is_checkpoint
-from rmoe.engine.checkpoint.resharding import AVERAGE, WEIGHT
+from rmoe.engine.checkpoint.files import AVERAGE, WEIGHT, Tensors, damage, is_checkpoint
 from rmoe.errors import UserError
 from rmoe.moe.experts import WEIGHT_DTYPES, WEIGHTS
 from rmoe.moe.gate import GATES_WITHOUT, absent_of_gates
@@ -26,10 +26,24 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UserError: no such file, one cut short or with values that are not finite, or another model's.
     """
+    state = read_weights(path)
+    fill(model, state, path)
+    print_log(f"{len(state)} weights loaded from {path}", logger="current")
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """Returns all weights that a file, a work dir or a training checkpoint holds, see `load_weights`."""
     if is_checkpoint(path):
-        state = _weights(path)
-    else:
-        state = {str(key).removeprefix("module."): value for key, value in read_checkpoint(path).items()}
+        return _weights(path)
+    return {str(key).removeprefix("module."): value for key, value in read_checkpoint(path).items()}
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Loads all weights of `model` from a state dict of the whole model; `path` is where that comes from.
+
+    Raises:
+        UserError: they are another model's, or of another kind of number.
+    """
     wanted = global_state_dict(model)
     if gates := absent_of_gates(state, wanted):
         print_log(f"{path}: {GATES_WITHOUT} {', '.join(gates)}: read as zeros", logger="current")
@@ -48,7 +62,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
             f"{wanted[odd[0]].dtype}; {WEIGHTS}"
         )
     load_global_state_dict(model, state)
-    print_log(f"{len(wanted)} weights loaded from {path}", logger="current")
 
 
 def _fits(given: torch.dtype, wanted: torch.dtype) -> bool:

@@ -1,0 +1,1 @@
+"""Uses a finished run: loads it, predicts on images, evaluates again."""

@@ -1,0 +1,191 @@
+"""Loads a finished run for use, from its `model.safetensors`, which says what it is: nothing else of the run is read.
+
+Neither DeepSpeed nor the training data, the core's file or a process group is needed; mmseg and mmdet only where the
+model is theirs. A file may come from anybody: it can name only what our and OpenMMLab's registries hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.logging import MMLogger
+from mmengine.model import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import rmoe
+from rmoe.backbones.load_core import checked_path
+from rmoe.data.palette import palette
+from rmoe.engine import safe_config
+from rmoe.engine.building import user_errors
+from rmoe.engine.checkpoint.export import MODEL, read_metadata
+from rmoe.engine.checkpoint.files import is_checkpoint
+from rmoe.engine.checkpoint.weights import fill, read_weights
+from rmoe.engine.model_config import for_one_process
+from rmoe.engine.terminal import without_noise
+from rmoe.errors import UserError
+from rmoe.inference.inputs import Inputs
+from rmoe.inference.predictor import Predictor
+
+_BEST = "best_*.pth"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_GIVE = "give the work dir of a finished run, or a file of it"
+
+
+def load(path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None) -> Predictor:
+    """Loads a finished run.
+
+    Args:
+        path: its work dir, whose best weights are taken where it kept some, else its last ones (`model.safetensors`);
+            or a file or training checkpoint in it, for just those weights. Where a run averaged its weights, they are
+            the average. A folder with `model.safetensors` alone, or that file, will do.
+        device: such as "cpu" or "cuda:1"; a GPU if there is one.
+        dtype: what is computed in, "bfloat16" or "float16" by autocast; float32 by default. Weights stay as they are.
+
+    Returns:
+        The model in evaluation mode, with what belongs to it; see `Predictor`.
+
+    Raises:
+        UserError: no such run, an unfinished one, one of a newer rmoe, weights of another model, a model that names
+            what neither we nor OpenMMLab register, or a device or dtype that is not there.
+    """
+    where = _found(checked_path(path, "the run"))
+    metadata = read_description(where if where.suffix == ".safetensors" else where.parent / MODEL)
+    device, dtype = _device(device), _dtype(dtype)
+    inputs = metadata.get("inputs")
+    with user_errors(f"{where}: the model that it describes"):
+        model = build_model(metadata, where)
+        fill(model, read_weights(where), where)
+        classes = tuple(metadata.get("classes") or ())
+        colours = metadata.get("palette") or palette(len(classes))
+        return Predictor(
+            model=model.eval().to(device),
+            inputs=Inputs(inputs) if inputs else None,
+            classes=classes,
+            palette=tuple((int(r), int(g), int(b)) for r, g, b in colours),
+            source=where,
+            metadata=metadata,
+            dtype=dtype,
+        )
+
+
+def read_description(path: Path) -> dict[str, Any]:
+    """Returns the metadata of a run's `model.safetensors`, see `rmoe.engine.checkpoint.export.write_model`.
+
+    Raises:
+        UserError: it has none, or is of a newer rmoe.
+    """
+    metadata = read_metadata(path)
+    if "model" not in metadata:
+        raise UserError(f"{path} does not say what model it holds: no training of rmoe has written it; {_GIVE}")
+    if "initial" in metadata:
+        raise UserError(f"{path} holds the backbone alone, for timm; give {path.with_name(MODEL)}")
+    if not isinstance(metadata["model"], dict) or not isinstance(metadata.get("inputs") or {}, dict):
+        raise UserError(f"{path} describes its model by {str(metadata['model'])[:80]!r}, which is no config; {_GIVE}")
+    own, its = (_version(text) for text in (rmoe.__version__, metadata["rmoe"]))
+    if its is None or (own or ()) < its:
+        raise UserError(
+            f"{path} was written by rmoe {metadata['rmoe'][:40]}, this is {rmoe.__version__}; install that version "
+            "or a later one"
+        )
+    return metadata
+
+
+def build_model(metadata: Mapping[str, Any], where: Path) -> nn.Module:
+    """Returns the model that metadata describe, with random weights, all experts in this process, on the CPU.
+
+    Args:
+        metadata: of `read_description`.
+        where: what messages call their origin.
+
+    Raises:
+        UserError: they name what neither we nor OpenMMLab register, or cannot be built.
+    """
+    inputs = metadata.get("inputs") or {}
+    scope, model = inputs.get("scope", "mmengine"), safe_config.with_pairs(metadata["model"])
+    modules = [name for name in inputs.get("imports", ()) if name not in sys.modules]
+    packages = [scope] if scope in ("mmseg", "mmdet") else []
+    with _quiet():
+        safe_config.check([model, inputs], str(where), _importable(modules, where), packages)
+        with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng([]):
+            return revert_sync_batchnorm(MODELS.build(for_one_process(Config({"model": model}).model)))
+
+
+def _importable(modules: list[Any], where: Path) -> list[str]:
+    for name in modules:
+        if not safe_config.is_ours(name):
+            raise UserError(
+                f"{where} needs code of its own, the module {name!r}: if you trust it, import it first (rmoe predict "
+                f"and rmoe test do with --import {name})"
+            )
+    return modules
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Leaves out what is said while a model is built: the run's own log has it."""
+    logger = MMLogger.get_current_instance()
+    level = logger.level
+    logger.setLevel("ERROR")
+    try:
+        with without_noise():
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _found(path: Path) -> Path:
+    """Returns the file or checkpoint whose weights are meant."""
+    if not path.exists():
+        raise UserError(f"there is no {path}{_hint(path)}; {_GIVE}")
+    if path.is_file() or is_checkpoint(path):
+        return path
+    if not (path / MODEL).is_file():
+        if any(path.glob("*/vis_data")) or any(map(is_checkpoint, path.iterdir())):
+            raise UserError(f"{path} has no {MODEL}: the run is not finished; let it go on by --resume")
+        inside = sorted(one.parent for one in path.glob(f"*/{MODEL}"))
+        raise UserError(f"{path} is no run{_hint(path, inside)}: it has no {MODEL}; {_GIVE}")
+    best = sorted(path.glob(_BEST))
+    if len(best) > 1:
+        names = ", ".join(one.name for one in best)
+        raise UserError(
+            f"{path} has the best weights by several metrics: {names}; give the path of one, or of {MODEL} for the last"
+        )
+    return best[0] if best else path / MODEL
+
+
+def _hint(path: Path, runs: list[Path] | None = None) -> str:
+    if runs is None:
+        beside = path.parent.iterdir() if path.parent.is_dir() else ()
+        close = difflib.get_close_matches(path.name, [one.name for one in beside], n=1)
+        runs = [path.with_name(close[0])] if close else []
+    return f", did you mean {runs[0]}?" if runs else ""
+
+
+def _version(text: str) -> tuple[int, int] | None:
+    """Returns the first two numbers of a version; those after them change no format."""
+    first = text.split(".")[:2]
+    return (int(first[0]), int(first[1])) if len(first) == 2 and all(map(str.isdecimal, first)) else None
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
+    try:
+        return torch.empty(0, device=chosen).device
+    except Exception as error:  # torch raises errors of many types for what is no device and for one that is not there
+        text = str(error).splitlines()[0]
+        raise UserError(f"the device {chosen!r:.80} cannot be used: {text}; give cpu, cuda or cuda:N") from error
+
+
+def _dtype(dtype: Any) -> torch.dtype:
+    found = _DTYPES.get(str(dtype or "float32").removeprefix("torch."))
+    if found is None:
+        raise UserError(f"dtype is {dtype!r:.80}; it is one of {', '.join(_DTYPES)}")
+    return found
