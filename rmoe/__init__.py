@@ -5,21 +5,33 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rmoe.config import GateLosses, ResidualMoEConfig
+from rmoe.config import Calibration, GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
 
 if TYPE_CHECKING:
     from rmoe.backbones.upcycle import upcycle
     from rmoe.inference.load import load
+    from rmoe.moe.calibrate import calibrate
     from rmoe.moe.layer import ResidualMoE
     from rmoe.moe.records import collect
 
 __version__ = "0.1.0"
-__all__ = ["GateLosses", "ResidualMoE", "ResidualMoEConfig", "UserError", "collect", "load", "upcycle"]
+__all__ = [
+    "Calibration",
+    "GateLosses",
+    "ResidualMoE",
+    "ResidualMoEConfig",
+    "UserError",
+    "calibrate",
+    "collect",
+    "load",
+    "upcycle",
+]
 
 # Loaded when first used: torch and deepspeed take seconds, which `rmoe --help` should not.
 _LAZY = {
     "ResidualMoE": "rmoe.moe.layer",
+    "calibrate": "rmoe.moe.calibrate",
     "collect": "rmoe.moe.records",
     "load": "rmoe.inference.load",
     "upcycle": "rmoe.backbones.upcycle",

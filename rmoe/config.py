@@ -295,8 +295,59 @@ class ResidualMoEConfig:
         return self.combined == "straight_through"
 
     @property
+    def preserves(self) -> bool:
+        """Says whether the model computes, right after it has been upcycled, what the dense one does."""
+        return (self.mixes_weights or self.normalises) and (self.kind.has_core or self.expert_init == "core")
+
+    @property
     def sends_tokens(self) -> bool:
         """Says whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
         if self.exchange != "auto":
             return self.exchange == "tokens"
         return self.kind.exchange == "tokens" and not (self.mixes_weights and self.experts_per_token > 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """Says how gates are set from clusters of what they read, before the first step; see `rmoe.moe.calibrate`.
+
+    Attributes:
+        batches: training batches of each process that the dense network is run on.
+        confidence: mean over the tokens of a gate's largest probability, more than 1/E and less than 1.
+        tokens_per_expert: how many of the gate's inputs are clustered, for each expert; with more clusters are more
+            exact, and take longer to find.
+    """
+
+    batches: int = 16
+    confidence: float = 0.7
+    tokens_per_expert: int = 256
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
+        """Builds a calibration from plain data, see `rmoe.config.from_dict`."""
+        return from_dict(cls, values)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        for name in ("batches", "tokens_per_expert"):
+            if not 1 <= getattr(self, name) <= _MOST:
+                raise UserError(f"Calibration.{name} is {getattr(self, name)}; it is 1 to {_MOST}")
+        if not 0 < self.confidence < 1:
+            raise UserError(f"Calibration.confidence is {self.confidence}; it is between 0 and 1, such as 0.7")
+
+    def check(self, moe: ResidualMoEConfig) -> None:
+        """Checks that the gates of `moe` can be calibrated so.
+
+        Raises:
+            UserError: the mixture does not begin as the dense network, or even gates are more confident.
+        """
+        if not moe.preserves:
+            raise UserError(
+                f"calibrate needs a mixture that begins as the dense network, and residual='{moe.residual}' with "
+                f"combine='{moe.combined}' and expert_init='{moe.expert_init}' does not: leave calibrate out"
+            )
+        if moe.num_experts > 1 and self.confidence <= 1 / moe.num_experts:
+            raise UserError(
+                f"Calibration.confidence is {self.confidence}, and {moe.num_experts} experts weighed evenly have "
+                f"{1 / moe.num_experts:.3g} each: give more, such as 0.7"
+            )

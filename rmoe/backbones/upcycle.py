@@ -103,10 +103,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def _mixture(name: str, network: Any, config: ResidualMoEConfig) -> ResidualMoE:
     layer = ResidualMoE(network, config)
-    preserves = (config.mixes_weights or config.normalises) and not (
-        config.residual == "experts" and config.expert_init == "random"
-    )
-    if preserves and config.ep_size == 1 and not network.fc1.weight.is_meta:
+    if config.preserves and config.ep_size == 1 and not network.fc1.weight.is_meta:
         _compare(name, network, layer, random_tokens(network.fc1.in_features, network.fc1.weight))
     return layer
 

@@ -132,6 +132,7 @@ _TABLES = {
         "default_scope": _TEXT | _NOTHING,
         "stage": _TEXT | _NOTHING,
         "card": _SECTION | _NOTHING,
+        "calibrate": _SECTION | _NOTHING,
         "resume": _FLAG | _TEXT,
     },
     "train_dataloader": _LOADER,

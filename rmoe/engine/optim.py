@@ -47,7 +47,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Returns the groups to build an optimizer from, as few as can be: each makes DeepSpeed's steps slower.
 
-    Frozen parameters are in none. Experts that are spread over processes are in groups of their own, marked for
+    Frozen parameters are in none, and a rate multiplier of 0 freezes, residuals aside: no decay, and no schedule that
+    ends above 0, moves such a parameter. Experts that are spread over processes are in groups of their own, marked for
     DeepSpeed.
 
     Args:
@@ -55,7 +56,7 @@ def param_groups(
         lr: learning rate that the multipliers apply to.
         weight_decay: weight decay that the multipliers apply to.
         residual_lr_mult, residual_decay_mult: for residuals; their decay pulls the experts towards the core.
-        gate_lr_mult: for routers.
+        gate_lr_mult: for routers, weight and bias; 0 keeps gates as they are.
         head_lr_mult: for all that is outside `model.backbone`, or for the classifier of a model without one.
         exempt: no decay for norms, biases, position tables, tokens, and what timm's `no_weight_decay()` names.
         norm_decay_mult, bias_decay_mult: decay of norms and biases, where it is given; wins over `exempt`.
@@ -98,6 +99,9 @@ def param_groups(
             if key in name:
                 lr_mult, decay_mult = custom[key].get("lr_mult", 1.0), custom[key].get("decay_mult", 1.0)
                 break
+        if lr_mult == 0 and role[name] != "residual":
+            parameter.requires_grad_(False)
+            continue
         merged.setdefault((lr * lr_mult, weight_decay * decay_mult), []).append(parameter)
     if not merged:
         raise UserError(

@@ -10,6 +10,7 @@ from mmengine.config import Config, ConfigDict
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import changes, ds_json
+from rmoe.engine.calibration import check_calibration
 from rmoe.engine.check_values import check_values, short_name
 from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
@@ -52,6 +53,7 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     notes: list[str] = []
     check_values(cfg)
     moe = [ResidualMoEConfig.from_dict(values) for values in moe_dicts(cfg.model)]
+    check_calibration(cfg.get("calibrate"), moe)
     _check_experts(moe, ds_json.zero_stage(content), processes)
     config = _deepspeed_config(cfg, content, processes)
     cfg.train_dataloader.batch_size = config["train_micro_batch_size_per_gpu"]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 from torch import Tensor, nn
 
 from rmoe.engine.building import user_errors
+from rmoe.engine.calibration import calibrate_gates
 from rmoe.engine.checkpoint import files, resharding, run_state
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.checkpoint.weights import load_weights
@@ -108,6 +110,7 @@ class Strategy(DeepSpeedStrategy):
     """
 
     parameters: Parameters
+    calibrate: Callable[[nn.Module], None] | None = None  # called with the model once it has its weights
 
     def __init__(
         self, *, config: dict[str, Any], layout: dict[str, int], load_from: str | None = None, **kwargs: Any
@@ -139,13 +142,17 @@ class Strategy(DeepSpeedStrategy):
                 model.init_weights()  # type: ignore[operator]
         if self._load_from is not None:
             load_weights(model, Path(str(self._load_from)))
-        self.parameters = count_parameters(model)
+        if self.calibrate is not None:
+            self.calibrate(model)
         return model
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> BaseOptimWrapper:
-        """See `BaseStrategy`."""
+        """See `BaseStrategy`; counts the parameters, of which the groups of the optimizer may have frozen some."""
         with user_errors("optim_wrapper"):
-            return super().build_optim_wrapper(optim_wrapper, model)
+            built = super().build_optim_wrapper(optim_wrapper, model)
+        if model is not None:
+            self.parameters = count_parameters(model)
+        return built
 
     def build_param_scheduler(self, *args: Any, **kwargs: Any) -> Any:
         """See `BaseStrategy`."""
@@ -263,6 +270,8 @@ class Runner(FlexibleRunner):
             built = super().build_train_loop(loop)
         self._check_accumulation(built)
         self._check_savers()
+        if self.cfg.get("calibrate") is not None and not self._resume:
+            self.strategy.calibrate = partial(calibrate_gates, self)
         return built
 
     def build_val_loop(self, loop: Any) -> Any:

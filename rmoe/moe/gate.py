@@ -85,7 +85,7 @@ class Gate(nn.Module):
         config, tokens = self.config, x.shape[:-1].numel()
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
-            clean_ED = self._logits(gate_inputs(x, config, dtype))
+            clean_ED = self.logits(gate_inputs(x, config, dtype))
             std = config.noise / config.num_experts if self.training and config.chooses else 0.0
             noisy_ED = clean_ED + std * torch.randn_like(clean_ED) if std else clean_ED
             probability_ED = clean_ED.softmax(0)
@@ -99,7 +99,8 @@ class Gate(nn.Module):
             per_token = (_for_each_token(part, tokens) for part in (expert_KD, self._gate_values(value_KD)))
             return Routing(*per_token, _for_each_token(probability_ED.detach(), tokens), sums)
 
-    def _logits(self, x_DC: Tensor) -> Tensor:
+    def logits(self, x_DC: Tensor) -> Tensor:
+        """Returns the logits of what the gate reads, without noise, [E, D]."""
         weight_EC, bias_E = self.weight.to(x_DC.dtype), self.bias.to(x_DC.dtype)
         if self.config.temperature != 1:
             weight_EC, bias_E = weight_EC / self.config.temperature, bias_E / self.config.temperature

@@ -120,6 +120,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     }
     outcomes = run_all(folder, 2, pair)
     moe = whole | {"model.moe": MOE}
+    calibrated = alone_wild | {"calibrate": {"batches": 2}}
     best, last = next((folder / "pair ep2 2").glob("best_*")), folder / "pair ep2 2" / "iter_6"
     every_step = {"default_hooks.checkpoint.interval": 1, "default_hooks.checkpoint.max_keep_ckpts": -1}
     averaged = folder / "whole pair" / "iter_6"
@@ -158,6 +159,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "other rate": make("resumed alone", alone_wild | {"optim_wrapper.optimizer.lr": 0.02}, 0, "--resume"),
         "other decay": make("resumed alone", alone_wild | {"optim_wrapper.optimizer.weight_decay": 0.1}, 0, "--resume"),
         **{f"infinite {stage}": make(f"infinite {stage}", moe | infinite, stage) for stage in (0, 2)},
+        "calibrated": make("calibrated", calibrated, 2),
+        "calibrated begun": make("calibrated again", calibrated | until_4, 2),
+        "calibrated again": make("calibrated again", calibrated, 2, "--resume"),
         "bfloat16": make("bfloat16", moe, 2, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
         # Last of all: DeepSpeed knows of one number format in a process.
         "float16 lost": make("float16 lost", moe | infinite | {"train_cfg.max_iters": 20}, 2, **half_precision),
@@ -231,6 +235,17 @@ def test_killed_while_saving_and_resumed_is_never_stopped(runs: Runs) -> None:
     assert "resuming from" in logs
     assert "iter_3" in logs.partition("resuming from")[2].splitlines()[0]
     assert_same_end(runs, "resumed pair", "whole pair")
+
+
+def test_calibrated_gates(runs: Runs) -> None:
+    """The first step sees the same images, computes the same function and draws the same noise; --resume goes on."""
+    plain, calibrated = (runs.scalars(name, "loss_cls") for name in ("whole alone", "calibrated"))
+    assert calibrated[0] == pytest.approx(plain[0], abs=1e-6)
+    assert calibrated[-1] != plain[-1]
+    assert runs.outcomes["calibrated again"] == ["done"]
+    assert_same_end(runs, "calibrated again", "calibrated")
+    logs = [path.read_text() for path in sorted((runs.folder / "calibrated again").glob("*/*.log"))]
+    assert [log.count("gates set from clusters") for log in logs] == [1, 0]
 
 
 def assert_same_end(runs: Runs, resumed: str, whole: str) -> None:

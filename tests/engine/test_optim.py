@@ -53,6 +53,7 @@ def test_roles_have_their_own_rates() -> None:
         "backbone.norm.bias": (1.0, 0.0),
         "backbone.relative_position_bias_table": (1.0, 0.0),
         "backbone.mlp.gate.weight": (4.0, 0.5),
+        "backbone.mlp.gate.bias": (4.0, 0.0),
         f"{experts}.w1_EHC": (2.0, 1.5),
         f"{experts}.b1_EH": (2.0, 0.0),
         f"{experts}.w2_ECH": (2.0, 1.5),
@@ -108,6 +109,23 @@ def test_frozen_parameters_are_left_out() -> None:
     assert not any(name.startswith(("head", "backbone.mlp.core")) for name in rates(model, param_groups(model, 1.0)))
     with pytest.raises(UserError, match="nothing|no parameter to train"):
         param_groups(model.requires_grad_(False), 1.0)
+
+
+@pytest.mark.parametrize("options", [{}, {"exempt": False}, {"bias_decay_mult": 2.0}])
+def test_a_gate_whose_rate_is_0_is_fixed(options: dict[str, Any]) -> None:
+    """Whatever decay and schedule say: a schedule may end above 0."""
+    model = Small()
+    before = {name: x.clone() for name, x in model.backbone.mlp.gate.state_dict().items()}
+    groups = param_groups(model, 1.0, 0.5, gate_lr_mult=0.0, **options)
+    assert not any("gate" in name for name in rates(model, groups))
+    optimizer = torch.optim.AdamW(groups)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    for _ in range(2):
+        model.backbone.mlp(torch.randn(8, 4)).square().sum().backward()
+        optimizer.step()
+    assert all(torch.equal(x, before[name]) for name, x in model.backbone.mlp.gate.state_dict().items())
+    assert any("deepspeed_moe" in name for name in rates(model, param_groups(model, 1.0, residual_lr_mult=0.0)))
 
 
 def test_timms_own_exceptions() -> None:

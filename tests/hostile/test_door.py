@@ -62,6 +62,7 @@ VALUES: list[tuple[str, Any]] = [
     *(("randomness.seed", value) for value in (-1, 1.5, "3", 2**40, True)),
     ("randomness", 3),
     *(("model", value) for value in ([], "ToyModel", 3, {}, None)),
+    *(("calibrate", value) for value in ([], 3, "yes", True)),
     *(("model.moe", value) for value in ([], "low_rank", 8, True)),
     *(("val_evaluator", value) for value in ("ToyMetric", 3, ["ToyMetric"])),
     *(("train_dataloader", value) for value in ([], "x", 3, None)),
@@ -123,6 +124,29 @@ def test_an_empty_moe_is_a_mixture(tmp_path: Path) -> None:
     assert prepared(tmp_path, model=model).strategy.layout.num_experts == 8
     model = {"type": "ToyModel", "moe": None}
     assert prepared(tmp_path, {"zero_optimization": {"stage": 3}}, model=model).strategy.layout.num_experts == 0
+
+
+@pytest.mark.parametrize(
+    ("section", "moe", "message"),
+    [
+        ({}, None, "the model has none: set calibrate to None"),
+        ({"batches": 0}, {}, "batches is 0"),
+        ({"confidence": NAN}, {}, "calibrate.confidence is nan"),
+        ({"batchs": 3}, {}, "did you mean 'batches'"),
+        ({"confidence": 0.1}, {"num_experts": 8}, "0.1, and 8 experts weighed evenly have 0.125"),
+        ({}, {"residual": "experts", "expert_init": "random"}, "begins as the dense network"),
+    ],
+)
+def test_a_calibration_that_cannot_be(section: Any, moe: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        prepared(tmp_path, calibrate=section, model={"type": "ToyModel", "moe": moe})
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_calibration_stays_in_the_config(tmp_path: Path) -> None:
+    cfg = prepared(tmp_path, calibrate={"batches": 3}, model={"type": "ToyModel", "moe": {}})
+    assert "calibrate = dict(batches=3)" in cfg.pretty_text
+    prepared(tmp_path, calibrate=None)
 
 
 JSONS: list[tuple[str, str]] = [
