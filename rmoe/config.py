@@ -255,6 +255,10 @@ class ResidualMoEConfig:
             raise UserError(f"residual='{self.residual}' has no core to train: leave train_core=False")
         if not self.train_residual:
             object.__setattr__(self, "ep_size", 1)
+        if self.shared_a and self.ep_size > 1:
+            raise UserError(
+                f"ep_size is {self.ep_size}, but experts with a shared_a stay together: use ep_size=1, or no shared_a"
+            )
         if self.exchange == "tokens" and self.mixes_weights and self.experts_per_token > 1:
             raise UserError(
                 "exchange='tokens' cannot add the residuals of several experts inside one network: use "

@@ -30,6 +30,7 @@ def test_frozen() -> None:
         ({"losses": {"z": -1.0}}, "0 .off. or positive"),
         ({"num_experts": 0}, "it is 1 to 65536"),
         ({"top_k": 9}, "more than the 8 experts"),
+        ({"ep_size": 2, "shared_a": True}, "ep_size is 2, but experts with a shared_a stay together: use ep_size=1"),
         ({"ep_size": 3}, r"ep_size 3 does not divide the 8 experts; use one of \[1, 2, 4, 8\]"),
         ({"capacity_factor": 0.0}, "positive"),
         ({"noise": -1.0}, "negative"),

@@ -61,7 +61,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     shares: dict[nn.Parameter, tuple[int, float]] = {}  # processes that hold other experts, part that a token uses
     for layer in moe_layers(model).values():
         used = layer.config.experts_per_token / layer.config.num_experts
-        shares |= dict.fromkeys(layer.deepspeed_moe.parameters(), (layer.ep_size, used))
+        shares |= dict.fromkeys(layer.deepspeed_moe.experts.own().values(), (layer.ep_size, used))  # type: ignore[union-attr,operator]
     total = active = trainable = 0
     for parameter in model.parameters():
         processes, used = shares.get(parameter, (1, 1.0))

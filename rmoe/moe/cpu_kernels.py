@@ -256,10 +256,6 @@ def _add_core_gradient_(grads: Sequence[Tensor | None], grad_nO: Tensor, x_nI: T
         b_O += grad_nO.sum(0)
 
 
-def _core_backward(grad_NO: Tensor, x_NI: Tensor, weight: bool, bias: bool) -> tuple[Tensor | None, Tensor | None]:
-    return grad_NO.T @ x_NI if weight else None, grad_NO.sum(0) if bias else None
-
-
 class _FullRows(Function):
     """Computes rows of x through core + full residual of one expert each."""
 
@@ -281,14 +277,13 @@ class _FullRows(Function):
         core, full, rows = Network(*weights[:4]), Full(*weights[4:]), ctx.rows
         wants_residual = any(ctx.needs_input_grad[7:])
         grad_NC = grad.index_select(0, rows.order_N)
-        grad_NH, grad_w2, grad_b2 = _full_backward(grad_NC, a_NH, core.w2_CH, full.w2_ECH, rows, wants_residual)
+        grad_NH, *second = _full_backward(grad_NC, a_NH, core.w2_CH, full.w2_ECH, rows, wants_residual)
+        core_second = _core_backward(grad_NC, a_NH, second, rows, *ctx.needs_input_grad[5:7])
         grad_NH = act_backward(ctx.act, grad_NH, h_NH)
         sorted_NC = x_NC.index_select(0, rows.order_N)
-        back_NC, grad_w1, grad_b1 = _full_backward(grad_NH, sorted_NC, core.w1_HC, full.w1_EHC, rows, wants_residual)
-        core_w1, core_b1 = _core_backward(grad_NH, sorted_NC, *ctx.needs_input_grad[3:5])
-        core_w2, core_b2 = _core_backward(grad_NC, a_NH, *ctx.needs_input_grad[5:7])
-        grad_core, grad_full = (core_w1, core_b1, core_w2, core_b2), (grad_w1, grad_b1, grad_w2, grad_b2)
-        return back_NC.index_select(0, rows.inverse_N), None, None, *grad_core, *grad_full
+        back_NC, *first = _full_backward(grad_NH, sorted_NC, core.w1_HC, full.w1_EHC, rows, wants_residual)
+        core_first = _core_backward(grad_NH, sorted_NC, first, rows, *ctx.needs_input_grad[3:5])
+        return back_NC.index_select(0, rows.inverse_N), None, None, *core_first, *core_second, *first, *second
 
 
 def _full_linear(
@@ -321,6 +316,22 @@ def _full_backward(
     rest = slice(rows.chosen, None)
     grad_NI[rest] = 0 if w_OI is None else grad_NO[rest] @ w_OI
     return grad_NI, grad_w, grad_b
+
+
+def _core_backward(
+    grad_NO: Tensor, x_NI: Tensor, residual: Sequence[Tensor | None], rows: _Rows, weight: bool, bias: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Returns the gradients of the core's W and b where they are wanted; `residual` are those of ΔW and Δb.
+
+    A row has the core's weights added to its expert's: the sum over the experts is the core's gradient, but for the
+    rows without an expert. That takes no product over all rows a second time.
+    """
+    w_EOI, b_EO = residual
+    if w_EOI is None or b_EO is None:
+        return grad_NO.T @ x_NI if weight else None, grad_NO.sum(0) if bias else None
+    rest = slice(rows.chosen, None)
+    grad_w = w_EOI.sum(0).addmm_(grad_NO[rest].T, x_NI[rest]) if weight else None
+    return grad_w, b_EO.sum(0).add_(grad_NO[rest].sum(0)) if bias else None
 
 
 def _merged(w_OI: Tensor | None, delta_OI: Tensor, buffer_OI: Tensor) -> Tensor:

@@ -42,7 +42,10 @@ class Network(NamedTuple):
 
 
 class LowRank(NamedTuple):
-    """Holds Δ_e = (B1_eᵀ A1_e, 0, B2_eᵀ A2_e, 0), without biases. B lies rank first: its products run fastest so."""
+    """Holds Δ_e = (B1_eᵀ A1_e, 0, B2_eᵀ A2_e, 0), without biases. B lies rank first: its products run fastest so.
+
+    Where the experts share one A (HydraLoRA, arXiv 2404.19245), its first dimension is 1.
+    """
 
     a1_ERC: Tensor
     b1_ERH: Tensor
@@ -63,13 +66,23 @@ class LowRank(NamedTuple):
     def initial(cls, config: ResidualMoEConfig, core: Network) -> LowRank:
         """Returns residuals of zero effect, B = 0 beside a random A (as LoRA, arXiv 2106.09685)."""
         (hidden, width), many, rank = core.w1_HC.shape, config.num_experts, config.rank
-        zeros = core.w1_HC.new_zeros
-        a1_ERC, a2_ERH = (_random(core, many, rank, inputs) for inputs in (width, hidden))
+        zeros, of_a = core.w1_HC.new_zeros, 1 if config.shared_a else many
+        a1_ERC, a2_ERH = (_random(core, of_a, rank, inputs) for inputs in (width, hidden))
         return cls(a1_ERC, zeros(many, rank, hidden), a2_ERH, zeros(many, rank, width))
+
+    def scaled(self, scale: float) -> LowRank:
+        """Returns residuals that are `scale` times these."""
+        return self if scale == 1 else self._replace(b1_ERH=scale * self.b1_ERH, b2_ERC=scale * self.b2_ERC)
+
+    def spread(self) -> LowRank:
+        """Returns the same with an A for each expert, where they share one: views of it."""
+        a1_ERC, a2_ERH = (a.expand(self.num_experts, -1, -1) for a in (self.a1_ERC, self.a2_ERH))
+        return self._replace(a1_ERC=a1_ERC, a2_ERH=a2_ERH)
 
     def delta(self, e: int) -> Network:
         """Returns Δ_e in the core's shape."""
-        return Network(self.b1_ERH[e].T @ self.a1_ERC[e], None, self.b2_ERC[e].T @ self.a2_ERH[e], None)
+        a1_ERC, b1_ERH, a2_ERH, b2_ERC = self.spread()
+        return Network(b1_ERH[e].T @ a1_ERC[e], None, b2_ERC[e].T @ a2_ERH[e], None)
 
     def first(self, x_NC: Tensor, groups: Groups) -> Tensor:
         """Returns ΔW1_e x of rows sorted by expert, [N, H]."""
@@ -104,6 +117,15 @@ class Full(NamedTuple):
         (hidden, width), many, zeros = core.w1_HC.shape, config.num_experts, core.w1_HC.new_zeros
         return cls(zeros(many, hidden, width), zeros(many, hidden), zeros(many, width, hidden), zeros(many, width))
 
+    def scaled(self, scale: float) -> Full:
+        """Returns residuals that are `scale` times these: no configuration asks for another scale than 1."""
+        assert scale == 1
+        return self
+
+    def spread(self) -> Full:
+        """Returns itself: experts share nothing."""
+        return self
+
     def delta(self, e: int) -> Network:
         """Returns Δ_e in the core's shape."""
         return Network(self.w1_EHC[e], self.b1_EH[e], self.w2_ECH[e], self.b2_EC[e])
@@ -133,6 +155,7 @@ class Own(Full):
 
 
 Residuals = LowRank | Full
+OF_A = ("a1_ERC", "a2_ERH")  # names of the parameters that low-rank experts may share
 BIASES = ("b1_EH", "b2_EC")  # names of parameters
 KINDS: dict[str, type[LowRank] | type[Full]] = {"low_rank": LowRank, "full": Full, "experts": Own}
 

@@ -151,6 +151,16 @@ class ResidualMoE(nn.Module):
         ready()
         return residuals
 
+    @torch.no_grad()
+    def every_parameter(self) -> dict[str, Tensor]:
+        """Returns by name the parameters of all experts as they are saved, stacked; collective as `every_expert`."""
+        own: dict[str, Tensor] = self.deepspeed_moe.experts.own()  # type: ignore[union-attr,operator,assignment]
+        if self.ep_size == 1:
+            return own
+        tensors, ready = gather_experts(tuple(own.values()), expert_group(self.ep_size))
+        ready()
+        return dict(zip(own, tensors, strict=True))
+
     def expert_rank(self) -> int:
         """Returns the place of this process in its expert group."""
         return 0 if self.ep_size == 1 else dist.get_rank(expert_group(self.ep_size))

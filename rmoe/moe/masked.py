@@ -162,8 +162,8 @@ def _forward(
 
 
 def _rank_first(a_ERI: Tensor, x_nI: Tensor) -> Tensor:
-    """Returns A x, [P, n]. In memory rows are ranks, which a CPU weighs three times as fast as rows of tokens; but for a
-    number of tokens that is not known, torch proves what an exporter asks of the latter alone.
+    """Returns A x, [P, n]. In memory rows are ranks, which a CPU weighs three times as fast as rows of tokens. Of a
+    number of tokens that is not known, torch can prove what an exporter asks for the latter only.
     """
     a_PI = a_ERI.flatten(0, 1)
     return (x_nI @ a_PI.T).T if torch.compiler.is_compiling() else a_PI @ x_nI.T

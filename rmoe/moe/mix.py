@@ -15,9 +15,11 @@ from rmoe.moe.experts import Activation, Network, Residuals
 from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_networks, mix_weights
 from rmoe.moe.masked import masked_low_rank
 
-
-# Columns E·R of all experts' A beyond which the products of the experts that are not chosen cost more than sorting does.
-_MOST_COLUMNS = 512
+# Rows E·R of all experts' A beyond which the products of those that are not chosen cost more than sorting does.
+_MOST_ROWS = 512
+# In half precision a CPU is faster without sorting too where both are few: of 8 experts of rank 8 it was at 6272 tokens
+# of any width, and was not at 25088; more rows were not tried.
+_FEW_TOKENS, _FEW_ROWS = 8192, 64
 
 
 def mix(
@@ -51,7 +53,7 @@ def mix(
     """
     device, k = x_TC.device.type, expert_TK.shape[1]
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
-    masked = not residuals.merges and _masks(x_TC.device.type, k if mixes_weights else 1, residuals)
+    masked = not residuals.merges and _masks(x_TC, dtype, k if mixes_weights else 1, residuals)
     inside = mixes_weights and (k > 1 or residuals.merges)
     if ready is not None and (residuals.merges or (inside and not masked) or residuals[0].dtype != dtype):
         ready()
@@ -64,13 +66,15 @@ def mix(
     core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
     residuals = type(residuals)(*(w.to(dtype) for w in residuals))
     if mixes_weights and masked:
-        return masked_low_rank(x_TC, expert_TK, gate_TK, core, residuals, act, ready)
+        return masked_low_rank(x_TC, expert_TK, gate_TK, core, residuals, act, ready)  # type: ignore[arg-type]
+    if not masked:
+        residuals = residuals.spread()
     if inside:
         return mix_weights(x_TC, expert_TK, gate_TK, core, residuals, act)
     x_NC, expert_N = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, expert_TK.flatten()
     scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(x_NC.shape[0])
     if masked:
-        y_NC = masked_low_rank(x_NC, expert_N[:, None], scale_N[:, None], core, residuals, act, ready)
+        y_NC = masked_low_rank(x_NC, expert_N[:, None], scale_N[:, None], core, residuals, act, ready)  # type: ignore[arg-type]
     elif has_grouped_gemm(x_NC, residuals):
         if ready is not None:
             ready()
@@ -80,15 +84,18 @@ def mix(
     return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK)
 
 
-def _masks(device: str, together: int, low: Residuals) -> bool:
+def _masks(x_TC: Tensor, dtype: torch.dtype, together: int, low: Residuals) -> bool:
     """Says whether low-rank residuals are computed for all experts at once, rather than for rows sorted by expert.
 
     Args:
+        dtype: of the arithmetic.
         together: experts of a token that meet in one network.
     """
     if torch.compiler.is_compiling():
         return True  # no shape in it depends on a decision
     rank = low[1].shape[1]
-    if low.num_experts * rank > max(_MOST_COLUMNS, together * rank):
+    rows = low.num_experts * rank
+    if rows > max(_MOST_ROWS, together * rank):
         return False
-    return device != "cpu" or together > 1
+    few = dtype.itemsize < 4 and len(x_TC) <= _FEW_TOKENS and rows <= _FEW_ROWS
+    return x_TC.device.type != "cpu" or together > 1 or few

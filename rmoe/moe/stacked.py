@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.moe.experts import KINDS, Network, Residuals
+from rmoe.moe.experts import KINDS, OF_A, Network, Residuals
 
 EXPERT_KEY = "deepspeed_experts."  # what DeepSpeed calls its experts in a state dict
 
@@ -17,7 +17,8 @@ EXPERT_KEY = "deepspeed_experts."  # what DeepSpeed calls its experts in a state
 class StackedExperts(nn.Module):
     """Holds Δ of the experts of this process, one stacked parameter for each tensor of a network.
 
-    In its state dict every expert stands alone, under the names that DeepSpeed gives its experts.
+    In its state dict every expert stands alone, under the names that DeepSpeed gives its experts; what experts share
+    (`shared_a`) stands there under its own name.
 
     Args:
         config: of the layer.
@@ -30,10 +31,13 @@ class StackedExperts(nn.Module):
         local = config.num_experts // config.ep_size
         # Drawn for all experts, so that an expert's weights do not depend on where it lives.
         self.kind = KINDS[config.residual]
+        self.scale = 1.0 if config.alpha is None else config.alpha / config.rank**0.5
         with torch.no_grad():
             every = self.kind.initial(config, core)
+        self.shared = OF_A if config.shared_a else ()
         for name, x in every._asdict().items():
-            self.register_parameter(name, nn.Parameter(x[start : start + local].clone()))
+            part = x if name in self.shared else x[start : start + local]
+            self.register_parameter(name, nn.Parameter(part.clone()))
         self.group_name, self.spread = f"ep_size_{config.ep_size}", config.ep_size > 1
         self._mark()
 
@@ -54,13 +58,20 @@ class StackedExperts(nn.Module):
 
     def residuals(self) -> Residuals:
         """Returns Δ of the experts of this process, stacked."""
-        return self.kind(*(getattr(self, name) for name in self.kind._fields))
+        return self.kind(*(getattr(self, name) for name in self.kind._fields)).scaled(self.scale)
+
+    def own(self) -> dict[str, nn.Parameter]:
+        """Returns by name the parameters of which each expert has its own, stacked; they are saved expert by expert."""
+        return {name: parameter for name, parameter in self.named_parameters() if name not in self.shared}
+
+    def _pieces(self, name: str, x: Tensor) -> dict[str, Tensor]:
+        """Returns a parameter as it stands in a state dict."""
+        return {name: x} if name in self.shared else {f"{EXPERT_KEY}{e}.{name}": one for e, one in enumerate(x)}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, parameter in self._parameters.items():
             stacked = parameter if keep_vars else parameter.detach()  # type: ignore[union-attr]
-            for e, x in enumerate(stacked):  # type: ignore[arg-type]
-                destination[f"{prefix}{EXPERT_KEY}{e}.{name}"] = x
+            destination.update({prefix + key: x for key, x in self._pieces(name, stacked).items()})  # type: ignore[arg-type]
 
     def _load_from_state_dict(
         self,
@@ -74,22 +85,21 @@ class StackedExperts(nn.Module):
     ) -> None:
         known, assign = set(), local_metadata.get("assign_to_params_buffers", False)
         for name, parameter in list(self.named_parameters()):
-            keys = [f"{prefix}{EXPERT_KEY}{e}.{name}" for e in range(len(parameter))]
-            known.update(keys)
-            found = {key: state_dict[key] for key in keys if key in state_dict}
-            missing_keys += [key for key in keys if key not in found]
-            wrong = [key for key, x in found.items() if x.shape != parameter.shape[1:]]
+            pieces = {prefix + key: x for key, x in self._pieces(name, parameter.detach()).items()}
+            known.update(pieces)
+            found = {key: state_dict[key] for key in pieces if key in state_dict}
+            missing_keys += [key for key in pieces if key not in found]
+            wrong = [key for key, x in found.items() if x.shape != pieces[key].shape]
             error_msgs += [
-                f"{key}: {tuple(found[key].shape)} in the file, {tuple(parameter.shape[1:])} here" for key in wrong
+                f"{key}: {tuple(found[key].shape)} in the file, {tuple(pieces[key].shape)} here" for key in wrong
             ]
             if parameter.is_meta and not assign:
                 error_msgs.append(f"{prefix}{name} is on the meta device: use assign=True, or to_empty() first")
-            elif not wrong and assign and len(found) == len(keys):
-                stacked = torch.stack([found[key].detach() for key in keys])
+            elif not wrong and assign and len(found) == len(pieces):
+                stacked = torch.stack([found[key].detach() for key in pieces]).view_as(parameter)
                 self.register_parameter(name, nn.Parameter(stacked, requires_grad=parameter.requires_grad))
             elif not wrong:
-                for e, key in enumerate(keys):
-                    if key in found:
-                        parameter.detach()[e].copy_(found[key])
+                for key, x in found.items():
+                    pieces[key].copy_(x)
         self._mark()
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]

@@ -57,7 +57,7 @@ def global_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the whole model on the CPU, experts under global ids; collective, and the same on every process."""
     state = {key: x.cpu() for key, x in model.state_dict().items() if EXPERT_KEY not in key}
     for layer_name, layer in moe_layers(model).items():
-        for name, stacked in layer.every_expert()._asdict().items():
+        for name, stacked in layer.every_parameter().items():
             for e, x in enumerate(stacked.detach().cpu()):
                 state[f"{_experts_prefix(layer_name)}{e}.{name}"] = x.clone()
     return state
@@ -73,7 +73,7 @@ def load_global_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     known = set()
     for layer_name, layer in moe_layers(model).items():
         prefix, start = _experts_prefix(layer_name), layer.expert_rank() * layer.num_local_experts
-        for e, name in product(range(layer.num_experts), layer.residuals()._fields):
+        for e, name in product(range(layer.num_experts), layer.deepspeed_moe.experts.own()):
             known.add(f"{prefix}{e}.{name}")
             if start <= e < start + layer.num_local_experts and f"{prefix}{e}.{name}" in state:
                 local[f"{prefix}{e - start}.{name}"] = state[f"{prefix}{e}.{name}"]

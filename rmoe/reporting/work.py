@@ -95,7 +95,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         images = _images(model, setting)
         tokens = _tokens_of(layers)
         traced = trace(model, lambda: _loss(model, images), setting.precision)
-    experts = {parameter for layer in layers for parameter in layer.deepspeed_moe.parameters()}
+    experts = {parameter for layer in layers for parameter in _experts(layer)}
     others = [parameter for parameter in model.parameters() if parameter not in experts]
     return Work(
         setting=setting,
@@ -109,7 +109,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         experts=_bytes(experts),
         experts_trained=_bytes(x for x in experts if x.requires_grad),
         sent_tokens=sum(_rows(layer, tokens[layer], setting) for layer in layers if layer.config.sends_tokens),
-        sent_experts=sum(_bytes(layer.residuals()) for layer in layers if not layer.config.sends_tokens),
+        sent_experts=sum(_bytes(_experts(layer)) for layer in layers if not layer.config.sends_tokens),
     )
 
 
@@ -206,6 +206,11 @@ def _rows(layer: ResidualMoE, tokens: int, setting: Setting) -> int:
         * layer.gate.weight.shape[1]
         * getattr(torch, setting.precision).itemsize
     )
+
+
+def _experts(layer: ResidualMoE) -> Iterable[nn.Parameter]:
+    """Returns the parameters of which each expert has its own; what experts share lies in every process."""
+    return layer.deepspeed_moe.experts.own().values()  # type: ignore[union-attr,operator]
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

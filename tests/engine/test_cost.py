@@ -55,6 +55,25 @@ def test_parameters_of_a_dense_model() -> None:
     assert count_parameters(model) == Parameters(total=16 + 25, active=16 + 25, trainable=16)
 
 
+def test_what_experts_share_is_used_by_every_token() -> None:
+    layer = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=4, top_k=1, rank=2, shared_a=True))
+    dense, gate, of_a, of_b = 4 * 8 + 8 + 8 * 4 + 4, 4 * 4, 2 * (4 + 8), 2 * (8 + 4)
+    assert count_parameters(layer) == Parameters(
+        total=dense + gate + of_a + 4 * of_b, active=dense + gate + of_a + of_b, trainable=gate + of_a + 4 * of_b
+    )
+
+
+def test_soft_mixing_uses_all_experts_and_counts_their_products() -> None:
+    tokens, width, hidden, experts, rank = 64, 16, 32, 4, 2
+    config = ResidualMoEConfig(num_experts=experts, top_k="all", rank=rank, noise=0.0)
+    layer = ResidualMoE(Mlp(width, hidden), config).eval()
+    core, residual, router = 2 * 2 * width * hidden, 2 * 2 * experts * rank * (width + hidden), 2 * width * experts
+    with torch.no_grad():
+        counted = flops(lambda: layer(torch.randn(tokens, width)))
+    assert counted == tokens * (core + residual + router)
+    assert count_parameters(layer).active == count_parameters(layer).total
+
+
 def test_experts_count_once_and_by_what_a_token_uses() -> None:
     layer = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=4, top_k=2, residual="full"))
     core, gate = 4 * 8 + 8 + 8 * 4 + 4, 4 * 4

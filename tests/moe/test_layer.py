@@ -508,6 +508,58 @@ def test_roles() -> None:
     assert set(found) == {name for name, _ in model.named_parameters()}
 
 
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("top_k", [1, "all"])
+def test_experts_that_share_an_a(experts: int, top_k: int | str) -> None:
+    config = {"num_experts": experts, "top_k": top_k, "shared_a": True}
+    x = tokens()
+    assert torch.equal(layer(**config).eval()(x), layer().core(x))
+    moe = layer(spread=0.5, **config).eval()
+    each = layer(**(config | {"shared_a": False})).eval()
+    state = moe.state_dict()
+    assert state["deepspeed_moe.experts.a1_ERC"].shape == (1, 2, WIDTH)
+    assert len([key for key in state if "deepspeed_experts" in key]) == 2 * experts
+    for e in range(experts):  # each with a copy of what is shared
+        prefix = f"deepspeed_moe.experts.deepspeed_experts.{e}."
+        state |= {prefix + name: state[f"deepspeed_moe.experts.{name}"][0] for name in ("a1_ERC", "a2_ERH")}
+    each.load_state_dict({key: x for key, x in state.items() if key in each.state_dict()})
+    torch.testing.assert_close(moe(x), each(x))
+    for one, other in zip(moe.residuals().delta(experts - 1), each.residuals().delta(experts - 1), strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+def test_a_shared_a_is_saved_once_and_loaded() -> None:
+    model = nn.ModuleDict({"mlp": layer(spread=0.5, shared_a=True)})
+    state = global_state_dict(model)
+    assert set(state) == set(model.state_dict())
+    other = nn.ModuleDict({"mlp": layer(seed=9, shared_a=True)})
+    load_global_state_dict(other, state)
+    assert torch.equal(other["mlp"].eval()(tokens()), model["mlp"].eval()(tokens()))
+    with pytest.raises(RuntimeError, match="only in the model"):
+        load_global_state_dict(nn.ModuleDict({"mlp": layer()}), state)
+    with torch.device("meta"):
+        empty = layer(shared_a=True)
+    empty.load_state_dict(model["mlp"].state_dict(), assign=True)
+    assert torch.equal(empty.eval()(tokens()), model["mlp"].eval()(tokens()))
+
+
+@pytest.mark.parametrize("combine", PRESERVING)
+def test_alpha_scales_the_residuals_and_is_not_saved(combine: str) -> None:
+    strong, plain = (layer(spread=0.5, rank=4, combine=combine, alpha=alpha).eval() for alpha in (3.0, None))
+    for name, x in strong.state_dict().items():
+        assert torch.equal(x, plain.state_dict()[name])
+    assert torch.equal(layer(alpha=3.0).eval()(tokens()), layer().core(tokens()))
+    torch.testing.assert_close(strong.residuals().delta(2).w1_HC, 1.5 * plain.residuals().delta(2).w1_HC)  # 3 / √4
+    with torch.no_grad():
+        for name in ("b1_ERH", "b2_ERC"):
+            plain.deepspeed_moe.experts.get_parameter(name).mul_(1.5)
+    torch.testing.assert_close(strong(tokens()), plain(tokens()))
+    strong(tokens()).sum().backward()
+    plain(tokens()).sum().backward()
+    gradients = [moe.deepspeed_moe.experts.b1_ERH.grad for moe in (strong, plain)]
+    torch.testing.assert_close(gradients[0], 1.5 * gradients[1])
+
+
 def test_local_experts_changes_nothing_in_one_process() -> None:
     moe = layer(spread=0.5).eval()
     with local_experts(moe):

@@ -55,6 +55,8 @@ def test_three_tokens_by_hand() -> None:
     tile=st.integers(1, 7),
     mixes=st.booleans(),
     gpu=st.booleans(),
+    masks=st.booleans(),
+    shared=st.booleans(),
     wanted=st.sets(st.sampled_from(range(10)), min_size=1),
     act=st.sampled_from([torch.tanh, nn.GELU(), nn.GELU("tanh")]),
     seed=st.integers(0, 10**6),
@@ -67,18 +69,22 @@ def test_equals_reference_in_value_and_gradient(
     tile: int,
     mixes: bool,
     gpu: bool,
+    masks: bool,
+    shared: bool,
     wanted: set[int],
     act: Activation,
     seed: int,
 ) -> None:
     x, expert_TK, gate, core, low = problem("low_rank", tokens, width, 2 * width, experts, k, seed)
+    if shared:
+        low = low._replace(a1_ERC=low[0][:1].clone(), a2_ERH=low[2][:1].clone())  # type: ignore[call-arg]
     every = [x, gate, *core, *low]
     inputs = [t.requires_grad_() for i, t in enumerate(every) if i in wanted and t is not None]
     arguments = (inputs, x, expert_TK, gate, core, low, act, mixes)
     with (
         mock.patch.object(masked, "_TILE", tile),
         mock.patch.object(masked, "_is_on_gpu", return_value=gpu),
-        mock.patch.object(mixing, "_masks", return_value=True),
+        mock.patch.object(mixing, "_masks", return_value=masks),
     ):
         found = value_and_gradients(mix, *arguments)
     expected = value_and_gradients(reference, *arguments)
@@ -245,17 +251,25 @@ def test_few_launches_and_no_wait(form: dict[str, Any]) -> None:
 # ---- which arithmetic runs -------------------------------------------------------------------------------------------
 
 
-def low_rank(experts: int, rank: int) -> LowRank:
-    return LowRank(*(torch.zeros(experts, rank, 1) for _ in range(4)))
-
-
-def test_where_all_experts_are_computed_at_once() -> None:
-    assert mixing._masks("cuda", 1, low_rank(64, 8))
-    assert not mixing._masks("cuda", 1, low_rank(65, 8))
-    assert not mixing._masks("cuda", 2, low_rank(65, 8))
-    assert mixing._masks("cuda", 65, low_rank(65, 8))  # where each token uses all of them nothing is computed in vain
-    assert not mixing._masks("cpu", 1, low_rank(8, 8))
-    assert mixing._masks("cpu", 2, low_rank(8, 8))
+@pytest.mark.parametrize(
+    ("device", "dtype", "tokens", "together", "experts", "masks"),
+    [
+        ("meta", torch.float32, 100_000, 1, 64, True),  # as a GPU
+        ("meta", torch.bfloat16, 100_000, 1, 64, True),
+        ("meta", torch.float32, 10, 2, 65, False),
+        ("meta", torch.float32, 10, 65, 65, True),  # nothing is computed in vain
+        ("cpu", torch.float32, 10, 1, 8, False),
+        ("cpu", torch.float32, 100_000, 2, 8, True),
+        ("cpu", torch.bfloat16, 6272, 1, 8, True),
+        ("cpu", torch.bfloat16, 25088, 1, 8, False),
+        ("cpu", torch.bfloat16, 6272, 1, 64, False),
+    ],
+)
+def test_where_all_experts_are_computed_at_once(
+    device: str, dtype: torch.dtype, tokens: int, together: int, experts: int, masks: bool
+) -> None:
+    low = LowRank(*(torch.zeros(experts, 8, 1) for _ in range(4)))
+    assert mixing._masks(torch.empty(tokens, 1, device=device), dtype, together, low) == masks
 
 
 @pytest.mark.parametrize("top_k", [2, "all"])

@@ -12,7 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rmoe.moe import cpu_kernels
+from rmoe.engine.cost import counted_flops
+from rmoe.moe import cpu_kernels, grouped
+from rmoe.moe import mix as mixing
 from rmoe.moe.experts import Full, LowRank, Network, Residuals, reference
 from rmoe.moe.mix import mix
 
@@ -179,6 +181,23 @@ def test_core_without_biases() -> None:
     for mixes in (True, False):
         arguments = (x, expert_TK, gate, bare, residuals, torch.tanh, mixes)
         torch.testing.assert_close(mix(*arguments), reference(*arguments))
+
+
+@pytest.mark.parametrize("train_core", [False, True])
+def test_a_full_residual_costs_what_the_dense_network_does(train_core: bool) -> None:
+    # Trained or not, the core adds no product: its gradient is the sum of its experts'.
+    x, expert_TK, gate, core, residuals = problem("full", 24, 4, 8, 4, 1)
+    expert_TK[:8] = 4  # without an expert
+    inputs = leaves(x, gate, core, residuals)
+    counted: list[int] = []
+    for weight in core:
+        weight.requires_grad_(train_core)  # type: ignore[union-attr]
+    with counted_flops(counted):
+        mix(x, expert_TK, gate, core, residuals, torch.tanh, False).sum().backward()
+    dropped = int((expert_TK == 4).sum())
+    without = 0 if train_core else 4 * dropped * 4 * 8  # products of rows whose weights have no gradient
+    assert counted == [12 * len(x) * 4 * 8 - without]
+    assert all(w.grad is not None for w in inputs if w.requires_grad)
 
 
 @pytest.mark.parametrize("k", [1, 2])

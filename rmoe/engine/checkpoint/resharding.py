@@ -159,7 +159,9 @@ class _Names:
         return dist.get_rank() == 0 if parameter is None else dist.get_rank(_replicas(parameter)) == 0
 
     def _layer(self, name: str) -> Any:
-        return self._layers.get(name.rpartition(".")[0])
+        prefix, _, field = name.rpartition(".")
+        layer: Any = self._layers.get(prefix)
+        return layer if layer is not None and field in layer.deepspeed_moe.experts.own() else None
 
 
 def _replicas(parameter: nn.Parameter) -> Any:
