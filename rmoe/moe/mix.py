@@ -42,8 +42,7 @@ def mix(
     Returns:
         y_TC.
     """
-    device, k = x_TC.device.type, expert_TK.shape[1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
+    dtype, k = compute_dtype(x_TC), expert_TK.shape[1]
     inside = mixes_weights and (k > 1 or residuals.merges)
     if ready is not None and (inside or residuals.merges or residuals[0].dtype != dtype):
         ready()
@@ -63,3 +62,9 @@ def mix(
     else:
         y_NC = rows_of_one_expert(x_NC, expert_N, scale_N, core, residuals, act, ready)
     return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns what a mixture computes in for tokens x: autocast's format inside of it, else that of the tokens."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
