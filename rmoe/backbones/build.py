@@ -21,6 +21,7 @@ from rmoe.backbones.checkpoint_formats import translate
 from rmoe.backbones.load_core import CoreReport, checked_path, level_keys, load_core, read_checkpoint
 from rmoe.backbones.networks import one_line
 from rmoe.backbones.upcycle import upcycle
+from rmoe.backbones.windows import fuse_attention
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe.state import holds_experts, save_tensors
@@ -40,11 +41,13 @@ def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"timm has no model '{name}'; {hint}")
     kwargs = checked_kwargs(kwargs)
     try:
-        return timm.create_model(name, **kwargs)
+        net = timm.create_model(name, **kwargs)
     except Exception as error:  # timm raises errors of many types while it builds
         raise UserError(
             f"timm cannot build {name} with kwargs {kwargs}: {one_line(error)}; change kwargs to what timm takes"
         ) from error
+    fuse_attention(net)
+    return net
 
 
 def checked_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

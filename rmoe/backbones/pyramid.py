@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import timm.layers
 import torch
 import torch.nn.functional as F
 from timm.models import model_entrypoint
-from timm.models.swin_transformer import SwinTransformerBlock
-from timm.models.swin_transformer_v2 import SwinTransformerV2Block
-from timm.models.swin_transformer_v2_cr import SwinTransformerV2CrBlock
 from torch import Tensor, nn
 
 from rmoe.backbones.build import add_weights, brings_weights, checked_kwargs, timm_model
+from rmoe.backbones.windows import pad_before_shift
 from rmoe.errors import UserError
 from rmoe.registry import MODELS
 
@@ -88,7 +86,7 @@ class TimmPyramid(nn.Module):
         reductions = [info["reduction"] for info in net.feature_info]
         self.patch = 1 if self.size else reductions[0] if family in _ROUNDS_UP else max(reductions)
         self.out_indices = net.prune_intermediate_layers(list(out_indices), prune_norm=True)
-        _pad_before_shift(net)
+        pad_before_shift(net)
         if with_cp:
             timm.layers.set_reentrant_ckpt(False)  # the reentrant kind loses the gate's losses
             net.set_grad_checkpointing(True)
@@ -189,36 +187,3 @@ def _rescale(channels: int, given: int, wanted: int) -> nn.Module:
         steps += [timm.layers.LayerNorm2d(channels), nn.GELU()] if steps else []
         steps.append(nn.ConvTranspose2d(channels, channels, 2, stride=2))
     return nn.Sequential(*steps)
-
-
-def _on_whole_windows(attend: Callable[[Tensor], Tensor], x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Pads the map x [B, H, W, C] to whole windows before `attend` shifts it, as the published Swin does.
-
-    timm shifts first: where the map is not a multiple of the window, tokens from opposite edges of the image then share
-    a window and attend to one another.
-    """
-    height, width = x.shape[1:3]
-    rows, columns = window
-    return attend(F.pad(x, (0, 0, 0, -width % columns, 0, -height % rows)))[:, :height, :width]
-
-
-class _PaddedSwin(SwinTransformerBlock):
-    def _attn(self, x: Tensor) -> Tensor:
-        return _on_whole_windows(super()._attn, x, self.window_size)
-
-
-class _PaddedSwinV2(SwinTransformerV2Block):
-    def _attn(self, x: Tensor) -> Tensor:
-        return _on_whole_windows(super()._attn, x, self.window_size)
-
-
-class _PaddedSwinV2Cr(SwinTransformerV2CrBlock):
-    def _shifted_window_attn(self, x: Tensor) -> Tensor:
-        return _on_whole_windows(super()._shifted_window_attn, x, self.window_size)
-
-
-def _pad_before_shift(net: nn.Module) -> None:
-    for module in net.modules():
-        for padded in (_PaddedSwin, _PaddedSwinV2, _PaddedSwinV2Cr):
-            if type(module) is padded.__base__:
-                module.__class__ = padded  # a wrapper would change the names of modules and weights

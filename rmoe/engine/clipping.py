@@ -118,14 +118,14 @@ def mend_clipping(engine: Any) -> None:
         gradients, limit = [p.grad for p in parameters], engine.gradient_clipping()
         if scaler:
             torch._foreach_mul_(gradients, 1 / scaler.cur_scale)
-        norm = global_grad_norm(parameters)
+        norm = global_grad_norm(parameters).cpu()
         engine._global_grad_norm = norm.item()
         if scaler and not math.isfinite(engine._global_grad_norm):
             engine._global_grad_norm = math.inf  # what the other stages say
         if scaler:
             scaler.update_scale(engine._global_grad_norm == math.inf)
         if limit > 0:
-            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+            torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0).item())
 
     def take_measured_step(lr_kwargs: dict[str, Any] | None) -> None:
         if not engine.zero_optimization():
@@ -134,6 +134,11 @@ def mend_clipping(engine: Any) -> None:
         if scaler:
             scaler.finish()
 
+    if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed decides by the norm whether it makes the step, and so waits for the device once. It does not a
+        # second time, nor does whoever asks for the norm later, behind the step, where the norm is on the CPU.
+        on_the_device = engine.optimizer.scaled_global_norm
+        engine.optimizer.scaled_global_norm = lambda *args, **kwargs: on_the_device(*args, **kwargs).cpu()
     engine.clip_fp32_gradients = lambda: None  # they are clipped already
     engine._take_model_step = take_measured_step
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from mmengine import registry
 from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
@@ -26,7 +27,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
 _TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
 _LAYOUT_KEYS = {"params", "name", "moe"}  # of a group: what depends on the layout
-_MEANS = {"fused", "foreach", "capturable", "differentiable"}  # of a group: how the same is computed
+_MEANS = frozenset(("fused", "foreach", "capturable", "differentiable"))  # of a group: how the same is computed
 _HEADS = {"head", "head_dist", "fc", "classifier"}
 
 
@@ -148,15 +149,23 @@ class ParamGroups:
         groups = param_groups(model, self._optimizer["lr"], decay, **self._options)
         self._check_values()
         try:
-            optimizer = OPTIMIZERS.build(dict(self._optimizer, params=groups))
+            optimizer = OPTIMIZERS.build(self._in_one_kernel() | {"params": groups})
         except (TypeError, ValueError, AssertionError) as error:
             raise UserError(f"optim_wrapper.optimizer {self._optimizer} cannot be built: {error}") from error
         return DeepSpeedOptimWrapper(optimizer)
 
+    def _in_one_kernel(self) -> dict[str, Any]:
+        """Returns the optimizer's config, in which torch's Adam and AdamW are fused unless it says how they compute."""
+        fused = self._maker() in (torch.optim.Adam, torch.optim.AdamW) and _MEANS.isdisjoint(self._optimizer)
+        return {**self._optimizer, "fused": True} if fused else self._optimizer
+
+    def _maker(self) -> Any:
+        kind = self._optimizer.get("type")
+        return OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+
     def _check_values(self) -> None:
         """Checks that numbers are given where the optimizer's defaults are numbers: torch looks at few of them."""
-        kind = self._optimizer.get("type")
-        maker = OPTIMIZERS.get(kind) if isinstance(kind, str) else kind
+        maker = self._maker()
         defaults = {} if maker is None else {x.name: x.default for x in inspect.signature(maker).parameters.values()}
         for key, value in self._optimizer.items():
             several = isinstance(defaults.get(key), (tuple, list)) and isinstance(value, (tuple, list))
@@ -244,12 +253,14 @@ def change_settings(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
 def checked_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapping[str, Any]:
     """Returns the settings that a checkpoint has for `group`, once they are found to be the config's.
 
-    The present learning rate, and what else a schedule changes, may differ.
+    The present learning rate, and what else a schedule changes, may differ. How the optimizer computes is not among
+    them: that is this run's.
 
     Raises:
         UserError: another setting differs, such as the weight decay or the rate that a schedule starts from.
     """
-    own = {key: value for key, value in settings(group).items() if key in saved and key not in _MEANS}
+    saved = {key: value for key, value in saved.items() if key not in _MEANS}
+    own = {key: value for key, value in settings(group).items() if key in saved}
     scheduled = {key.removeprefix("initial_") for key in own if key.startswith("initial_")}
     moving = scheduled | {"lr"} | ({"betas"} if "momentum" in scheduled else set())
     for key, value in own.items():

@@ -86,6 +86,8 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     for loader in ("train_dataloader", "val_dataloader"):
         if cfg.get(loader):
             cfg[loader].setdefault("worker_init_fn", {"type": "rmoe.engine.faults.spare_worker"})
+            if backend() == "nccl":
+                cfg[loader].setdefault("pin_memory", True)  # the copy to the GPU need not be waited for
     _add_tensorboard(cfg)
     _add_hooks(cfg, notes)
     if cfg.resume:

@@ -60,7 +60,7 @@ class Engine(MMDeepSpeedEngineWrapper):
         """Runs one iteration; the gates' losses join the model's as `loss_moe_aux`.
 
         Returns:
-            What the model reports, averaged over all processes, and `grad_norm`, before clipping.
+            What the model reports, averaged over all processes, and `grad_norm`, before clipping; on the CPU.
 
         Raises:
             Diverged: the loss of some process is not finite. Nothing has been updated then. Or the gradient is not,
@@ -71,12 +71,21 @@ class Engine(MMDeepSpeedEngineWrapper):
         with collect() as records:
             losses = self._run_forward(data, mode="loss")
         self.records = records
-        loss, log_vars = module.parse_losses(records.join(losses))
-        log_vars = _averaged(log_vars)
+        loss, own = module.parse_losses(losses)
+        # If one of the processes has a value that is not finite, all get one, and stop together.
+        averages = records.average(torch.stack([torch.as_tensor(value).float() for value in own.values()]))
+        if records.sums:
+            gates = records.loss()
+            loss = loss + gates
+            averages = torch.cat([averages[:1] + gates.detach(), averages[1:], gates.detach()[None]])
+            own["loss_moe_aux"] = gates
+        told = _told(averages)
+        optim_wrapper.backward(loss)
+        log_vars = dict(zip(own, told(), strict=True))
         if not log_vars["loss"].isfinite():
             raise Diverged("the loss is not finite")
         whole = self.model.is_gradient_accumulation_boundary()
-        optim_wrapper.update_params(loss)
+        optim_wrapper.step()
         records.balance_experts(step=whole)
         if (norm := self.model.get_global_grad_norm()) is not None:
             log_vars["grad_norm"] = torch.as_tensor(float(norm))
@@ -92,11 +101,20 @@ class Engine(MMDeepSpeedEngineWrapper):
     test_step = val_step
 
 
-def _averaged(log_vars: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Averages over the processes. If one of them has a value that is not finite, all get one, and stop together."""
-    values = torch.stack([torch.as_tensor(value).detach().float() for value in log_vars.values()])
-    dist.all_reduce(values)
-    return dict(zip(log_vars, values / dist.get_world_size(), strict=True))
+def _told(values_N: Tensor) -> Callable[[], Tensor]:
+    """Begins to bring values to the CPU; returns a function that waits for them, but not for what the device is asked
+    to do meanwhile.
+    """
+    if not values_N.is_cuda:
+        return lambda: values_N
+    copy, arrived = values_N.to("cpu", non_blocking=True), torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
 
 
 class Strategy(DeepSpeedStrategy):
@@ -133,7 +151,11 @@ class Strategy(DeepSpeedStrategy):
         """See `BaseStrategy`; without a GPU, synchronised batch norm becomes batch norm of each process."""
         with user_errors("model"):
             built = super().build_model(model)
-        return built if torch.cuda.is_available() else revert_sync_batchnorm(built)
+        if not torch.cuda.is_available():
+            return revert_sync_batchnorm(built)
+        # Images travel as bytes from pinned memory and become floats on the device.
+        built.data_preprocessor._non_blocking = True
+        return built
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:
         """Initialises or loads the weights; mmengine's would then give every process the experts of the first one."""

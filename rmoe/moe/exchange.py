@@ -64,17 +64,24 @@ def exchange_tokens(
     return torch.empty_like(results_NC).index_copy(0, order_N, results_NC)
 
 
-def gather_experts(local: tuple[Tensor, ...], group: Group) -> tuple[list[Tensor], Callable[[], object]]:
+def gather_experts(
+    local: tuple[Tensor, ...], group: Group, dtype: torch.dtype
+) -> tuple[list[Tensor], Callable[[], object]]:
     """Gathers tensors stacked over the experts of this process, [E/P, …] each, into those of all experts, [E, …] each.
 
     One collective each way. Backward, every process gets the sum over the group of its own experts' gradients, as if
-    the tokens had come to it.
+    the tokens had come to it; the sum is made in the format of `local`.
+
+    Args:
+        local: of one dtype.
+        group: the expert parallel group.
+        dtype: what the experts are computed in, and travel in.
 
     Returns:
-        The tensors, whose values are on their way, and a function that waits for them and must be called.
+        The tensors, of `dtype`, whose values are on their way, and a function that waits for them and must be called.
     """
     works: list[Any] = []
-    return list(_Gather.apply(group, works, *local)), works[0].wait
+    return list(_Gather.apply(group, dtype, works, *local)), works[0].wait
 
 
 class _AllToAll(Function):
@@ -94,9 +101,9 @@ class _AllToAll(Function):
 
 class _Gather(Function):
     @staticmethod
-    def forward(ctx: Any, group: Group, works: list[Any], *local: Tensor) -> tuple[Tensor, ...]:
-        ctx.group, ctx.shapes = group, [part.shape[1:] for part in local]
-        local_EN = torch.cat([part.flatten(1) for part in local], 1)
+    def forward(ctx: Any, group: Group, dtype: torch.dtype, works: list[Any], *local: Tensor) -> tuple[Tensor, ...]:
+        ctx.group, ctx.shapes, ctx.dtype = group, [part.shape[1:] for part in local], local[0].dtype
+        local_EN = torch.cat([part.flatten(1).to(dtype) for part in local], 1)
         every_EN = local_EN.new_empty(len(local_EN) * dist.get_world_size(group), local_EN.shape[1])
         works.append(dist.all_gather_into_tensor(every_EN, local_EN, group=group, async_op=True))
         parts = every_EN.split([shape.numel() for shape in ctx.shapes], 1)
@@ -105,11 +112,11 @@ class _Gather(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad_EN = torch.cat([grad.flatten(1) for grad in grads], 1)
+        grad_EN = torch.cat([grad.flatten(1).to(ctx.dtype) for grad in grads], 1)
         local_EN = grad_EN.new_empty(len(grad_EN) // dist.get_world_size(ctx.group), grad_EN.shape[1])
         dist.reduce_scatter_tensor(local_EN, grad_EN, group=ctx.group)
         parts = local_EN.split([shape.numel() for shape in ctx.shapes], 1)
-        return None, None, *(part.unflatten(1, shape) for part, shape in zip(parts, ctx.shapes, strict=True))
+        return None, None, None, *(part.unflatten(1, shape) for part, shape in zip(parts, ctx.shapes, strict=True))
 
 
 class SumOverProcesses(Function):

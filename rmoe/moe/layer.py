@@ -23,7 +23,7 @@ from rmoe.errors import UserError
 from rmoe.moe.exchange import exchange_tokens, expert_group, gather_experts, make_expert_groups
 from rmoe.moe.experts import WEIGHTS, Network, Residuals, described, is_weight
 from rmoe.moe.gate import Gate, Routing
-from rmoe.moe.mix import mix
+from rmoe.moe.mix import compute_dtype, mix
 from rmoe.moe.records import record
 from rmoe.moe.stacked import StackedExperts
 
@@ -94,7 +94,7 @@ class ResidualMoE(nn.Module):
             return self._mix(x_TC, routing.expert_TK, routing.gate_TK, self.every_expert_here)
         if self.config.sends_tokens:
             return self._send_tokens(x_TC, routing)
-        return self._mix(x_TC, routing.expert_TK, routing.gate_TK, *self._gather())
+        return self._mix(x_TC, routing.expert_TK, routing.gate_TK, *self._gather(compute_dtype(x_TC)))
 
     def _send_tokens(self, x_TC: Tensor, routing: Routing) -> Tensor:
         """Sends tokens to their experts; a choice that the capacity dropped stays and gets the core."""
@@ -137,9 +137,9 @@ class ResidualMoE(nn.Module):
         """Returns Δ of the experts of this process, stacked."""
         return self.deepspeed_moe.experts.residuals()  # type: ignore[union-attr,operator]
 
-    def _gather(self) -> tuple[Residuals, Callable[[], object]]:
+    def _gather(self, dtype: torch.dtype | None = None) -> tuple[Residuals, Callable[[], object]]:
         local = self.residuals()
-        tensors, ready = gather_experts(local, expert_group(self.ep_size))
+        tensors, ready = gather_experts(local, expert_group(self.ep_size), dtype or local[0].dtype)
         return type(local)(*tensors), ready
 
     @torch.no_grad()

@@ -51,8 +51,7 @@ def mix(
     Returns:
         y_TC.
     """
-    device, k = x_TC.device.type, expert_TK.shape[1]
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TC.dtype
+    dtype, k = compute_dtype(x_TC), expert_TK.shape[1]
     masked = not residuals.merges and _masks(x_TC, dtype, k if mixes_weights else 1, residuals)
     inside = mixes_weights and (k > 1 or residuals.merges)
     if ready is not None and (residuals.merges or (inside and not masked) or residuals[0].dtype != dtype):
@@ -82,6 +81,12 @@ def mix(
     else:
         y_NC = rows_of_one_expert(x_NC, expert_N, scale_N, core, residuals, act, ready)
     return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Returns what a mixture computes in for tokens x: autocast's format inside of it, else that of the tokens."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _masks(x_TC: Tensor, dtype: torch.dtype, together: int, low: Residuals) -> bool:

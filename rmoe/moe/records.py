@@ -65,6 +65,15 @@ class Records:
         losses = [gate_loss(sums, layer.config.losses) for layer, sums in self._totals().items()]
         return torch.stack(losses).sum() if losses else torch.zeros(())
 
+    def average(self, values_N: Tensor) -> Tensor:
+        """Returns the mean over the processes of `values_N`, in float32 and without gradient.
+
+        It is for what else is told of a step: the values travel with what `loss` needs, in one all-reduce, if this is
+        called before `loss`.
+        """
+        processes = dist.get_world_size() if dist.is_initialized() else 1
+        return self._add_up(values_N.detach().float()) / processes
+
     def join(self, losses: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the task's `losses` and, where a gate ran in training, the gates' as `loss_moe_aux`; see `loss`."""
         return {**losses, "loss_moe_aux": self.loss()} if self.sums else dict(losses)
@@ -94,14 +103,21 @@ class Records:
     def _totals(self) -> dict[ResidualMoE, GateSums]:
         """Returns the sums over all processes, communicated once."""
         if self._over_processes is None:
-            parts = [part for sums in self.sums.values() for part in sums]
-            if parts and dist.is_initialized() and dist.get_world_size() > 1:
-                flat = SumOverProcesses.apply(torch.cat([part.reshape(-1) for part in parts]))
-                summed = flat.split([part.numel() for part in parts])
-                parts = [total.view_as(part) for total, part in zip(summed, parts, strict=True)]
-            every = iter(parts)
-            self._over_processes = {layer: GateSums(*(next(every) for _ in GateSums._fields)) for layer in self.sums}
+            self._add_up(torch.zeros(0))
+        assert self._over_processes is not None
         return self._over_processes
+
+    def _add_up(self, values_N: Tensor) -> Tensor:
+        """Sums over all processes, in one all-reduce, what the losses need, for `_totals`, and `values_N`."""
+        parts = [part for sums in self.sums.values() for part in sums]
+        parts += [values_N] if len(values_N) else []
+        if parts and dist.is_initialized() and dist.get_world_size() > 1:
+            flat = SumOverProcesses.apply(torch.cat([part.reshape(-1) for part in parts]))
+            summed = flat.split([part.numel() for part in parts])
+            parts = [total.view_as(part) for total, part in zip(summed, parts, strict=True)]
+        every = iter(parts)
+        self._over_processes = {layer: GateSums(*(next(every) for _ in GateSums._fields)) for layer in self.sums}
+        return next(every, values_N).detach()
 
 
 _RECORDS: ContextVar[Records | None] = ContextVar("rmoe_records", default=None)

@@ -22,6 +22,7 @@ __all__ = ["Estimate", "Memory", "Setting", "Traffic", "estimate", "share_out"]
 
 _ADAM_STATES = 2  # weights stay float32 under autocast; AdamW keeps two float32 of each
 _BUCKET_BYTES = 4 * 50_000_000  # of reduce_bucket_size elements, as ds_configs/ have it; DeepSpeed's default is 5e8
+_BUCKETS = (0, 1, 2)  # by ZeRO stage; where one is reduced while the other is filled (overlap_comm), two
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Memory:
         average: their moving average, where the config has an `rmoe.EMAHook`.
         gradients: of parameters, in this process's share from stage 2 on.
         optimizer: AdamW's states and, from ZeRO stage 1 on, DeepSpeed's second copy of the weights they belong to.
-        buckets: DeepSpeed's buffer to reduce gradients from, as large as ds_configs/ say. It is reserved as a whole on
-            a GPU; on a CPU only what is used becomes resident.
+        buckets: DeepSpeed's buffers to reduce gradients from, as large and as many as ds_configs/ say. They are
+            reserved as a whole on a GPU; on a CPU only what is used becomes resident.
         activations: most bytes of other tensors that are alive at once in forward and backward.
         step: most bytes of gradients and activations together: the former come while the latter go. Where gradients
             accumulate over several batches, it is the sum of both instead.
@@ -141,7 +142,7 @@ def share_out(work: Work) -> Estimate:
         average=work.averaged * (work.shared + experts),
         gradients=gradients,
         optimizer=(_ADAM_STATES + 1) * part if setting.zero else _ADAM_STATES * trained,
-        buckets=_BUCKET_BYTES if setting.zero else 0,
+        buckets=_BUCKET_BYTES * _BUCKETS[setting.zero],
         activations=work.activations + arrived,
         step=max(work.activations, round(kept * then) + beside) + arrived,
     )

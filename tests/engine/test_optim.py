@@ -170,3 +170,44 @@ def test_a_stock_config_gives_what_mmengine_gives() -> None:
 def test_mistakes(wrapper: dict[str, Any], paramwise: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ParamGroups({"optimizer": {"type": "AdamW", **wrapper}}, paramwise)(Small())
+
+
+ADAMW = {"type": "AdamW", "lr": 0.1, "weight_decay": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "fused"),
+    [
+        (ADAMW, True),
+        (ADAMW | {"type": torch.optim.Adam}, True),
+        (ADAMW | {"fused": False}, False),
+        (ADAMW | {"foreach": True}, None),
+        ({"type": "SGD", "lr": 0.1}, None),
+    ],
+)
+def test_adam_is_fused_unless_the_config_says_how(optimizer: dict[str, Any], fused: bool | None) -> None:
+    made = ParamGroups({"optimizer": optimizer})(Small()).optimizer
+    assert {group["fused"] for group in made.param_groups} == {fused}
+
+
+def test_fused_steps_are_adamws() -> None:
+    """Also of a parameter without dimensions, as ATSS's scales are."""
+    made, models = {}, {}
+    for fused in (True, False):
+        torch.manual_seed(0)
+        models[fused] = nn.Sequential(nn.Linear(5, 3), nn.LayerNorm(3))
+        models[fused].scale = nn.Parameter(torch.tensor(2.0))
+        made[fused] = ParamGroups({"optimizer": ADAMW | {"fused": fused}})(models[fused]).optimizer
+    for _ in range(5):
+        for fused, model in models.items():
+            made[fused].zero_grad()
+            (model(torch.linspace(-1, 1, 10).view(2, 5)).square().sum() * model.scale).backward()
+            made[fused].step()
+    torch.testing.assert_close(models[True].state_dict(), models[False].state_dict())
+
+
+def test_a_checkpoint_of_an_unfused_optimizer_goes_on_fused() -> None:
+    group = ParamGroups({"optimizer": ADAMW})(Small()).optimizer.param_groups[0]
+    saved = optim.settings(group) | {"fused": None, "lr": 0.01}
+    optim.change_settings(group, optim.checked_settings(group, saved))
+    assert (group["fused"], group["lr"]) == (True, 0.01)

@@ -361,12 +361,32 @@ def test_two_passes_in_one_block_are_one_batch() -> None:
     torch.testing.assert_close([*parts.balance().values()], [*whole.balance().values()])
 
 
+def test_values_that_travel_with_the_sums_change_nothing() -> None:
+    moe = layer(losses=GateLosses(importance=0.1, z=0.01))
+    values = torch.tensor([1.0, 2.5], requires_grad=True)
+    losses = []
+    for together in (False, True):
+        torch.manual_seed(1)  # of the gate's noise
+        with collect() as records:
+            moe(tokens())
+        if together:
+            average = records.average(values)
+            assert torch.equal(average, values)
+            assert not average.requires_grad
+        losses.append(records.loss())
+    assert torch.equal(*losses)
+    assert losses[0] > 0
+    gradients = [torch.autograd.grad(loss, moe.gate.weight)[0] for loss in losses]
+    assert torch.equal(*gradients)
+
+
 def test_a_dense_model_and_evaluation_have_no_loss() -> None:
     for model in (mlp(), Two(None).eval()):
         with collect() as records:
             loss = model(tokens()).sum()
         assert torch.equal(loss + records.loss(), loss)
         assert records.join({"loss": loss}) == {"loss": loss}
+        assert torch.equal(records.average(torch.ones(2)), torch.ones(2))
         assert records.balance() == {}
 
 
