@@ -10,11 +10,18 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import common, layer, scaling, step, targets, training_cost
+from benchmarks import common, forecast, layer, scaling, step, targets, training_cost
 from benchmarks.claims import verdicts
 
 DOCS = common.ROOT / "docs"
-_BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "training_cost": training_cost, "scaling": scaling}
+_BENCHMARKS = {
+    "layer": layer,
+    "layer_balance": layer,
+    "step": step,
+    "training_cost": training_cost,
+    "scaling": scaling,
+    "forecast": forecast,
+}
 
 
 def main() -> None:
