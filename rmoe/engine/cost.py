@@ -72,14 +72,14 @@ def count_parameters(model: nn.Module) -> Parameters:
 
 
 @contextmanager
-def counted_flops(result: list[int]) -> Iterator[None]:
+def counted_flops(result: list[int]) -> Iterator[FlopCounterMode]:
     """Appends to `result` the floating-point operations of the matrix products and convolutions run inside, forward
-    and backward, summed over all processes, which all must enter.
+    and backward, summed over all processes, which all must enter. Yields the counter, which knows this process's.
     """
     counter = FlopCounterMode(display=False)
     counter.flop_registry.update(_MORE_FORMULAS)
     with counter:
-        yield
+        yield counter
     total = torch.tensor(float(counter.get_total_flops()), dtype=torch.float64, device=_device())
     if dist.is_initialized():
         dist.all_reduce(total)

@@ -34,6 +34,7 @@ class Entry:
         published: the figure to compare a run with, and where it was published.
         hardware: the machines that the config is meant for.
         full_scale: whether anybody has run it at full scale.
+        batch: images of a step, over all GPUs; None where a config does not say it.
     """
 
     config: str
@@ -43,6 +44,7 @@ class Entry:
     published: str
     hardware: str
     full_scale: str
+    batch: int | None = None
 
 
 def entries(words: Sequence[str] = ()) -> list[Entry]:
@@ -69,7 +71,7 @@ def show(found: Sequence[Entry]) -> None:
         whole = field.name == "config" and not screen
         table.add_column(field.name.replace("full_scale", "run at full scale"), overflow="fold", no_wrap=whole)
     for one in found:
-        table.add_row(*(re.sub(r"\s\([^()]*\)", "", value) for value in asdict(one).values()))
+        table.add_row(*(re.sub(r"\s\([^()]*\)", "", str(value or "")) for value in asdict(one).values()))
     Console(width=None if screen else _WIDTH).print(table)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -18,6 +19,10 @@ from rmoe.engine.cost import counted_flops
 from rmoe.moe.records import collect
 
 Precision = Literal["float32", "bfloat16", "float16"]
+_aten = torch.ops.aten
+_CASTS = {_aten._to_copy.default}
+_MOVE_NOTHING = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+_MOVE_NOTHING |= {_aten._unsafe_view, _aten._local_scalar_dense, _aten.lift_fresh}
 
 
 def training_loss(model: Any, images: Mapping[str, Any]) -> Tensor:
@@ -33,10 +38,19 @@ def training_loss(model: Any, images: Mapping[str, Any]) -> Tensor:
 
 
 class Trace(NamedTuple):
-    """What was counted while a step ran: FLOPs; the peak of live bytes beside parameters and their gradients; and the
-    bytes of gradients and of the rest at the peak of both together."""
+    """Holds what was counted while a step ran.
+
+    Attributes:
+        flops: of matrix products and convolutions.
+        operators: (FLOPs, bytes) of an operator, and how often it ran. The bytes are those of all tensors that it reads
+            or writes, the model's own weights aside: a step reads them a few times, whatever the number of images, but
+            an operator on a CPU may be one tile of many, and each reads them from its cache.
+        activations: the peak of live bytes beside parameters and their gradients.
+        together: bytes of gradients and of the rest at the peak of both together.
+    """
 
     flops: int
+    operators: Counter[tuple[int, int]]
     activations: int
     together: tuple[int, int]
 
@@ -44,31 +58,44 @@ class Trace(NamedTuple):
 def trace(model: nn.Module, loss: Callable[[], Tensor], precision: Precision = "float32") -> Trace:
     """Runs `loss` forward and backward and counts; on tensors with values or, within FakeTensorMode, without."""
     flops: list[int] = []
-    live = _LiveBytes(model)
-    with counted_flops(flops), live:
+    with counted_flops(flops) as counter, _LiveBytes(model, counter.get_total_flops) as live:
         with torch.autocast("cpu", getattr(torch, precision), enabled=precision != "float32"):
             value = loss()
         value.backward()
     del value
-    return Trace(flops[0], *live.peaks(parameter.grad for parameter in model.parameters()))
+    return Trace(flops[0], live.operators, *live.peaks(parameter.grad for parameter in model.parameters()))
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Keeps book of tensors that are made and freed, those of `model` aside."""
+    """Keeps book of tensors that are made, read and freed, those of `model` aside; `flops` says how many were done."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, flops: Callable[[], int]) -> None:
         super().__init__()
+        self.operators: Counter[tuple[int, int]] = Counter()
+        self._flops, self._flops_before = flops, 0
         self._events: list[tuple[int, int]] = []  # (number of the storage, bytes; negative where it is freed)
         self._numbers: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
         for x in (*model.parameters(), *model.buffers()):
             self._numbers[x.untyped_storage()] = -1
+        self._weights = weakref.WeakSet(self._numbers)  # and copies of them in another dtype
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor):
-                self._see(x.untyped_storage())
+        read, written = ([x for x in tree_leaves(y) if isinstance(x, Tensor)] for y in ((args, kwargs), result))
+        for x in written:
+            self._see(x.untyped_storage())
+        self._count(func, read, written)
         return result
+
+    def _count(self, func: Any, read: Sequence[Tensor], written: Sequence[Tensor]) -> None:
+        flops = self._flops()
+        done, self._flops_before = flops - self._flops_before, flops
+        if func in _CASTS and all(x.untyped_storage() in self._weights for x in read):
+            self._weights.update(x.untyped_storage() for x in written)
+        if func.is_view or func.overloadpacket in _MOVE_NOTHING:
+            return
+        moved = [x for x in (*read, *written) if x.untyped_storage() not in self._weights]
+        self.operators[done, sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in moved)] += 1
 
     def _see(self, storage: Any) -> None:
         if storage not in self._numbers:

@@ -24,6 +24,8 @@ from rmoe.registry import MODELS
 from rmoe.reporting.tracing import Precision, trace, training_loss, without_values
 from rmoe.tasks.classification import TimmClassifier
 
+_SENT_AS_COMPUTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -53,28 +55,35 @@ class Work:
     Attributes:
         setting: with the config's values filled in.
         flops: as `Estimate.flops`.
+        operators: what was run, as (FLOPs, bytes read and written) of an operator, and how often; see `tracing.Trace`.
         activations: as `Memory.activations`.
         together: gradients and activations when most of both is alive.
         parameters: as `Estimate.parameters`.
         averaged: whether a moving average of the weights is kept.
         shared: parameters and buffers beside the experts.
         shared_trained: of these, those that are not frozen.
+        shared_reduced: gradients of those, as DeepSpeed sends them: under autocast in the lower precision where linear
+            layers and convolutions have them.
         experts: of all layers.
         experts_trained: of these, those that are not frozen.
+        layers: mixtures.
         sent_tokens: what a process gets of the layers whose tokens travel, if the experts are spread.
         sent_experts: all experts of the layers whose experts travel instead.
     """
 
     setting: Setting
     flops: int
+    operators: Mapping[tuple[int, int], int]
     activations: int
     together: tuple[int, int]
     parameters: Parameters
     averaged: bool
     shared: int
     shared_trained: int
+    shared_reduced: int
     experts: int
     experts_trained: int
+    layers: int
     sent_tokens: int
     sent_experts: int
 
@@ -100,14 +109,17 @@ def run_once(cfg: Config, setting: Setting) -> Work:
     return Work(
         setting=setting,
         flops=traced.flops,
+        operators=traced.operators,
         activations=traced.activations,
         together=traced.together,
         parameters=count_parameters(model),
         averaged=any(hook["type"] == "rmoe.EMAHook" for hook in cfg.get("custom_hooks") or ()),
         shared=_bytes(others) + _bytes(model.buffers()),
         shared_trained=_bytes(x for x in others if x.requires_grad),
+        shared_reduced=_reduced(model, others, setting),
         experts=_bytes(experts),
         experts_trained=_bytes(x for x in experts if x.requires_grad),
+        layers=len(layers),
         sent_tokens=sum(_rows(layer, tokens[layer], setting) for layer in layers if layer.config.sends_tokens),
         sent_experts=sum(_bytes(_experts(layer)) for layer in layers if not layer.config.sends_tokens),
     )
@@ -208,9 +220,17 @@ def _rows(layer: ResidualMoE, tokens: int, setting: Setting) -> int:
     )
 
 
+<<<<<<< HEAD
 def _experts(layer: ResidualMoE) -> Iterable[nn.Parameter]:
     """Returns the parameters of which each expert has its own; what experts share lies in every process."""
     return layer.deepspeed_moe.experts.own().values()  # type: ignore[union-attr,operator]
+=======
+def _reduced(model: nn.Module, parameters: Iterable[nn.Parameter], setting: Setting) -> int:
+    """Returns the bytes of the gradients of `parameters` as they are sent (deepspeed/runtime/torch_autocast.py)."""
+    lower = {x for m in model.modules() if type(m) in _SENT_AS_COMPUTED for x in m.parameters(recurse=False)}
+    size = getattr(torch, setting.precision).itemsize
+    return sum(x.numel() * (size if x in lower else x.itemsize) for x in parameters if x.requires_grad)
+>>>>>>> estimate
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import scaling, tables, targets, training
+from benchmarks import scaling, tables, targets
 from benchmarks.common import JUDGED, SETTINGS
-from rmoe.reporting.estimate import Setting, estimate
+from rmoe.reporting.estimate import Setting, share_out
+from rmoe.reporting.traffic import messages
+from rmoe.reporting.work import run_once
 
 pytestmark = pytest.mark.slow
 RATIO = {"contender", "ratio", "ratio_low", "ratio_high", "ms", "rounds"}
@@ -94,17 +96,47 @@ def test_training_cost(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.distributed
 def test_scaling(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dense, weights, tokens = quick("scaling", out, monkeypatch)
-    assert (weights["exchange"], tokens["exchange"]) == ("weights", "tokens")
-    assert dense["exchanged_bytes"] == 0
-    assert weights["exchanged_bytes"] > 0
-    assert tokens["exchanged_bytes"] > 0
-    for case, kind in ((weights, "gather_experts"), (tokens, "all_to_all")):
-        moe = {name: case[name] for name in ("residual", "num_experts", "ep_size", "exchange")}
-        cfg = training.config("classification", moe, scaling.SIZE, small=True)
-        size = (scaling.SIZE, scaling.SIZE)
-        guess = estimate(cfg, Setting(processes=2, micro_batch=scaling.IMAGES, image_size=size))
-        assert getattr(guess.traffic, kind) == pytest.approx(case["exchanged_bytes"], rel=0.1)
+    rows = quick("scaling", out, monkeypatch)
+    assert all(set(row) >= RATIO - {"contender"} | {"collectives", "sent_bytes", "tokens"} for row in rows)
+    alone = [row for row in rows if row["processes"] == 1 and row["ratio"] is not None]
+    assert [(row["residual"], row["ep_size"]) for row in alone] == [("dense", 1), ("low_rank", 1), ("full", 1)]
+    assert all(sum(row["sent_bytes"].values()) == 0 for row in alone)
+    *both, reduction = [row for row in rows if row["processes"] == 2]
+    names = [(row["residual"], row["ep_size"], row["exchange"]) for row in both]
+    assert names == [
+        ("dense", 1, "none"),
+        ("low_rank", 1, "none"),
+        ("low_rank", 2, "weights"),
+        ("full", 1, "none"),
+        ("full", 2, "tokens"),
+    ]
+    assert reduction["sent_bytes"] == {"allreduce": 4 * scaling.REDUCED}
+    assert both[0]["tokens"] is None
+    assert {row["tokens"] for row in both[1:]} == {2 * (16 + 1)}
+    for row in both:
+        _agrees(row)
+
+
+def _agrees(row: dict[str, Any]) -> None:
+    """What `rmoe estimate` says is sent is what was counted: bytes of each kind, and calls."""
+    size, images = scaling.QUICK_SIZES["image_size"], scaling.QUICK_SIZES["images"]
+    case = {name: row[name] for name in ("residual", "ep_size", "exchange")}
+    work = run_once(
+        scaling.config(case, size, small=True), Setting(processes=2, micro_batch=images, image_size=(size, size))
+    )
+    guess, sent = share_out(work).traffic, row["sent_bytes"]
+    travels = sent.get("alltoall_base", 0), guess.all_to_all
+    gathers = sent.get("allgather_base", 0) + sent.get("reduce_scatter_base", 0), guess.gather_weights
+    gathers = gathers[0], gathers[1] + guess.gather_experts
+    # Uneven gates send more or fewer tokens than even ones, and ZeRO pads what it gathers.
+    for name, (counted, told), within in (
+        ("tokens", travels, 0.3),
+        ("gathers", gathers, 0.1),
+        ("reductions", (sent["allreduce"], guess.reduce_gradients), 0.1),
+    ):
+        assert counted == pytest.approx(told, rel=within, abs=2_000), (case, name, sent)
+    told = sum(one.calls for one in messages(work))
+    assert abs(sum(row["collectives"].values()) - told) <= 0.5 * told, (case, row["collectives"], told)
 
 
 def test_their_results_make_a_page(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

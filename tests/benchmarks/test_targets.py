@@ -46,6 +46,33 @@ def steps(ratio: float) -> list[Row]:
     ]
 
 
+def processes(ratio: float, tokens: int = 3152) -> list[Row]:
+    """A scaling.json in which all mixtures have one ratio."""
+    arms = [("dense", 1), ("low_rank", 1), ("low_rank", 2), ("full", 1), ("full", 2), ("none, all-reduce alone", 1)]
+    return [
+        {"processes": number, "setting": JUDGED, "residual": name, "ep_size": ep_size, "exchange": "none"}
+        | {"ratio": ratio, "tokens": tokens if name in ("low_rank", "full") else None}
+        for number in (1, 2)
+        for name, ep_size in arms
+    ]
+
+
+def test_no_limit_is_below_the_floor_of_the_arithmetic() -> None:
+    limits = {row["target"]: row["limit"] for row in targets.layer_targets([])}
+    assert limits["full, float32, C ≥ 384, T ≥ 6272"] == 1.02
+    assert limits["full, bfloat16, C ≥ 384, T ≥ 6272"] == 1.20
+    assert limits["full, float32"] == limits["upper_bound, float32"] == 1.00
+    assert limits["full, bfloat16"] == limits["upper_bound, bfloat16"] == 1.05
+    assert limits["low_rank 8 and 16, float32, C ≥ 384, T ≥ 6272"] == 0.78
+
+
+def test_few_tokens_show_nothing_of_two_processes() -> None:
+    low_rank, full = targets.scaling_targets(processes(1.05))
+    assert (low_rank["limit"], low_rank["measured"], low_rank["met"]) == (1.03, 1.05, False)
+    assert (full["limit"], full["measured"], full["met"]) == (1.10, 1.05, True)
+    assert [row["measured"] for row in targets.scaling_targets(processes(1.0, tokens=128))] == [None, None]
+
+
 def test_the_worst_size_decides() -> None:
     rows = [
         grid("low_rank_8", 1568, 192, 0.90),
@@ -68,18 +95,18 @@ def test_bfloat16_may_cost_more_and_one_setting_is_judged() -> None:
 
 
 def test_what_was_not_measured_is_neither_met_nor_missed() -> None:
-    for row in [*targets.layer_targets([]), *targets.step_targets([])]:
+    for row in [*targets.layer_targets([]), *targets.step_targets([]), *targets.scaling_targets([])]:
         assert row["measured"] is None
         assert row["met"] is None
 
 
 @pytest.mark.parametrize(("ratio", "met"), [(0.05, True), (3.0, False)])
 def test_every_cell_of_the_grid_has_its_target(tmp_path: Path, ratio: float, met: bool) -> None:
-    for name, rows in (("layer", everything(ratio)), ("step", steps(ratio))):
+    for name, rows in (("layer", everything(ratio)), ("step", steps(ratio)), ("scaling", processes(ratio))):
         (tmp_path / f"{name}.json").write_text(json.dumps({"rows": rows}))
     targets.main(["--out", str(tmp_path)])
     found = json.loads((tmp_path / "targets.json").read_text())
-    assert len(found) == 2 * (4 + 3 + 2) + 1 + 2 + 4 + 7
+    assert len(found) == 2 * (4 + 3 + 2) + 1 + 2 + 4 + 2 + 7
     found, of_gpu = found[:-7], found[-7:]
     assert all(row["measured"] is None and row["met"] is None for row in of_gpu)
     assert all(set(row) >= KEYS for row in found)

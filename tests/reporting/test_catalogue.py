@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from conftest import ROOT
@@ -38,7 +39,14 @@ def test_what_it_tells(monkeypatch):
         published="mIoU 44.51, multi-scale 45.81 (arXiv 2103.14030 and its code)",
         hardware="8 GPUs with 2 images each (16 in all; keep that product)",
         full_scale="no",
+        batch=16,
     )
+
+
+def test_the_batch_is_the_one_that_the_hardware_makes():
+    for one in entries():
+        told = re.search(r"(\d+) in all", one.hardware)
+        assert (told and int(told[1])) == one.batch, one.config
 
 
 def test_only_the_demo_has_been_run_at_full_scale():

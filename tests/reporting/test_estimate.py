@@ -136,6 +136,27 @@ def test_flops_of_a_linear_layer_by_hand() -> None:
     assert found.flops == 2 * (2 * 5 * 4 * 8)  # forward and the weight's gradient; the input needs none
 
 
+def test_operators_by_hand() -> None:
+    model = nn.Linear(4, 8)
+    # Forward 5 × 4 times 4 × 8, then a sum of 5 × 8 numbers; the weight's own bytes are not counted.
+    found = trace(model, lambda: model(torch.ones(5, 4)).sum()).operators
+    assert sum(flops * n for (flops, _), n in found.items()) == 2 * (2 * 5 * 4 * 8)
+    assert found[2 * 5 * 4 * 8, 4 * (5 * 4 + 5 * 8)] == 1  # the product forward, with what it makes
+    assert found[0, 4 * (5 * 8 + 1)] >= 1  # the sum
+    assert all(n > 0 and moved >= 0 for (_, moved), n in found.items())
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_casts_of_weights_and_views_move_nothing(precision: Any) -> None:
+    model = nn.Linear(64, 64, bias=False)
+    found = trace(model, lambda: model(torch.ones(1, 64)).view(8, 8).sum(), precision).operators
+    moved = sum(size * n for (_, size), n in found.items())
+    # Of the weight's 16 kB its gradient alone: made by a product and, under autocast, cast to float32.
+    made = getattr(torch, precision).itemsize * 64 * 64
+    cast = made + 4 * 64 * 64 if precision == "bfloat16" else 0
+    assert made + cast <= moved < made + cast + 3_000
+
+
 def test_live_bytes_by_hand() -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
@@ -234,6 +255,13 @@ def test_traffic_by_hand(work: Work) -> None:
     assert spread(work, ep_size=1, zero=0).traffic.gather_weights == 0
 
 
+def test_gradients_of_linear_layers_are_sent_as_they_are_computed() -> None:
+    full, half = (run_once(vit(None), Setting(processes=2, precision=name)) for name in ("float32", "bfloat16"))
+    assert full.shared_reduced == full.shared_trained == half.shared_trained
+    norms = sum(4 * x.numel() for x in with_values(vit(None))[0].parameters() if x.ndim != 2 and x.ndim != 4)
+    assert half.shared_trained / 2 < half.shared_reduced < half.shared_trained / 2 + norms + 10_000
+
+
 def test_lower_precision_keeps_weights_and_shrinks_activations() -> None:
     one, other = (
         estimate(vit(None), Setting(processes=1, micro_batch=16, precision=name)).memory
@@ -287,14 +315,41 @@ def test_a_model_of_another_kind_is_refused() -> None:
         estimate(Config(dict(model=dict(type="mmdet.ResNet", depth=18))), Setting(processes=1))
 
 
+COMMAND = ["--gpus", "4", "--ep-size", "2", "--zero", "1"]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path, numbers = tmp_path / "config.py", tmp_path / "estimate.json"
     CONFIGS["ViT, low_rank"].dump(path)
-    assert main(["estimate", str(path), "--gpus", "4", "--ep-size", "2", "--zero", "1", "--json", str(numbers)]) == 0
+    assert main(["estimate", str(path), *COMMAND, "--nodes", "2", "--link", "12.5", "--json", str(numbers)]) == 0
     shown, found = capsys.readouterr().out, json.loads(numbers.read_text())
     assert "memory: activations" in shown
     assert "sent: gather experts" in shown
+    assert "12.5 GB/s between nodes" in shown
+    assert "No hours" in shown
     assert found["setting"]["processes"] == 4
     assert found["memory"]["weights"] > 0
-    assert main(["estimate", str(path), "--gpus", "0"]) == 2
-    assert "--gpus is 0" in capsys.readouterr().err
+    assert (found["cluster"]["nodes"], found["cluster"]["per_node"], found["cluster"]["link"]) == (2, 2, 12.5e9)
+    assert found["seconds"]["compute"] > 0
+    assert found["pipeline"] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--gpus", "0"], "--gpus is 0"),
+        (["--gpus", "4", "--nodes", "0"], "--nodes is 0"),
+        (["--gpus", "4", "--nodes", "3"], "--nodes 3 does not divide --gpus 4"),
+        (["--gpus", "4", "--nodes", "8"], "--nodes 8 does not divide --gpus 4"),
+        (["--gpus", "4", "--gpu", "h10"], "did you mean 'h100'?"),
+        (["--gpus", "4", "--link", "nan"], "--link is nan"),
+        (["--gpus", "4", "--link", "-1"], "--link is -1"),
+        (["--gpus", "4", "--share", "40"], "--share is 40"),
+        (["--gpus", "4", "--overlap", "2"], "--overlap is 2"),
+    ],
+)
+def test_hostile_words(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "nowhere.py", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

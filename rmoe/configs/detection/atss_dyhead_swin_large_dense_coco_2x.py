@@ -23,6 +23,7 @@ card = dict(
     pipeline="Lower bound",
     published="box AP 56.2 (mmdetection); with more of everything 58.4 (arXiv 2106.08322)",
     hardware="16 GPUs of 80 GB with 1 image each (16 in all; keep that product)",
+    batch=16,
 )
 stage = "dense"
 default_scope = "mmdet"

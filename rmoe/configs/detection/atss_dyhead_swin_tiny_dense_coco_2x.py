@@ -18,6 +18,7 @@ card = dict(
     pipeline="Lower bound",
     published="box AP 49.8 (arXiv 2106.08322 and its code)",
     hardware="8 GPUs with 4 images each (32 in all; keep that product)",
+    batch=32,
 )
 stage = "dense"
 default_scope = "mmdet"

@@ -18,6 +18,7 @@ card = dict(
     pipeline="Lower bound",
     published="box AP 43.7, mask AP 39.8 (arXiv 2103.14030 and its code)",
     hardware="8 GPUs with 2 images each (16 in all; keep that product)",
+    batch=16,
 )
 stage = "dense"
 default_scope = "mmdet"

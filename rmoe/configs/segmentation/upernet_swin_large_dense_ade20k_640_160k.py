@@ -23,6 +23,7 @@ card = dict(
     pipeline="Lower bound",
     published="mIoU 52.05, multi-scale 53.53 (arXiv 2103.14030 and its code)",
     hardware="8 GPUs of 80 GB with 2 images each (16 in all; keep that product)",
+    batch=16,
 )
 stage = "dense"
 default_scope = "mmseg"

@@ -16,6 +16,7 @@ _base_ = ["swin_tiny_core_imagenet1k.py"]
 card = dict(
     published="top-1 81.6 (arXiv 2103.15808)",
     hardware="8 GPUs with 256 images each, or 4 nodes of 8 with 64 (2048 in all; keep that product)",
+    batch=2048,
 )
 epoch = 625  # steps of 2048 images
 

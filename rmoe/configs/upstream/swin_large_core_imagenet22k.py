@@ -19,6 +19,7 @@ card = dict(
         "2103.14030)"
     ),
     hardware="8 nodes of 8 GPUs with 80 GB and 64 images each (4096 in all; keep that product)",
+    batch=4096,
 )
 epoch = 3466  # steps of 4096 images
 

@@ -14,6 +14,7 @@ card = dict(
     pipeline="Core pretraining",
     published="top-1 81.2, by this recipe (arXiv 2103.14030)",
     hardware="8 GPUs with 128 images each, or 4 nodes of 8 with 32 (1024 in all; keep that product)",
+    batch=1024,
 )
 epoch = 1251  # steps of 1024 images
 

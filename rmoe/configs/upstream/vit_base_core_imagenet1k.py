@@ -14,6 +14,7 @@ _base_ = ["vit_small_core_imagenet1k.py"]
 card = dict(
     published="top-1 82.3 of the averaged weights, by this recipe (arXiv 2111.06377, appendix A.2)",
     hardware="4 nodes of 8 GPUs with 128 images each (4096 in all; keep that product)",
+    batch=4096,
 )
 epoch = 312  # steps of 4096 images
 
