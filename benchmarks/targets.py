@@ -4,8 +4,8 @@
     python -m benchmarks.targets
 
 Reads layer.json, step.json and scaling.json and, where a GPU was measured, gpu_layer.json and gpu_step.json; writes
-targets.json: a list of one object for each target. `measured` is the worst of the sizes, `at` says which; it is taken in
-the first of `benchmarks.common.SETTINGS`, with the worst in the others beside it. null: not measured.
+targets.json: a list of one object for each target. `measured` is the worst of the sizes, `at` says which; it is taken
+in the first of `benchmarks.common.SETTINGS`, with the worst in the others beside it. null: not measured.
 
 No limit is below the floor of the arithmetic: `full` needs all of the dense network's products and a gate besides, and
 stock deepspeed.moe computes the same experts.

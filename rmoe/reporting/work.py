@@ -220,17 +220,16 @@ def _rows(layer: ResidualMoE, tokens: int, setting: Setting) -> int:
     )
 
 
-<<<<<<< HEAD
 def _experts(layer: ResidualMoE) -> Iterable[nn.Parameter]:
     """Returns the parameters of which each expert has its own; what experts share lies in every process."""
     return layer.deepspeed_moe.experts.own().values()  # type: ignore[union-attr,operator]
-=======
+
+
 def _reduced(model: nn.Module, parameters: Iterable[nn.Parameter], setting: Setting) -> int:
     """Returns the bytes of the gradients of `parameters` as they are sent (deepspeed/runtime/torch_autocast.py)."""
     lower = {x for m in model.modules() if type(m) in _SENT_AS_COMPUTED for x in m.parameters(recurse=False)}
     size = getattr(torch, setting.precision).itemsize
     return sum(x.numel() * (size if x in lower else x.itemsize) for x in parameters if x.requires_grad)
->>>>>>> estimate
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rmoe.engine.cost import counted_flops
-from rmoe.moe import cpu_kernels, grouped
-from rmoe.moe import mix as mixing
+from rmoe.moe import cpu_kernels
 from rmoe.moe.experts import Full, LowRank, Network, Residuals, reference
 from rmoe.moe.mix import mix
 
