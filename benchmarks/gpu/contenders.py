@@ -51,7 +51,8 @@ class Cell(NamedTuple):
 
     def inputs(self) -> list[tuple[Tensor, Tensor]]:
         """Makes tokens and gradients, several sets of them."""
-        shape, place = (self.tokens, self.width), {"device": self.device, "dtype": self.dtype}
+        shape = (self.tokens, self.width)
+        place: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
         return [(torch.randn(shape, **place).requires_grad_(), torch.randn(shape, **place)) for _ in range(INPUT_SETS)]
 
 
@@ -136,7 +137,8 @@ class _Grouped(nn.Module):
     def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.gate = nn.Linear(cell.width, cell.experts, bias=False, device=cell.device)
-        hidden, place = 4 * cell.width, {"device": cell.device, "dtype": cell.dtype}
+        hidden = 4 * cell.width
+        place: dict[str, Any] = {"device": cell.device, "dtype": cell.dtype}
         self.w1_ECH = nn.Parameter(0.02 * torch.randn(cell.experts, cell.width, hidden, **place))
         self.w2_EHC = nn.Parameter(0.02 * torch.randn(cell.experts, hidden, cell.width, **place))
 
@@ -156,7 +158,7 @@ def _lora(cell: Cell, inputs: Any) -> Arm:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=8, lora_alpha=8, target_modules=["fc1", "fc2"])
-    adapted: Any = get_peft_model(cell.network(), config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+    adapted: Any = get_peft_model(cell.network(), config, autocast_adapter_dtype=False)
     return _arm(cell, adapted, inputs)
 
 

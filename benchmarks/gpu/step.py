@@ -48,7 +48,7 @@ TASKS = (
     Task("Swin-L + UPerNet", "", 640, 2, "segmentation/upernet_swin_large_dense_ade20k_640_160k.py"),
     Task("Swin-T + Mask R-CNN", "", 800, 2, "detection/mask_rcnn_swin_tiny_dense_coco_1x.py"),
 )
-DRY_TASKS = (Task("Swin, bare", "swin_tiny_patch4_window7_224", 64, 1), TASKS[2]._replace(size=64, images=1))
+DRY_TASKS = (Task("Swin, bare", "swin_tiny_patch4_window7_224", 64, 2), TASKS[2]._replace(size=64, images=2))
 
 
 def main(arguments: Arguments) -> Report:
@@ -91,7 +91,9 @@ def _measure_task(report: Report, task: Task, place: Row, rounds: int, peak: flo
 
 def _bare(task: Task, moe: dict[str, Any] | None, device: torch.device, small: bool) -> Step:
     """Makes a step of a backbone whose loss is the mean square of its last map."""
-    tiny = {"embed_dim": 16, "depths": (1, 1, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4} if small else {}
+    tiny: dict[str, Any] = (
+        {"embed_dim": 16, "depths": (1, 1, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4} if small else {}
+    )
     model: nn.Module = timm.create_model(
         task.model, img_size=task.size, num_classes=0, global_pool="", drop_path_rate=0.2, **tiny
     )

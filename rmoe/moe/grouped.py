@@ -69,7 +69,13 @@ def _sort_pairs(expert_TK: Tensor, groups: int) -> _Order:
 
 
 def mix_networks(
-    x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, core: Network | None, experts: Full, act: Activation, drops: bool
+    x_TC: Tensor,
+    expert_TK: Tensor,
+    gate_TK: Tensor,
+    core: Network | None,
+    experts: Residuals,
+    act: Activation,
+    drops: bool,
 ) -> Tensor:
     """Computes Σ g_e FFN(x; θ0 + Δ_e), [T, C] in the dtype of x; arguments as `rmoe.moe.mix.mix`.
 
