@@ -157,7 +157,7 @@ CHOICES = {
 ARMS: dict[str, Arm] = CONTROLS | _CANDIDATES | CHOICES
 
 # What arms are told to do by keys that the code does not act on yet: it would train something else without a word.
-UNBUILT = ("calibrate", "gate_input")
+UNBUILT: tuple[str, ...] = ()
 
 # Which candidate a control or a choice is compared with, besides dense.
 RIVALS = {
