@@ -192,6 +192,7 @@ class Arguments(NamedTuple):
         name, quick, threads, out: of every benchmark.
         part: of one that has parts.
         minutes, only: of one that goes on over several sittings: when to begin no more, and a regular expression.
+        device: likewise, "cpu" or "cuda".
     """
 
     name: str
@@ -201,6 +202,7 @@ class Arguments(NamedTuple):
     part: str | None = None
     minutes: float | None = None
     only: str = ""
+    device: str = "cpu"
 
     def command(self) -> str:
         """Returns the line itself."""
@@ -237,10 +239,13 @@ def parse(
         parser.add_argument(
             "--only", type=_pattern, default="", help="runs whose task/arm/seed matches (method, regime)"
         )
+        parser.add_argument(
+            "--device", choices=("cpu", "cuda"), default="cpu", help="where runs train (method, regime); default: cpu"
+        )
     given = parser.parse_args(argv)
     threads = given.threads or (1 if given.quick else CORES)
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)
-    more = {"minutes": given.minutes, "only": given.only} if sittings else {}
+    more = {"minutes": given.minutes, "only": given.only, "device": given.device} if sittings else {}
     return Arguments(name, given.quick, threads, out, given.part if parts else None, **more)
 
 

@@ -24,7 +24,8 @@ from rmoe.reporting.runs import Run
 
 BASES = Path("rmoe/configs/demo")
 DATA = Path("work_dirs/demo/data")  # where the configs there look for their data
-JSON = "ds_configs/zero0.json"
+# Both compute in float32. Not zero0.json on a GPU, where it would mean bfloat16.
+JSON = {"cpu": "ds_configs/zero0.json", "cuda": "ds_configs/zero2_fp32.json"}
 
 # A run's key: (stage or arm, "upstream" or task, seed).
 Key = tuple[str, str, int]
@@ -57,9 +58,11 @@ class Trainings:
         runs: those made so far, each after those that it starts from.
     """
 
-    def __init__(self, folder: Path, size: Size, stages: Mapping[str, Upstream], data: Path) -> None:
+    def __init__(
+        self, folder: Path, size: Size, stages: Mapping[str, Upstream], data: Path, json: str = JSON["cpu"]
+    ) -> None:
         self.runs: dict[Key, Training] = {}
-        self._folder, self._size, self._stages, self._data = folder, size, stages, data
+        self._folder, self._size, self._stages, self._data, self._json = folder, size, stages, data, json
 
     def upstream(self, stage: str, seed: int) -> Training:
         """Returns the run of an upstream stage."""
@@ -76,7 +79,7 @@ class Trainings:
             }
             steps = upstream_steps(one, size)
             _change(config, steps, size.batch["upstream"], seed, options, "model", one.moe)
-            self.runs[key] = _training(self._folder / f"{stage}_{seed}", config, before)
+            self.runs[key] = _training(self._folder / f"{stage}_{seed}", config, before, self._json)
         return self.runs[key]
 
     def downstream(self, name: str, arm: Arm, task: str, seed: int) -> Training:
@@ -95,7 +98,7 @@ class Trainings:
             steps = round(arm.longer * size.steps[task])
             _change(config, steps, size.batch[task], seed, options, "model.backbone", arm.moe)
             place = self._folder / f"{task}_{steps}{size.label}" / f"{name.replace(' ', '_')}_{seed}"
-            self.runs[key] = _training(place, config, (before,))
+            self.runs[key] = _training(place, config, (before,), self._json)
         return self.runs[key]
 
 
@@ -138,13 +141,13 @@ def _change(
     )
 
 
-def _training(folder: Path, config: Config, after: tuple[Training, ...]) -> Training:
+def _training(folder: Path, config: Config, after: tuple[Training, ...], json: str) -> Training:
     path = folder.with_name(f"{folder.name}.py")  # a name may have a dot
     path.parent.mkdir(parents=True, exist_ok=True)
     written = path.with_name(f".{path.name}")
     config.dump(written)
     written.replace(path)  # at once: a run may be reading the same one
-    return Training(folder, str(path), JSON, after=after)
+    return Training(folder, str(path), json, after=after)
 
 
 def execute(runs: Sequence[Training], jobs: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.claims.arms import Size
 from benchmarks.claims.ledger import UPSTREAM, Cell, Context, Ledger, weights_hash
 from benchmarks.claims.method import Study, unbuilt
-from benchmarks.claims.runs import Trainings, describe, render, upstream_steps
+from benchmarks.claims.runs import JSON, Trainings, describe, render, upstream_steps
 from benchmarks.claims.statistics import pipeline_cost
 from benchmarks.common import Row
 from rmoe.engine.cost import device_kind, software
@@ -38,13 +38,18 @@ class Sitting:
         ledger: what has been run, and what this sitting adds.
         folder: for data and work dirs.
         seconds: no run begins that would not end by then; None is no limit.
+        device: "cpu", where each run has one core, or "cuda", where all share a GPU. Both train in float32.
     """
 
-    def __init__(self, study: Study, ledger: Ledger, folder: Path, seconds: float | None = None) -> None:
-        # The same everywhere: on the CPU, whatever the machine has.
-        os.environ.update(CUDA_VISIBLE_DEVICES="", DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1")
+    def __init__(
+        self, study: Study, ledger: Ledger, folder: Path, seconds: float | None = None, device: str = "cpu"
+    ) -> None:
+        os.environ.update(DS_ACCELERATOR=device, OMP_NUM_THREADS="1")
+        if device == "cpu":
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._study, self._ledger, self._folder = study, ledger, folder
         self._until = None if seconds is None else time.monotonic() + seconds
+        self._json = JSON[device]
         self._made: dict[tuple[Path, str], Trainings] = {}
         self._cores: dict[Cell, str] = {}  # hash of the weights of the stages that are trained here
         self._device = device_kind()
@@ -173,7 +178,7 @@ class Sitting:
         if key not in self._made:
             render(data / "pictures", size.pictures)
             render(data / f"scenes{size.label}", size.scenes)
-            self._made[key] = Trainings(root, size, self._study.stages, data)
+            self._made[key] = Trainings(root, size, self._study.stages, data, self._json)
         return self._made[key]
 
     def _finish(self, cell: Cell, training: Training, future: Future[float]) -> None:

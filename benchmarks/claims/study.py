@@ -28,7 +28,7 @@ def hold(arguments: common.Arguments) -> None:
     ledger = Ledger(arguments.out / RUNS)
     folder = Path("work_dirs") / ("method_quick" if arguments.quick else "method")
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
-    sitting = Sitting(study.only(arguments.only), ledger, folder, seconds)
+    sitting = Sitting(study.only(arguments.only), ledger, folder, seconds, arguments.device)
     sitting.run(arguments.threads)
     (publish_method if arguments.part == "method" else publish_regime)(arguments, study, ledger)
     left = list(sitting.left())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import common
 from benchmarks.claims import method, sitting
 from benchmarks.claims.ledger import UPSTREAM, Cell, Ledger
 from benchmarks.claims.method import STEPS, Study
@@ -195,3 +197,13 @@ def test_a_folder_holds_one_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len({training.folder for training in found.values()}) == len(found) == 8
     assert len({before.folder for training in found.values() for before in training.after}) == 2  # by width
     assert sorted({*rendered}) == ["data/pictures", "data/scenes", "data/scenes_plain"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_both_devices_train_in_float32_and_see_what_they_need(tmp_path: Path, device: str) -> None:
+    sitting.os.environ["CUDA_VISIBLE_DEVICES"] = "3"
+    one = Sitting(method.quick_regime(), Ledger(tmp_path / "runs.json"), tmp_path, device=device)
+    assert sitting.os.environ["CUDA_VISIBLE_DEVICES"] == ("" if device == "cpu" else "3")
+    assert sitting.os.environ["DS_ACCELERATOR"] == device
+    autocast = json.loads((common.ROOT / one._json).read_text())["torch_autocast"]["enabled"]
+    assert autocast == ("auto" if device == "cpu" else False)  # "auto" is float32 on a CPU
