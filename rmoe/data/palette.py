@@ -19,9 +19,10 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     colours of a longer palette are those of a shorter one.
     """
     shades = np.arange(0, 256, _STEP)
-    candidates = np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), -1).reshape(-1, 3)
+    candidates: np.ndarray = np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), -1).reshape(-1, 3)
     places = _oklab(candidates)
-    candidates, places = (x[(places[:, 0] > _DARK) & (places[:, 0] < _LIGHT)] for x in (candidates, places))
+    seen = (places[:, 0] > _DARK) & (places[:, 0] < _LIGHT)
+    candidates, places = candidates[seen], places[seen]
     far = np.min([np.linalg.norm(places - one, axis=1) for one in _oklab(np.array(_TAKEN))], axis=0)
     chosen = []
     for _ in range(count):

@@ -22,7 +22,6 @@ SCENES = SceneParams(
 )
 SEGMENTATION = {
     "model.decode_head.loss_decode.class_weight": None,
-    "train_cfg.val_interval": 8,
     "default_hooks.checkpoint.save_best": "mIoU",
     "custom_hooks": [{"type": "rmoe.EMAHook", "momentum": 0.3}],
     "optim_wrapper.optimizer.lr": 3e-3,

@@ -26,13 +26,13 @@ def test_the_figures_are_those_that_training_logged(runs: Any) -> None:
 
 
 def test_best_and_last_weights_have_their_own_figures(runs: Any) -> None:
-    first, last = runs.logged(runs.segmentor)
-    best = max((first, last), key=lambda line: line["mIoU"])
-    assert first["mIoU"] != last["mIoU"]
+    logged = runs.logged(runs.segmentor)
+    best, last = max(logged, key=lambda line: line["mIoU"]), logged[-1]
+    assert best["mIoU"] > last["mIoU"] > 0
     found, at_the_end = evaluate(runs.segmentor), evaluate(runs.segmentor / "model.safetensors")
     for name in ("mIoU", "aAcc", "mAcc"):
-        assert found.metrics[name] == best[name]
-        assert at_the_end.metrics[name] == last[name]
+        assert found.metrics[name] == pytest.approx(best[name], abs=1e-5)  # logs have float32
+        assert at_the_end.metrics[name] == pytest.approx(last[name], abs=1e-5)
     known = [values["IoU"] for values in found.classes.values() if values["IoU"] == values["IoU"]]
     assert sum(known) / len(known) == pytest.approx(best["mIoU"], abs=0.01)
 
