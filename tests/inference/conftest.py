@@ -22,6 +22,7 @@ SCENES = SceneParams(
 )
 SEGMENTATION = {
     "model.decode_head.loss_decode.class_weight": None,
+    "train_cfg.val_interval": 30,  # of 500 steps: of 16, each
     "default_hooks.checkpoint.save_best": "mIoU",
     "custom_hooks": [{"type": "rmoe.EMAHook", "momentum": 0.3}],
     "optim_wrapper.optimizer.lr": 3e-3,
