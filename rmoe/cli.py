@@ -17,6 +17,7 @@ from typing import NoReturn
 import rmoe
 from rmoe.engine import command
 from rmoe.errors import UserError, exit_code
+from rmoe.inference.command import add_predict, add_test
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
 _MOST = 65536  # processes, images of one, pixels of a side
@@ -33,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_configs,
         _add_data,
         _add_import,
+        add_predict,
+        add_test,
         _add_estimate,
         _add_report,
         _add_analyze,

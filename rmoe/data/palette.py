@@ -7,6 +7,7 @@ from functools import cache
 import numpy as np
 
 _STEP = 15  # of the grid of candidates, in 0 … 255
+_DARK, _LIGHT = 0.42, 0.92  # lightness of the darkest and the lightest colour, which is seen over any picture
 _TAKEN = ((0, 0, 0), (255, 255, 255), (128, 128, 128))  # void and the grey of pictures; no class looks like them
 
 
@@ -18,8 +19,10 @@ def palette(count: int) -> tuple[tuple[int, int, int], ...]:
     colours of a longer palette are those of a shorter one.
     """
     shades = np.arange(0, 256, _STEP)
-    candidates = np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), -1).reshape(-1, 3)
+    candidates: np.ndarray = np.stack(np.meshgrid(shades, shades, shades, indexing="ij"), -1).reshape(-1, 3)
     places = _oklab(candidates)
+    seen = (places[:, 0] > _DARK) & (places[:, 0] < _LIGHT)
+    candidates, places = candidates[seen], places[seen]
     far = np.min([np.linalg.norm(places - one, axis=1) for one in _oklab(np.array(_TAKEN))], axis=0)
     chosen = []
     for _ in range(count):

@@ -24,7 +24,10 @@ _REFUSED = {
 }
 _TOLD = ("train_cfg", "optim_wrapper.clip_grad", "train_dataloader", "custom_hooks", "val_evaluator")
 # Of a model: where weights come from, how experts are spread and what is kept for backward. None changes the function.
-_FREE = {"core", "init_cfg", "pretrained", "checkpoint", "ep_size", "exchange", "recompute", "with_cp"}
+_FREE = {
+    *("core", "allow_random_core", "init_cfg", "pretrained", "checkpoint"),
+    *("ep_size", "exchange", "recompute", "with_cp"),
+}
 
 
 def compare(path: Path, cfg: Any) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,7 +18,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from rmoe.engine import cost
 from rmoe.engine.checkpoint import export
-from rmoe.engine.checkpoint.files import PARTIAL, all_or_none
+from rmoe.engine.checkpoint.files import PARTIAL, all_or_none, write_json
 from rmoe.engine.ds_json import zero_stage
 from rmoe.engine.precision import precision
 from rmoe.errors import UserError
@@ -330,13 +328,6 @@ class GateBalanceHook(Hook):
                 f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance or moe.noise, or lower the "
                 "gate's learning rate (paramwise_cfg.gate_lr_mult)"
             )
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file aside, then renames it."""
-    partial = path.with_name(path.name + PARTIAL)
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
 
 
 def _samples(batch: Any) -> int:

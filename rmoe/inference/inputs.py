@@ -25,15 +25,19 @@ class Inputs:
     Args:
         described: what `rmoe.engine.checkpoint.export.inputs_of` returned.
 
+    Attributes:
+        scope: of the registries that the transforms are in.
+        transform: timm's, from an image to a tensor; None where the run has a pipeline of mmseg or mmdet.
+
     Raises:
         UserError: it has neither a pipeline nor a transform.
     """
 
     def __init__(self, described: Mapping[str, Any]) -> None:
         self.scope = described.get("scope", "mmengine")
-        self._transform: Any = None
+        self.transform: Any = None
         if "transform" in described:
-            self._transform = timm.data.create_transform(**described["transform"], is_training=False)
+            self.transform = timm.data.create_transform(**described["transform"], is_training=False)
             return
         if not isinstance(described.get("pipeline"), list):
             raise UserError("the run's inputs have neither a pipeline nor a transform; train it again")
@@ -45,8 +49,8 @@ class Inputs:
     def __call__(self, image: Image.Image, name: str = "") -> Item:
         """Returns the item of an image, which `name` stands for in the item."""
         rgb = image.convert("RGB")
-        if self._transform is not None:
-            return {"inputs": self._transform(rgb)}
+        if self.transform is not None:
+            return {"inputs": self.transform(rgb)}
         pixels = np.ascontiguousarray(np.asarray(rgb)[..., ::-1])
         size = pixels.shape[:2]
         results: Any = {
@@ -60,4 +64,4 @@ class Inputs:
 
     def collate(self, items: Sequence[Item]) -> dict[str, Any]:
         """Returns a batch of items of one shape."""
-        return default_collate(items) if self._transform is not None else pseudo_collate(items)
+        return default_collate(items) if self.transform is not None else pseudo_collate(items)

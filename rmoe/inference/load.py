@@ -112,7 +112,7 @@ def build_model(metadata: Mapping[str, Any], where: Path) -> nn.Module:
     scope, model = inputs.get("scope", "mmengine"), safe_config.with_pairs(metadata["model"])
     modules = [name for name in inputs.get("imports", ()) if name not in sys.modules]
     packages = [scope] if scope in ("mmseg", "mmdet") else []
-    with _quiet():
+    with quiet():
         safe_config.check([model, inputs], str(where), _importable(modules, where), packages)
         with DefaultScope.overwrite_default_scope(scope), torch.random.fork_rng([]):
             return revert_sync_batchnorm(MODELS.build(for_one_process(Config({"model": model}).model)))
@@ -129,8 +129,8 @@ def _importable(modules: list[Any], where: Path) -> list[str]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Leaves out what is said while a model is built: the run's own log has it."""
+def quiet() -> Iterator[None]:
+    """Leaves out what packages say while something is built or evaluated: the run's own log has it."""
     logger = MMLogger.get_current_instance()
     level = logger.level
     logger.setLevel("ERROR")

@@ -108,9 +108,10 @@ class Predictor:
         Raises:
             UserError: an image cannot be read or is of no size that the model takes; the run had no validation set.
         """
-        one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
+        if isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4):
+            images = [images]
         found: dict[int, Prediction] = {}
-        for index, answer in self.answers([images] if one else images, batch_size, threshold):  # type: ignore[list-item]
+        for index, answer in self.answers(images, batch_size, threshold):
             if isinstance(answer, UserError):
                 raise answer
             found[index] = answer

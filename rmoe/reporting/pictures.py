@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -16,6 +15,7 @@ from mmengine.dataset import default_collate, pseudo_collate
 from PIL import Image
 from torch import nn
 
+from rmoe.data.palette import palette
 from rmoe.moe.state import moe_layers
 from rmoe.reporting.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
 
@@ -84,10 +84,10 @@ def _area(box: Sequence[float]) -> float:
 def draw_predictions(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
     """Draws a row for each of the `scenes`: image, truth, and the answer of each titled model."""
     metainfo = scenes[0].dataset.metainfo
-    palette = metainfo["palette"]
-    colours = np.array([*palette, *[_VOID] * (256 - len(palette))], dtype=np.uint8)
+    given = metainfo["palette"]
+    colours = np.array([*given, *[_VOID] * (256 - len(given))], dtype=np.uint8)
     figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
-    seen = {len(palette)}  # void, which no model answers
+    seen = {len(given)}  # void, which no model answers
     for row, scene in zip(axes, scenes, strict=True):
         answers = [scene.answer(model).pred_sem_seg.data[0].numpy() for _, model in models]
         row[0].imshow(scene.image)
@@ -102,7 +102,7 @@ def draw_predictions(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Mod
 def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
     """Draws a row for each of the `scenes`: image, truth, and what each titled model is sure of."""
     names = scenes[0].dataset.metainfo["classes"]
-    colours = matplotlib.colormaps["hsv"](np.arange(len(names)) / len(names))[:, :3]
+    colours = np.array(palette(len(names))) / 255
     figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
     seen: set[int] = set()
     for row, scene in zip(axes, scenes, strict=True):
@@ -129,7 +129,7 @@ def draw_experts(scenes: Sequence[Scene], model: nn.Module) -> Figure:
     """Draws a row for each of the `scenes`: the image, and for each MoE layer every token's first expert over it."""
     layers = moe_layers(model)
     experts = max(layer.num_experts for layer in layers.values())
-    colours = matplotlib.colormaps["hsv"](np.arange(experts) / experts)[:, :3]  # no grey: the image under them is
+    colours = np.array(palette(experts)) / 255  # no grey: the image under them is
     maps = [routing_maps(model, partial(scene.answer, model), scene.size(model)) for scene in scenes]
     titles = [name.removesuffix(".mlp") for name in maps[0]]
     figure, axes = _grid(len(scenes), ["image", *titles], legend=1.2)

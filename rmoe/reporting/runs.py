@@ -19,8 +19,8 @@ from torch import nn
 from rmoe.engine.building import user_errors
 from rmoe.engine.checkpoint.export import MODEL
 from rmoe.engine.model_config import for_one_process
-from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
+from rmoe.inference.evaluate import run_config
 from rmoe.moe.state import load_global_state_dict
 from rmoe.reporting.pictures import Scene
 
@@ -95,11 +95,8 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        configs = sorted(folder.glob("*.py"))
-        if len(configs) != 1:
-            raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
-        self.config = read_config(configs[0], {})
-        with user_errors(f"{folder} is no finished run's: {configs[0].name} lacks what a report needs"):
+        self.config = run_config(folder)
+        with user_errors(f"{folder} is no finished run's: its dumped config lacks what a report needs"):
             kind, stage = self.config.val_evaluator.type, self.config.stage
         if kind not in _TASKS:
             raise UserError(f"{folder} was evaluated by {kind}; a report knows {', '.join(_TASKS)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -203,12 +204,25 @@ class Accuracy(BaseMetric):
         """Collects the predictions of `TimmClassifier`."""
         for sample in data_samples:
             logits, label = sample["logits"], sample["label"]
-            self.results.append(int((~(logits < logits[label])).sum()) - 1)  # NaN counts as above
+            self.results.append((int((~(logits < logits[label])).sum()) - 1, int(label)))  # NaN counts as above
 
-    def compute_metrics(self, results: list[int]) -> dict[str, float]:
-        """Returns the accuracies, from each image's number of wrong classes at least as likely as the right one."""
-        above = torch.tensor(results)
+    def compute_metrics(self, results: list[tuple[int, int]]) -> dict[str, float]:
+        """Returns the accuracies, from each image's number of wrong classes at least as likely as its right one, and
+        that one.
+        """
+        above = torch.tensor([number for number, _ in results])
         return {f"top{k}": 100 * (above < k).double().mean().item() for k in self.ranks}
+
+    def class_values(self, results: Sequence[tuple[int, int]]) -> dict[str, dict[str, float]]:
+        """Returns the accuracies over the images of each class, in percent; NaN for a class without any."""
+        names = (self.dataset_meta or {})["classes"]
+        of_class: list[list[int]] = [[] for _ in names]
+        for above, label in results:
+            of_class[label].append(above)
+        return {
+            name: {f"top{k}": 100 * sum(x < k for x in found) / len(found) if found else math.nan for k in self.ranks}
+            for name, found in zip(names, of_class, strict=True)
+        }
 
 
 def majority_top1(train: ImageFolder, val: ImageFolder) -> float:

@@ -151,8 +151,11 @@ class CocoMetric(MMDetCocoMetric):
         UserError: the annotations are faulty, or lack masks and masks are to be evaluated.
     """
 
+    metrics: list[str]
+
     def __init__(self, ann_file: str, **mmdet: Any) -> None:
         super().__init__(**mmdet)
+        self._class_precision: dict[str, dict[str, float]] = {}
         self._coco_api = CheckedCOCO(ann_file)
         lacking = [one["id"] for one in self._coco_api.dataset["annotations"] if not one.get("segmentation")]
         if "segm" in self.metrics and lacking:
@@ -163,11 +166,29 @@ class CocoMetric(MMDetCocoMetric):
 
     def compute_metrics(self, results: list[Any]) -> dict[str, float]:
         """Returns mmdet's values, and 0 for each that it leaves out."""
-        found = super().compute_metrics(results)
+        found: dict[str, float] = {}
+        kinds = self.metrics
+        for kind in kinds:  # one by one: mmdet has one name for a class's boxes and its masks
+            self.metrics = [kind]
+            one = super().compute_metrics(results)
+            found |= one
+            precision = {name: one.get(f"{name}_precision", 0.0) for name in self.dataset_meta["classes"]}
+            self._class_precision[kind] = precision
+        self.metrics = kinds
         names = [f"{metric}_{item}" for metric in self.metrics for item in _ITEMS]
         if self.classwise:
             names += [f"{name}_precision" for name in self.dataset_meta["classes"]]
         return {**dict.fromkeys(names, 0.0), **found}
+
+    def class_values(self) -> dict[str, dict[str, float]]:
+        """Returns AP of each class in percent by what was evaluated last, "bbox AP" and "segm AP"; it is empty without
+        `classwise`, and NaN for a class that the annotations do not have.
+        """
+        kinds = self._class_precision if self.classwise else {}
+        return {
+            name: {f"{kind} AP": 100 * float(values[name]) for kind, values in kinds.items()}
+            for name in (self.dataset_meta["classes"] if kinds else ())
+        }
 
 
 def majority_ap(train: CocoDataset, val: CocoDataset) -> dict[str, float]:

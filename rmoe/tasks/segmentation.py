@@ -20,6 +20,7 @@ from rmoe.data.arguments import check_arguments, require_count
 from rmoe.data.classes import class_list
 from rmoe.data.files import stems
 from rmoe.data.images import IGNORED, read_label_map
+from rmoe.data.palette import palette
 from rmoe.errors import UserError
 from rmoe.registry import DATASETS, TRANSFORMS
 from rmoe.tasks.images import fetch
@@ -86,7 +87,8 @@ class SegDataset(_CheckedFiles):
 
     def __init__(self, classes: str | Sequence[str], num_classes: int, **mmseg: Any) -> None:
         check_arguments({"classes": classes, "num_classes": num_classes})
-        super().__init__(metainfo=class_list(classes, num_classes).metainfo, **mmseg)
+        metainfo = class_list(classes, num_classes).metainfo
+        super().__init__(metainfo={"palette": list(map(list, palette(num_classes))), **metainfo}, **mmseg)
 
 
 @DATASETS.register_module()
@@ -153,6 +155,19 @@ def majority_miou(train: BaseSegDataset, val: BaseSegDataset) -> float:
         areas.append(IoUMetric.intersect_and_union(answer, truth, classes, IGNORED))
     metrics = IoUMetric.total_area_to_metrics(*(sum(area) for area in zip(*areas, strict=True)))
     return float(100 * np.nanmean(metrics["IoU"]))
+
+
+def class_values(metric: IoUMetric, results: Sequence[Any]) -> dict[str, dict[str, float]]:
+    """Returns IoU, Acc and so on of each class in percent, from the `results` that a metric has collected; NaN for a
+    class that is neither in the truth nor in the answers.
+    """
+    areas = (sum(area) for area in zip(*results, strict=True))
+    found = metric.total_area_to_metrics(*areas, metric.metrics, metric.nan_to_num, metric.beta)
+    found.pop("aAcc")
+    return {
+        name: {key: 100 * float(values[label]) for key, values in found.items()}
+        for label, name in enumerate(metric.dataset_meta["classes"])
+    }
 
 
 def label_maps(dataset: BaseSegDataset) -> Iterator[np.ndarray]:

@@ -288,6 +288,8 @@ def resumed(folder: Path, **changed: Any) -> list[str]:
 
 def test_what_a_resumed_run_may_not_change(tmp_path: Path) -> None:
     assert resumed(tmp_path) == []
+    # as `prepare` sets it in a run that is resumed and has no core: upstream pretraining
+    assert resumed(tmp_path, model=toy_dict()["model"] | {"allow_random_core": True}) == []
     wrapper = toy_dict()["optim_wrapper"]
     for name, value in (("lr", 0.1), ("weight_decay", 0.0), ("betas", [0.5, 0.9])):
         changed = wrapper | {"optimizer": wrapper["optimizer"] | {name: value}}

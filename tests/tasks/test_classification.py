@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 
@@ -274,6 +275,14 @@ def test_accuracy_by_hand():
     answers = [{"logits": row, "label": label} for row, label in zip(logits, [0, 4, 5, 0], strict=True)]
     metric.process({}, answers[:3])
     metric.process({}, answers[3:])
+    metric.dataset_meta = {"classes": tuple("abcdef")}
+    by_class = metric.class_values(metric.results)
+    assert {name: by_class[name] for name in "aef"} == {
+        "a": {"top1": 50.0, "top5": 50.0},
+        "e": {"top1": 0.0, "top5": 100.0},
+        "f": {"top1": 0.0, "top5": 0.0},
+    }
+    assert math.isnan(by_class["b"]["top1"])
     # right; fifth; sixth; a tie of six, which is never counted in the model's favour
     assert metric.evaluate(4) == {"accuracy/top1": 25.0, "accuracy/top5": 50.0}
     metric.process({}, [{"logits": torch.full((6,), float("nan")), "label": 0}])

@@ -34,6 +34,7 @@ from rmoe.data.emoji_scenes.emoji import stamp
 from rmoe.data.emoji_scenes.glyphs import CREDIT, DISTRACTORS, LICENCE, LICENCE_URL, THINGS, UPSTREAM, class_name
 from rmoe.data.emoji_scenes.params import SceneParams, tail
 from rmoe.data.emoji_scenes.textures import STUFF, colour_matrix, noise, recolour, texture
+from rmoe.data.palette import palette
 from rmoe.data.progress import tracked
 from rmoe.errors import UserError
 
@@ -75,9 +76,7 @@ class _Placed(NamedTuple):
 def metainfo(categories: int = SceneParams.categories) -> dict[str, tuple]:
     """Returns `classes` and `palette` of the label values 1 … N, stuff first, as mmseg's data sets take them."""
     names = (*STUFF, *(thing.name for thing in THINGS[:categories]))
-    # 91 is coprime to 256, so that no two values share their red
-    palette = [(value * 91 % 256, value * 53 % 256, (value * 197 + 64) % 256) for value in range(1, len(names) + 1)]
-    return {"classes": names, "palette": tuple(palette)}
+    return {"classes": names, "palette": palette(len(names))}
 
 
 def render(out: Path, params: SceneParams, *, jobs: int = 1) -> bool:

@@ -193,6 +193,13 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
             put_in_place(partial, path)
 
 
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes a JSON file aside, then renames it."""
+    partial = path.with_name(path.name + PARTIAL)
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)
+
+
 def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
     """Declares the checkpoint folder `path` complete."""
     content = {"iteration": iteration, "layout": dataclasses.asdict(layout), "files": dict(sorted(files.items()))}

@@ -1,0 +1,217 @@
+"""The command `rmoe predict`: from images on disk to pictures, label maps and one JSON."""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as rle
+
+import rmoe
+from rmoe.data.files import is_image, walk
+from rmoe.engine.checkpoint.files import PARTIAL, write_json
+from rmoe.engine.lock import check_folder
+from rmoe.engine.terminal import progress_bar
+from rmoe.errors import UserError
+from rmoe.inference.pictures import class_shares, colour_map, draw
+from rmoe.inference.predictor import Classification, Detection, Prediction, Predictor, Segmentation, opened
+
+RESULTS = "predictions.json"
+_PICTURES, _COLOURS, _LABELS = "pictures", "colours", "labels"
+_WILD = "*?["
+
+
+def predict(
+    predictor: Predictor,
+    words: Sequence[str],
+    out: Path,
+    *,
+    batch_size: int = 8,
+    threshold: float = 0.3,
+    opacity: float = 0.55,
+) -> tuple[int, int]:
+    """Predicts on images; writes OUT/pictures, of segmentation OUT/colours and OUT/labels, and OUT/predictions.json.
+
+    Args:
+        predictor: what `rmoe.load` returned.
+        words: image files, folders, which are searched, and patterns such as "photos/*.jpg".
+        out: folder to make; one that holds earlier predictions has them replaced.
+        batch_size: images of one shape that go through the model together.
+        threshold: score from which on a detector's objects count.
+        opacity: of the classes' colours over the images.
+
+    Returns:
+        How many images were done, and how many could not be; each of those is named on standard error.
+
+    Raises:
+        UserError: there is no image; `out` holds something else or cannot be written; see also `Predictor.answers`.
+    """
+    if not 0 <= opacity <= 1:
+        raise UserError(f"--opacity is {opacity}; it is a number from 0 to 1")
+    paths = find_images(words)
+    names = _names(paths)
+    folders = (_PICTURES, _COLOURS, _LABELS) if predictor.task == "segmentation" else (_PICTURES,)
+    answers = predictor.answers(paths, batch_size, threshold)
+    content: dict[str, Any] = {
+        "rmoe": rmoe.__version__,
+        "complete": False,
+        "weights": str(predictor.source),
+        "task": predictor.task,
+        **({"threshold": threshold} if predictor.task == "detection" else {}),
+        "categories": [
+            {"id": number, "name": name, "color": list(predictor.palette[number - 1])}
+            for number, name in enumerate(predictor.classes, start=1)
+        ],
+        "files": [f"{folder}/{name}.png" for name in names for folder in folders],
+    }
+    first = next(answers)  # what is wrong with the model or the numbers is told before anything is written
+    _make(out)
+    write_json(out / RESULTS, content)
+    images: dict[int, dict[str, Any]] = {}
+    objects: dict[int, list[dict[str, Any]]] = {}
+    failed: dict[int, str] = {}
+    with progress_bar() as bar:
+        task = bar.add_task("predict", total=len(paths), note="")
+        for index, answer in _chain(first, answers):
+            if isinstance(answer, UserError):
+                failed[index] = str(answer)
+                bar.console.print(f"rmoe: {answer}", markup=False, highlight=False, soft_wrap=True)
+            else:
+                image = opened(paths[index])
+                files = _draw(image, answer, predictor, out, names[index], opacity, threshold)
+                about = {"id": index + 1, "file_name": paths[index], "width": image.width, "height": image.height}
+                images[index] = about | {"files": files} | _summary(answer, predictor.classes)
+                objects[index] = _coco(answer, index + 1)
+            bar.update(task, advance=1, refresh=True)
+    content |= {"complete": True, "images": [images[i] for i in sorted(images)]}
+    if predictor.task == "detection":
+        content["annotations"] = [one for i in sorted(objects) for one in objects[i]]
+    content["failed"] = [{"file_name": paths[i], "why": failed[i]} for i in sorted(failed)]
+    content["files"] = [file for i in sorted(images) for file in images[i]["files"].values()]
+    write_json(out / RESULTS, content)
+    return len(images), len(failed)
+
+
+def find_images(words: Sequence[str]) -> list[str]:
+    """Returns the paths that files, folders and patterns stand for, each once, in their order.
+
+    Raises:
+        UserError: a folder has no image, or a pattern matches none.
+    """
+    found: dict[str, str] = {}
+    for word in words:
+        for path in _matches(word):
+            found.setdefault(os.path.realpath(path) if "\0" not in path else path, path)
+    if not found:
+        raise UserError("no image is given; give files, folders or patterns such as 'photos/*.jpg'")
+    return list(found.values())
+
+
+def _matches(word: str) -> list[str]:
+    if os.path.isdir(word):
+        inside = [os.path.join(where, name) for where, names in walk(word) for name in names if is_image(name)]
+        if not inside:
+            raise UserError(f"the folder {word} has no image; give one that has, or files")
+        return inside
+    if os.path.lexists(word) or not any(sign in word for sign in _WILD):
+        return [word]
+    inside = sorted(path for path in glob.glob(word, recursive=True) if is_image(os.path.basename(path)))
+    if not inside:
+        raise UserError(f"no image matches {word!r}; quote patterns, and see that the folder is right")
+    return inside
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """Returns a name for each path, unlike all others: the path below the folder that all are in, without suffix."""
+    absolute = [Path(os.path.abspath(path.replace("\0", ""))) for path in paths]
+    common = os.path.commonpath([path.parent for path in absolute])
+    short = [path.relative_to(common).with_suffix("").as_posix() for path in absolute]
+    taken: set[str] = set()
+    names = []
+    for path, name in zip(absolute, short, strict=True):
+        if short.count(name) > 1:  # of another suffix
+            name = f"{name}_{path.suffix[1:]}"
+        while name.casefold() in taken:
+            name += "_"
+        taken.add(name.casefold())
+        names.append(name)
+    return names
+
+
+def _make(out: Path) -> None:
+    """Makes the folder, or empties it of the predictions that an earlier call has left."""
+    check_folder(out, "--out")
+    earlier: list[str] = []
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            content = json.loads((out / RESULTS).read_text())
+            assert "rmoe" in content
+            earlier = [*content["files"]]
+        except Exception as error:  # whatever it is, it is not ours
+            raise UserError(f"{out} holds files that are no predictions of ours; give another --out") from error
+    for name in earlier:
+        path = out / name
+        if path.resolve().is_relative_to(out.resolve()):
+            path.unlink(missing_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
+
+
+def _draw(
+    image: Image.Image,
+    answer: Prediction,
+    predictor: Predictor,
+    out: Path,
+    name: str,
+    opacity: float,
+    threshold: float,
+) -> dict[str, str]:
+    """Writes the pictures of an image; returns their paths below `out` by their kind."""
+    palette = predictor.palette
+    made = {_PICTURES: draw(image, answer, predictor.classes, palette, opacity=opacity, threshold=threshold)}
+    if isinstance(answer, Segmentation):
+        made |= {_COLOURS: colour_map(answer, palette), _LABELS: Image.fromarray(answer.labels)}
+    for kind, picture in made.items():
+        path = out / kind / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + PARTIAL)
+        picture.save(partial, format="png")
+        partial.replace(path)
+    return {kind: f"{kind}/{name}.png" for kind in made}
+
+
+def _summary(answer: Prediction, classes: Sequence[str]) -> dict[str, Any]:
+    if isinstance(answer, Segmentation):
+        return {"classes": {classes[label]: round(share, 6) for label, share in class_shares(answer)}}
+    if isinstance(answer, Classification):
+        return {"top": [{"class": classes[label], "probability": share} for label, share in answer.top()]}
+    return {"objects": len(answer.scores)}
+
+
+def _coco(answer: Prediction, image: int) -> list[dict[str, Any]]:
+    """Returns a detector's objects in COCO's format of results; no others'."""
+    if not isinstance(answer, Detection):
+        return []
+    objects = []
+    for number, (left, top, right, bottom) in enumerate(answer.boxes.tolist()):
+        one = {
+            "image_id": image,
+            "category_id": int(answer.labels[number]) + 1,
+            "bbox": [left, top, right - left, bottom - top],
+            "score": float(answer.scores[number]),
+        }
+        if answer.masks is not None:
+            packed = rle.encode(np.asfortranarray(answer.masks[number].astype(np.uint8)))
+            one["segmentation"] = {"size": packed["size"], "counts": packed["counts"].decode()}
+        objects.append(one)
+    return objects
+
+
+def _chain(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
+    yield first
+    yield from rest
