@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmoe.moe.exchange import SumOverProcesses
-from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_loss
+from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_load, gate_loss
 
 if TYPE_CHECKING:
     from rmoe.moe.layer import ResidualMoE
@@ -74,6 +74,11 @@ class Records:
         It reuses the sums of `loss`; called alone it is collective as that is.
         """
         return {layer: gate_balance(sums) for layer, sums in self._totals().items()}
+
+    @torch.no_grad()
+    def loads(self) -> dict[ResidualMoE, Tensor]:
+        """Returns the share of the global batch's tokens that use each expert, [E], by layer; as `balance`."""
+        return {layer: gate_load(sums) for layer, sums in self._totals().items()}
 
     def _totals(self) -> dict[ResidualMoE, GateSums]:
         """Returns the sums over all processes, communicated once."""
