@@ -121,7 +121,10 @@ def differences(group: Group, colour: Mapping[str, str]) -> Chart | None:
         "showlegend": False,
     }
     title = plain(f"difference to {group.reference}, points; bars: 95 %")
-    layout = {"xaxis": {"title": {"text": title}, "zeroline": True}, "yaxis": {"autorange": "reversed"}}
+    layout = {
+        "xaxis": {"title": {"text": title}, "zeroline": True, "rangemode": "tozero"},
+        "yaxis": {"autorange": "reversed"},
+    }
     return {"data": [trace], "layout": layout, "height": 130 + 34 * len(arms)}
 
 
