@@ -139,6 +139,7 @@ def draw_norms(layers: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     for colour, (name, points) in zip(colours, layers.items(), strict=True):
         axis.plot(*zip(*points, strict=True), color=colour, label=_layer(name), marker="." if len(points) < 20 else "")
     axis.set(xlabel="training step", ylabel="‖Δ‖ / ‖core‖")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
     return figure

@@ -109,10 +109,10 @@ def _table(heads: list[str], lines: list[list[str]], names: int, width: int) -> 
     """
     columns = [[head, *cells] for head, *cells in zip(heads, *lines, strict=True)]
     sizes = [max(cell_len(printable(cell)) for cell in column) for column in columns]
-    while len(columns) > names + 1 and sum(sizes[names:]) + _GAP * len(sizes) + _NARROWEST * names > width:
+    while len(columns) > names + 1 and sum(sizes[names:]) + _GAP * (len(sizes) - 1) + _NARROWEST * names > width:
         columns.pop()
         sizes.pop()
-    room = max(_NARROWEST, (width - sum(sizes[names:]) - _GAP * len(sizes)) // names)
+    room = max(_NARROWEST, (width - sum(sizes[names:]) - _GAP * (len(sizes) - 1)) // names)
     if names == 2:  # what one needs less, the other one may have
         least = min(sizes[:2])
         sizes[:2] = [min(size, max(room, 2 * room - least)) for size in sizes[:2]]
