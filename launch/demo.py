@@ -61,10 +61,10 @@ def main() -> int:
     _heading(STEPS, "Report")
     from rmoe.reporting.report import report
 
-    report([training.folder for training in runs.values()], out)
+    report([training.folder for training in runs.values()], out, out / "report.html")
     minutes = (time.monotonic() - started) / 60
-    print(f"{minutes:.1f} minutes. In {out}: summary.json, pictures (*.png), and in each run's folder its logs;")
-    print(f"curves: tensorboard --logdir {out}")
+    print(f"{minutes:.1f} minutes. In {out}: report.html, summary.json, pictures (*.png), and in each run's folder")
+    print(f"its logs; curves: tensorboard --logdir {out}")
     return 0
 
 

@@ -309,17 +309,26 @@ def _estimate(arguments: argparse.Namespace) -> None:
 
 
 def _add_report(groups: argparse._SubParsersAction) -> None:
-    text = "Prints what finished runs achieved and cost; writes summary.json and, of segmentation runs, pictures."
-    parser = groups.add_parser("report", help="compare finished runs", description=text)
-    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="work dir of a finished run")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    text = (
+        "Sets runs side by side: what they achieved and cost, and arms over seeds, with paired differences to the arm "
+        "of the first RUN. --html writes a page with curves, classes, predictions, routing and how to reproduce."
+    )
+    parser = groups.add_parser("report", help="compare runs", description=text)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="work dir of a run")
+    parser.add_argument("--html", type=_new_file, metavar="FILE", help="write a page, which needs no network, to FILE")
+    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write everything that is told to FILE")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder for summary.json and new pictures on validation images"
+    )
     parser.set_defaults(run=_report)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     from rmoe.reporting.report import report
 
-    report(arguments.runs, arguments.out)
+    report(arguments.runs, arguments.out, arguments.html, arguments.json)
+    for path in filter(None, (arguments.html, arguments.json, arguments.out)):
+        print(f"{path}: written")
 
 
 def _add_analyze(groups: argparse._SubParsersAction) -> None:
@@ -332,7 +341,12 @@ def _add_analyze(groups: argparse._SubParsersAction) -> None:
     parser.add_argument("work_dir", type=Path, metavar="RUN", help="work dir of a finished run")
     parser.add_argument("--before", type=Path, metavar="RUN", help="work dir of the run that it started from")
     parser.add_argument("--images", type=int, default=100, metavar="N", help="for the load (default: %(default)s)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder for the results (default: analysis/ in RUN, where a report finds it)",
+    )
     parser.set_defaults(run=_analyze)
 
 

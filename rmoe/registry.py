@@ -14,5 +14,6 @@ _CLASSIFICATION = "rmoe.tasks.classification"
 MODELS = Registry("model", parent=registry.MODELS, scope="rmoe", locations=["rmoe.backbones.pyramid", _CLASSIFICATION])
 DATASETS = Registry("dataset", parent=registry.DATASETS, scope="rmoe", locations=[_CLASSIFICATION])
 METRICS = Registry("metric", parent=registry.METRICS, scope="rmoe", locations=[_CLASSIFICATION])
-HOOKS = Registry("hook", parent=registry.HOOKS, scope="rmoe", locations=["rmoe.engine.hooks"])
+_HOOKS = ["rmoe.engine.hooks", "rmoe.engine.predictions"]
+HOOKS = Registry("hook", parent=registry.HOOKS, scope="rmoe", locations=_HOOKS)
 TRANSFORMS = Registry("transform", parent=registry.TRANSFORMS, scope="rmoe", locations=["rmoe.tasks.images"])

@@ -7,13 +7,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from scipy.stats import t as student
-
 from benchmarks.claims.arms import Arm, Size
 from benchmarks.claims.runs import Key
 from benchmarks.common import Row
 from rmoe.pipelines import Training
 from rmoe.reporting.runs import Run
+from rmoe.reporting.statistics import paired
 
 REFERENCES = ("dense", "moe", "residual", "dense_core_longer")  # what arms are compared with
 
@@ -105,15 +104,6 @@ def ratio(row: Row, kind: str, other: str = "dense") -> Compared:
 def _interval(name: str, other: str) -> str:
     """Returns the key of an interval; that of a difference to dense has no further name."""
     return name if other == "dense" else f"{name}_to_{other}"
-
-
-def paired(differences: Sequence[float]) -> tuple[float, list[float] | None]:
-    """Returns the mean of paired differences and Student's 95 % interval around it, which is None for one pair."""
-    mean, count = statistics.mean(differences), len(differences)
-    if count < 2:
-        return mean, None
-    half = float(student.ppf(0.975, count - 1)) * statistics.stdev(differences) / count**0.5
-    return mean, [mean - half, mean + half]
 
 
 def pipeline_cost(training: Training) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -22,10 +23,11 @@ from rmoe.engine.checkpoint.files import PARTIAL, all_or_none, write_json
 from rmoe.engine.ds_json import zero_stage
 from rmoe.engine.precision import precision
 from rmoe.errors import UserError
-from rmoe.moe.state import local_experts, moe_layers
+from rmoe.moe.state import local_experts, moe_layers, residual_norms
 from rmoe.registry import HOOKS
 
 _FILE = ".pth"  # suffix of a file of weights
+_EXPERTS = 16  # of a layer whose load is logged one by one
 
 
 class RunningStatsHook(Hook):
@@ -171,6 +173,7 @@ class CostHook(Hook):
             "zero_stage": zero_stage(strategy.config),
             "precision": precision(strategy.config),
             "ep_size": strategy.layout.ep_size,
+            "command": [word for word in sys.argv if not word.startswith("--local_rank")],
             "software": cost.software(),
         }
         path = Path(runner.work_dir) / "cost.json"
@@ -275,7 +278,9 @@ class GateBalanceHook(Hook):
         custom_hooks = [dict(type="rmoe.GateBalanceHook", interval=50, share=0.8, steps=100)]
 
     A run has one of its own accord, at the interval of its log. A line has for every mixture the largest share of the
-    tokens that one expert holds, the entropy of the load (1 is even), and the mean of the largest gate probability.
+    tokens that one expert holds, the entropy of the load (1 is even), and the mean of the largest gate probability. The
+    visualizer gets these, the share of each of the first sixteen experts, and the mean norm of the residuals as a part
+    of the core's.
 
     Args:
         interval: iterations from one look to the next; only then is anything computed.
@@ -302,17 +307,21 @@ class GateBalanceHook(Hook):
         self._names = {layer: name for name, layer in moe_layers(runner.model.module).items()}
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        """Looks at the gates. Nothing is communicated: the losses' sums over all processes are at hand."""
+        """Looks at the gates, whose sums over all processes are at hand, and at the residuals: see `residual_norms`."""
         if not self.every_n_train_iters(runner, self._interval) or not self._names:
             return
         found: list[str] = []
         scalars: dict[str, float] = {}
+        loads = runner.model.records.loads()
         for layer, balance in runner.model.records.balance().items():
             name, values = self._names[layer], [float(value) for value in balance]
             found.append(f"{name} " + " / ".join(f"{value:.3f}" for value in values))
             scalars |= {f"gate/{name}/{key}": value for key, value in zip(balance._fields, values, strict=True)}
+            shares = loads[layer][:_EXPERTS].tolist()
+            scalars |= {f"load/{name}/{e}": share for e, share in enumerate(shares)}
             if 1 <= layer.config.experts_per_token < layer.num_experts:
                 self._judge(runner, name, values[0])
+        scalars |= {f"residual/{name}": float(norm) for name, norm in residual_norms(runner.model.module).items()}
         runner.logger.info(f"gates, largest share / entropy of the load / confidence: {', '.join(found)}")
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 

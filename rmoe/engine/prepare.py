@@ -32,6 +32,7 @@ _SAMPLERS = {
 }
 _HOOKS = "rmoe.engine.hooks"
 _BALANCE = "rmoe.GateBalanceHook"
+_PREDICTIONS = "rmoe.PredictionsHook"
 
 
 def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: Path | None, resume: bool) -> list[str]:
@@ -202,6 +203,8 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
     if not any(hook["type"] == _BALANCE for hook in custom):
         every = ((cfg.get("default_hooks") or {}).get("logger") or {}).get("interval", 10)
         custom.append({"type": _BALANCE, "interval": every})
+    if not any(hook["type"] == _PREDICTIONS for hook in custom):
+        custom.append({"type": _PREDICTIONS})
     for hook in custom:
         if short_name(hook["type"]) == "EMAHook" and hook["type"] != "rmoe.EMAHook":
             ours_is = f"dict(type='rmoe.EMAHook', momentum={hook.get('momentum', 0.0002)})"

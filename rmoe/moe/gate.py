@@ -240,13 +240,19 @@ class Balance(NamedTuple):
     confidence: Tensor
 
 
+def gate_load(sums: GateSums) -> Tensor:
+    """Returns the share of a batch's tokens that use each expert, [E], float32, without gradient. Where every token
+    uses all experts, they are counted by their probabilities.
+    """
+    return sums.chosen_E.where(sums.chosen_E.min() < sums.tokens, sums.probability_E.detach()) / sums.tokens
+
+
 def gate_balance(sums: GateSums) -> Balance:
-    """Returns the balance of a batch. Where every token uses all experts, they are counted by their probabilities."""
-    num_experts = len(sums.chosen_E)
-    count_E = sums.chosen_E.where(sums.chosen_E.min() < sums.tokens, sums.probability_E)
-    share_E = count_E / count_E.sum()
+    """Returns the balance of a batch, see `gate_load`."""
+    num_experts, load_E = len(sums.chosen_E), gate_load(sums)
+    share_E = load_E / load_E.sum()
     entropy = torch.special.entr(share_E).sum() / math.log(num_experts) if num_experts > 1 else torch.ones_like(sums.z)
-    return Balance(count_E.max() / sums.tokens, entropy, sums.confidence / sums.tokens)
+    return Balance(load_E.max(), entropy, sums.confidence / sums.tokens)
 
 
 def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:

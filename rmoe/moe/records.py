@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rmoe.moe.exchange import SumOverProcesses
-from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_loss
+from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_load, gate_loss
 
 if TYPE_CHECKING:
     from rmoe.moe.layer import ResidualMoE
@@ -99,6 +99,11 @@ class Records:
         if any(layer.config.balance_rate for layer in self.sums):
             for layer, sums in self._totals().items():
                 layer.gate.balance(sums.chosen_E.detach(), step)
+
+    @torch.no_grad()
+    def loads(self) -> dict[ResidualMoE, Tensor]:
+        """Returns the share of the global batch's tokens that use each expert, [E], by layer; as `balance`."""
+        return {layer: gate_load(sums) for layer, sums in self._totals().items()}
 
     def _totals(self) -> dict[ResidualMoE, GateSums]:
         """Returns the sums over all processes, communicated once."""

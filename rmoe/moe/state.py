@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import torch
+import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,6 +48,30 @@ def roles(model: nn.Module) -> dict[str, Role]:
         for name, _ in layer.named_parameters():
             found[f"{layer_name}.{name}" if layer_name else name] = parts[name.partition(".")[0]]
     return found
+
+
+@torch.no_grad()
+def residual_norms(model: nn.Module) -> dict[str, Tensor]:
+    """Returns ‖Δ_e‖ / ‖core‖ by layer, the mean over its experts: scalars, float32. Layers without a core have none.
+
+    Norms are Frobenius norms over both weight matrices. Collective where processes share experts: one all-reduce.
+    """
+    found = {}
+    for name, layer in moe_layers(model).items():
+        if layer.config.kind.has_core:
+            core, local = layer.core, type(layer.residuals())(*(x.float() for x in layer.residuals()))
+            core_norm = _norm(core.fc1.weight, core.fc2.weight)  # type: ignore[union-attr,arg-type]
+            deltas = [local.delta(e) for e in range(layer.num_local_experts)]
+            found[name] = torch.stack([_norm(one.w1_HC, one.w2_CH) for one in deltas]).mean() / core_norm
+    if found and any(layer.ep_size > 1 for layer in moe_layers(model).values()):
+        means = torch.stack([*found.values()])
+        dist.all_reduce(means)  # each expert is on as many processes
+        found = dict(zip(found, means / dist.get_world_size(), strict=True))
+    return found
+
+
+def _norm(*matrices: Tensor) -> Tensor:
+    return torch.stack([matrix.float().norm() for matrix in matrices]).norm()
 
 
 def holds_experts(state: Mapping[str, Tensor]) -> bool:

@@ -7,94 +7,31 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
-from mmengine.dataset import default_collate, pseudo_collate
-from PIL import Image
 from torch import nn
 
 from rmoe.data.palette import palette
 from rmoe.moe.state import moe_layers
 from rmoe.reporting.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
+from rmoe.tasks.scenes import SURE, Scene, colours_of
 
-_SURE = 0.3  # score from which on a detection is drawn
 _CLASSES = 30  # of the commonest, shown with the experts that they go to
-_VOID = (0, 0, 0)
-
-
-class Scene:
-    """One image of a data set, and what is known of it.
-
-    Args:
-        dataset: of a task: `rmoe.ImageFolder`, or one of mmseg's or mmdet's.
-        index: of the image.
-    """
-
-    def __init__(self, dataset: Any, index: int) -> None:
-        item = dataset[index]
-        self.dataset, self.index = dataset, index
-        self.batch = default_collate([item]) if "labels" in item else pseudo_collate([item])
-
-    def answer(self, model: Any) -> Any:
-        """Returns what `model` says, in evaluation mode and without gradient."""
-        with torch.no_grad():
-            return model.test_step(self.batch)[0]
-
-    def size(self, model: Any) -> tuple[int, int]:
-        """Returns (height, width) in pixels of the image as the backbone gets it."""
-        return tuple(model.data_preprocessor(self.batch, False)["inputs"].shape[-2:])
-
-    @property
-    def image(self) -> np.ndarray:
-        """Returns the image [H, W, 3] as it lies on disk; a classifier's as its transform made it, in 0 … 1."""
-        if "labels" in self.batch:
-            pixels = self.batch["inputs"][0].movedim(0, -1).numpy()
-            return (pixels - pixels.min()) / max(np.ptp(pixels), 1e-6)
-        with Image.open(self.batch["data_samples"][0].img_path) as image:
-            return np.asarray(image.convert("RGB"))
-
-    @property
-    def objects(self) -> list[dict[str, Any]]:
-        """Returns a detector's truth from the data set's own list: that in a batch has been resized with the image."""
-        return self.dataset.get_data_info(self.index)["instances"]
-
-    @property
-    def labels(self) -> np.ndarray:
-        """Returns class indices, int [H, W]: the image's class, the label map, or, of boxes, the class of the smallest
-        around a pixel and -1 outside of all.
-        """
-        if "labels" in self.batch:
-            return np.full(self.batch["inputs"].shape[-2:], int(self.batch["labels"][0]))
-        sample = self.batch["data_samples"][0]
-        if "gt_sem_seg" in sample:
-            return sample.gt_sem_seg.data[0].numpy()
-        labels = np.full(self.image.shape[:2], -1)
-        for one in sorted(self.objects, key=lambda one: -_area(one["bbox"])):
-            left, top, right, bottom = (round(side) for side in one["bbox"])
-            labels[top:bottom, left:right] = one["bbox_label"]
-        return labels
-
-
-def _area(box: Sequence[float]) -> float:
-    return (box[2] - box[0]) * (box[3] - box[1])
 
 
 def draw_predictions(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
     """Draws a row for each of the `scenes`: image, truth, and the answer of each titled model."""
-    metainfo = scenes[0].dataset.metainfo
-    given = metainfo["palette"]
-    colours = np.array([*given, *[_VOID] * (256 - len(given))], dtype=np.uint8)
+    names = scenes[0].dataset.metainfo["classes"]
+    colours = colours_of(scenes[0].dataset.metainfo)
     figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
-    seen = {len(given)}  # void, which no model answers
+    seen = {len(names)}  # void, which no model answers
     for row, scene in zip(axes, scenes, strict=True):
         answers = [scene.answer(model).pred_sem_seg.data[0].numpy() for _, model in models]
         row[0].imshow(scene.image)
         for axis, labels in zip(row[1:], [scene.labels, *answers], strict=True):
             axis.imshow(colours[labels])
             seen |= set(np.unique(labels).tolist())
-    names = metainfo["classes"]
     _legend(figure, [(name, colours[label] / 255) for label, name in enumerate([*names, "void"]) if label in seen])
     return figure
 
@@ -102,7 +39,7 @@ def draw_predictions(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Mod
 def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Module]]) -> Figure:
     """Draws a row for each of the `scenes`: image, truth, and what each titled model is sure of."""
     names = scenes[0].dataset.metainfo["classes"]
-    colours = np.array(palette(len(names))) / 255
+    colours = colours_of(scenes[0].dataset.metainfo) / 255
     figure, axes = _grid(len(scenes), ["image", "truth", *(title for title, _ in models)], legend=1.4)
     seen: set[int] = set()
     for row, scene in zip(axes, scenes, strict=True):
@@ -110,7 +47,7 @@ def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Modu
         drawn: list[tuple[Any, Any, Any]]
         drawn = [([one["bbox"] for one in truth], [one["bbox_label"] for one in truth], None)]
         for answer in (scene.answer(model).pred_instances for _, model in models):
-            sure = answer[answer.scores > _SURE]
+            sure = answer[answer.scores > SURE]
             drawn.append((sure.bboxes.tolist(), sure.labels.tolist(), sure.get("masks")))
         row[0].imshow(image)
         for axis, (boxes, labels, masks) in zip(row[1:], drawn, strict=True):
@@ -156,7 +93,7 @@ def draw_weights(layers: Mapping[str, LayerWeights]) -> Figure:
         row[2].bar(experts, [norm / weights.core_norm for norm in weights.residual_norm])
         for shift, (name, ranks) in zip((-0.2, 0.2), weights.effective_rank.items(), strict=True):
             row[3].bar([expert + shift for expert in experts], ranks, width=0.4, label=name)
-        row[3].legend(fontsize="x-small")
+        row[3].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
     return figure
 
 
@@ -169,7 +106,8 @@ def draw_load(layers: Mapping[str, LayerLoad]) -> Figure:
         left.set_xlabel(f"entropy {load.load_entropy:.2f}, of the gate {load.gate_entropy:.2f}", fontsize="x-small")
         names = sorted(load.by_class, key=lambda name: -sum(load.by_class[name]))[:_CLASSES]
         counts = np.array([load.by_class[name] for name in names], dtype=float).reshape(len(names), -1)
-        right.imshow((counts / counts.sum(1, keepdims=True)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        shown = right.imshow((counts / counts.sum(1, keepdims=True)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
+        figure.colorbar(shown, ax=right, fraction=0.05, label="share of the class")
         right.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
         right.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
         right.set_xlabel(f"what the expert tells of the class: {load.information:.2f}", fontsize="x-small")
@@ -184,13 +122,32 @@ def draw_movement(layers: Mapping[str, LayerMovement]) -> Figure:
     left.boxplot([moved.experts for moved in layers.values()], tick_labels=names)
     left.plot(range(1, len(names) + 1), [moved.core for moved in layers.values()], "ko", label="core")
     left.set_title("change / norm: experts, core", fontsize="small")
-    left.legend(fontsize="x-small")
+    left.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(0.0, -0.1), frameon=False)
     right.bar(names, [moved.shared for moved in layers.values()])
     right.set(ylim=(0, 1))
     right.set_title("share of the change common to all experts", fontsize="small")
     for axis in (left, right):
         axis.tick_params(labelsize="x-small")
     return figure
+
+
+def draw_norms(layers: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
+    """Draws ‖Δ‖ / ‖core‖, the mean over the experts of each layer, against the training step."""
+    figure = Figure(figsize=(8, 4), dpi=100, layout="constrained")
+    axis = figure.subplots()
+    colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
+    for colour, (name, points) in zip(colours, layers.items(), strict=True):
+        axis.plot(*zip(*points, strict=True), color=colour, label=_layer(name), marker="." if len(points) < 20 else "")
+    axis.set(xlabel="training step", ylabel="‖Δ‖ / ‖core‖")
+    axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
+    return figure
+
+
+def _layer(path: str) -> str:
+    """Returns a layer's name in the timm model, short."""
+    return path.rpartition("model.")[2].removesuffix(".mlp")
 
 
 def _panels(layers: Mapping[str, Any], titles: Sequence[str], widths: Sequence[float] | None = None) -> Any:

@@ -3,80 +3,120 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from mmengine.registry import init_default_scope
 from rich.console import Console
-from rich.table import Table
 
 from rmoe.engine.lock import check_folder
 from rmoe.errors import UserError
 from rmoe.moe.state import moe_layers
 from rmoe.reporting.analysis import (
-    LayerLoad,
-    LayerMovement,
-    LayerWeights,
     layer_means,
     load_statistics,
     movement,
     weight_statistics,
 )
+from rmoe.reporting.comparison import Comparison, Group, compare
+from rmoe.reporting.page import render
 from rmoe.reporting.pictures import (
     draw_detections,
     draw_experts,
     draw_load,
     draw_movement,
+    draw_norms,
     draw_predictions,
     draw_weights,
 )
-from rmoe.reporting.runs import Row, Run
+from rmoe.reporting.runs import ANALYSIS, ANALYSIS_JSON, Run
+from rmoe.reporting.terminal import show, show_inside
 
 SCENES = 6
 _TITLES = {"residual": "RMoE"}
-_WIDTH = 150  # columns of the table: not cut when the output is a file
 
 
-def report(folders: Sequence[str | Path], out: str | Path) -> list[Row]:
-    """Prints the table of the runs, writes OUT/summary.json, and draws: OUT/predictions.png of runs of segmentation,
-    OUT/detections.png of those of detection, and OUT/experts_RUN.png of each mixture among them.
+def report(
+    folders: Sequence[str | Path],
+    out: str | Path | None = None,
+    html: str | Path | None = None,
+    json_file: str | Path | None = None,
+) -> Comparison:
+    """Prints runs and arms side by side, as wide as the terminal.
 
     Args:
-        folders: work dirs of finished runs.
-        out: folder for the results; made if need be.
+        folders: work dirs; the arm of the first one is what the others are compared with.
+        out: folder for summary.json and pictures that the models draw on validation images: predictions.png of runs of
+            segmentation, detections.png of those of detection, experts_RUN.png of each mixture. Then majorities are
+            told, too. It takes the data sets, and finished runs alone.
+        html: file for a page with everything, which needs the work dirs alone.
+        json_file: file for everything that is printed, and costs in full.
 
     Raises:
-        UserError: a folder that is no finished run's.
+        UserError: a folder that is no run's, or is damaged; a file that cannot be written.
     """
-    runs, out = [Run(Path(folder)) for folder in folders], Path(out)
-    check_folder(out, "--out")
-    rows = [row for run, majority in zip(runs, _majorities(runs), strict=True) for row in run.rows(majority)]
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "summary.json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-    for task, draw, name in (
-        ("segmentation", draw_predictions, "predictions.png"),
-        ("detection", draw_detections, "detections.png"),
-    ):
-        if mine := [run for run in runs if run.task.name == task]:
-            models = {run.folder.name: (_TITLES.get(run.arm, run.arm), run.model()) for run in mine}
-            scenes = mine[0].scenes(SCENES)
-            draw(scenes, list(models.values())).savefig(out / name)
-            for folder, (_, model) in models.items():
-                if moe_layers(model):
-                    draw_experts(scenes, model).savefig(out / f"experts_{folder}.png")
-    Console(width=_WIDTH).print(table(rows))
-    return rows
+    runs = [Run(Path(folder)) for folder in folders]
+    if out is not None:
+        check_folder(Path(out), "--out")
+        for run in runs:
+            run.cost()
+            run.values()
+    found = compare(runs, _majorities(runs) if out is not None else None)
+    text = json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n"
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        _write(Path(out) / "summary.json", text, "--out")
+        tasks = [group.entries[0].run.task.name for group in found.groups]
+        for number, group in enumerate(found.groups):
+            before = tasks[:number].count(tasks[number])
+            _draw(group, Path(out), f"_{before + 1}" if before else "")
+    if json_file is not None:
+        _write(Path(json_file), text, "--json")
+    if html is not None:
+        _write(Path(html), render(found), "--html")
+    show(found, Console())
+    return found
 
 
-def analyze(folder: str | Path, out: str | Path, before: str | Path | None = None, images: int = 100) -> dict[str, Any]:
+def _write(path: Path, text: str, option: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error}; give another {option}") from error
+
+
+def _draw(group: Group, out: Path, suffix: str) -> None:
+    """Draws what the models of a group answer, and where their tokens go; `suffix` is of the pictures' names."""
+    draw, name = {
+        "segmentation": (draw_predictions, f"predictions{suffix}.png"),
+        "detection": (draw_detections, f"detections{suffix}.png"),
+    }.get(group.entries[0].run.task.name, (None, ""))
+    if draw is None:
+        return
+    arms = [entry.arm for entry in group.entries]
+    models = [(entry, entry.run.model()) for entry in group.entries]
+    scenes = group.entries[0].run.scenes(SCENES)
+    titles = [
+        _TITLES.get(arm, arm) if arms.count(arm) == 1 else entry.name
+        for entry, arm in zip(group.entries, arms, strict=True)
+    ]
+    draw(scenes, [(title, model) for title, (_, model) in zip(titles, models, strict=True)]).savefig(out / name)
+    for entry, model in models:
+        if moe_layers(model):
+            draw_experts(scenes, model).savefig(out / f"experts_{entry.name.replace('/', '_')}.png")
+
+
+def analyze(
+    folder: str | Path, out: str | Path | None = None, before: str | Path | None = None, images: int = 100
+) -> dict[str, Any]:
     """Looks into the mixture of a finished run: prints a table, writes OUT/analysis.json, and draws OUT/weights.png,
-    OUT/load.png and OUT/experts.png; with an earlier run, OUT/movement.png.
+    OUT/load.png and OUT/experts.png; OUT/norms.png, if the run has logged norms; with an earlier run, OUT/movement.png.
 
     Args:
         folder: work dir of the run.
-        out: folder for the results; made if need be.
+        out: folder for the results; made if need be. Without it they are in the work dir, where a report finds them.
         before: work dir of a run of the same experts, such as the upstream one that this one started from.
         images: validation images that are sent through the gates.
 
@@ -88,7 +128,7 @@ def analyze(folder: str | Path, out: str | Path, before: str | Path | None = Non
     """
     if images < 1:
         raise UserError(f"--images is {images}; it is at least 1")
-    run, out = Run(Path(folder)), Path(out)
+    run, out = Run(Path(folder)), Path(out) if out is not None else Path(folder) / ANALYSIS
     check_folder(out, "--out")
     model = run.model()
     weights = weight_statistics(model)
@@ -104,42 +144,17 @@ def analyze(folder: str | Path, out: str | Path, before: str | Path | None = Non
         for name in weights
     }
     found = {"run": str(folder), "before": before and str(before), "images": len(scenes), "layers": layers}
-    (out / "analysis.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / ANALYSIS_JSON).write_text(json.dumps(found, indent=1) + "\n")
     draw_weights(weights).savefig(out / "weights.png")
     draw_load(load).savefig(out / "load.png")
     draw_experts(scenes[:: max(1, len(scenes) // SCENES)][:SCENES], model).savefig(out / "experts.png")
+    if norms := run.residual_norms():
+        draw_norms(norms).savefig(out / "norms.png")
     if before:
         draw_movement(moved).savefig(out / "movement.png")
-    Console(width=_WIDTH).print(_inside(weights, load, moved))
+    lines = {name.removesuffix(".mlp"): layer_means(weights[name], load[name], moved.get(name)) for name in weights}
+    show_inside(lines, Console())
     return found
-
-
-def _inside(
-    weights: Mapping[str, LayerWeights], load: Mapping[str, LayerLoad], moved: Mapping[str, LayerMovement]
-) -> Table:
-    drawn = Table(title="means over a layer's experts")
-    drawn.add_column("layer", no_wrap=True)
-    lines = {name: layer_means(weights[name], load[name], moved.get(name)) for name in weights}
-    for head, value in next(iter(lines.values())).items():
-        if value is not None:
-            drawn.add_column(head, justify="right")
-    for name, line in lines.items():
-        drawn.add_row(name.removesuffix(".mlp"), *(f"{x:.3f}" for x in line.values() if x is not None))
-    return drawn
-
-
-def table(rows: Sequence[Row]) -> Table:
-    """Returns the rows as a table for a terminal."""
-    texts = ("task", "arm", "metric")
-    heads = (*texts, "value", "majority", "train s", "device s", "GFLOP/step", "params", "active", "trainable")
-    drawn = Table(title="value and majority in %; majority: always answering the commonest class")
-    for head in heads:
-        drawn.add_column(head, justify="left" if head in texts else "right")
-    for row in rows:
-        numbers = (row.value, row.majority, row.train_seconds, row.device_seconds, row.flops_per_step / 1e9)
-        counts = (row.params_total, row.params_active, row.params_trainable)
-        drawn.add_row(row.task, row.arm, row.metric, *(f"{x:.2f}" for x in numbers), *(f"{x:,}" for x in counts))
-    return drawn
 
 
 def _majorities(runs: Sequence[Run]) -> list[dict[str, float]]:

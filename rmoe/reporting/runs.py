@@ -1,13 +1,16 @@
-"""A finished run, as reports, analyses and benchmarks read it.
+"""A run, as reports, analyses and benchmarks read it.
 
-A run is told by what it leaves in its work dir: the dumped config, cost.json, vis_data/scalars.json, model.safetensors.
+A run is told by what it leaves in its work dir: the dumped config, cost.json, vis_data/scalars.json, the log,
+model.safetensors, predictions/ (see `rmoe.engine.predictions`) and, once `rmoe analyze` has looked into it, analysis/.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,25 +25,10 @@ from rmoe.engine.model_config import for_one_process
 from rmoe.errors import UserError
 from rmoe.inference.evaluate import run_config
 from rmoe.moe.state import load_global_state_dict
-from rmoe.reporting.pictures import Scene
+from rmoe.tasks.scenes import Scene, evenly_spread
 
-
-@dataclass(frozen=True)
-class Row:
-    """One metric of a run. Times are in seconds; `value` and `majority` in percent, `majority` being what the metric
-    gives to always answering the commonest class of the training set."""
-
-    arm: str
-    task: str
-    metric: str
-    value: float
-    majority: float
-    train_seconds: float
-    device_seconds: float
-    flops_per_step: int
-    params_total: int
-    params_active: int
-    params_trainable: int
+ANALYSIS, ANALYSIS_JSON = "analysis", "analysis.json"  # where `rmoe analyze` writes, in the work dir
+_COST = ("train_seconds", "device_seconds", "flops_per_step", "params_total", "params_active", "params_trainable")
 
 
 class _Measure(NamedTuple):
@@ -87,48 +75,103 @@ _TASKS = {  # by the type of the config's val_evaluator
 
 
 class Run:
-    """A finished run's work dir.
+    """A run's work dir.
+
+    Attributes:
+        folder: the work dir.
+        config: as the run has dumped it.
+        task: what was trained.
+        stage: of the pipeline, as the config says.
 
     Raises:
-        UserError: the folder is no finished run's, or its metric is unknown.
+        UserError: the folder is no run's, or its metric is unknown.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = run_config(folder)
-        with user_errors(f"{folder} is no finished run's: its dumped config lacks what a report needs"):
+        with user_errors(f"{folder} is no run's: its dumped config lacks what a report needs"):
             kind, stage = self.config.val_evaluator.type, self.config.stage
         if kind not in _TASKS:
             raise UserError(f"{folder} was evaluated by {kind}; a report knows {', '.join(_TASKS)}")
         self.task = _TASKS[kind]
-        self.arm: str = stage
+        self.stage = str(stage)
 
-    def rows(self, majority: Mapping[str, float]) -> list[Row]:
-        """Returns the run in numbers, a row for each metric, with what that gives to the commonest class."""
+    @property
+    def seed(self) -> int:
+        """Returns the seed of the run; 0 where the config names none, as in training."""
+        return (self.config.get("randomness") or {}).get("seed") or 0
+
+    def cost(self) -> dict[str, Any]:
+        """Returns the content of cost.json.
+
+        Raises:
+            UserError: there is none yet, or it is damaged.
+        """
         with user_errors(f"{self.folder}: cost.json is damaged, run the training again"):
-            cost = json.loads(self._file("cost.json").read_text())
-            measured = {field.name: cost[field.name] for field in fields(Row) if field.name in cost}
-            return [
-                Row(
-                    arm=self.arm, task=self.task.name, metric=metric, value=value, majority=majority[metric], **measured
-                )
-                for metric, value in self.values().items()
-            ]
+            cost: dict[str, Any] = json.loads(self._file("cost.json").read_text())
+            if lacking := [key for key in _COST if not isinstance(cost[key], int | float)]:
+                raise ValueError(f"{lacking[0]} is no number")
+            return cost
 
     def values(self) -> dict[str, float]:
-        """Returns the metrics, in percent, as they were logged last; only those that were."""
-        logged: dict[str, Any] = {}
-        for line in self._log():
-            logged |= line
-        wrong = [one.logged for one in self.task.measures if not isinstance(logged.get(one.logged, 0.0), int | float)]
-        if wrong:
-            raise UserError(f"{self.folder}: {wrong[0]} is {logged[wrong[0]]!r} in its logs, which is no number")
-        found = {one.metric: one.scale * logged[one.logged] for one in self.task.measures if one.logged in logged}
-        if not found:
+        """Returns the metrics, in percent, as they were logged last; only those that were.
+
+        Raises:
+            UserError: there is none yet, or one that is no number.
+        """
+        if not (found := self.logged_values()):
             raise UserError(
                 f"{self.folder} has no {self.task.measures[0].logged} in its logs; finish the run (--resume)"
             )
         return found
+
+    def logged_values(self) -> dict[str, float]:
+        """Returns what `values` does, and nothing where nothing was logged."""
+        found = {}
+        for one in self.task.measures:
+            if points := self.scalars.get(one.logged):
+                _, value = points[-1]
+                found[one.metric] = one.scale * value
+        return found
+
+    @cached_property
+    def scalars(self) -> dict[str, list[tuple[int, float]]]:
+        """Returns all numbers that were logged over steps, as (step, value) in order of the steps; of a step that a
+        resumed run has done again, the later ones.
+
+        Raises:
+            UserError: a log is damaged.
+        """
+        found: dict[str, dict[int, float]] = {}
+        for line in self._log():
+            for name, value in line.items():
+                measured = name in (one.logged for one in self.task.measures)
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    found.setdefault(name, {})[line.get("step", 0)] = value
+                elif measured:
+                    raise UserError(f"{self.folder}: {name} is {value!r} in its logs, which is no number")
+        return {name: sorted(points.items()) for name, points in found.items() if name not in ("step", "iter", "epoch")}
+
+    def per_class(self) -> tuple[str, dict[str, float]]:
+        """Returns what was measured of each class, and the values in percent by class, as they were logged last.
+
+        Those of segmentation are in the table that mmseg logs, those of detection among the metrics of a config with
+        `val_evaluator.classwise`; there are none of classification.
+        """
+        if self.task.name == "detection":
+            masks = "segm" in (self.config.val_evaluator.get("metric") or "bbox")
+            named = ((re.fullmatch(r"coco/(.+)_precision", name), points) for name, points in self.scalars.items())
+            return "mask AP" if masks else "box AP", {match[1]: 100 * x[-1][1] for match, x in named if match}
+        logs = sorted(self.folder.glob("*/*.log")) if self.task.name == "segmentation" else []
+        texts = "".join(log.read_text(errors="replace") for log in logs)
+        with user_errors(f"{self.folder}: the table of classes in its log is damaged"):
+            return "IoU", _class_table(texts.rpartition("per class results")[2] if "per class results" in texts else "")
+
+    def residual_norms(self) -> dict[str, list[tuple[int, float]]]:
+        """Returns ‖Δ‖ / ‖core‖ over the steps, by layer; none of a dense run."""
+        logged = ((name.partition("residual/"), points) for name, points in self.scalars.items())
+        return {layer: points for (before, found, layer), points in logged if found and not before}
 
     def train_loss(self) -> float | None:
         """Returns the task's loss, without the gates', as logged over the last tenth of the steps; None if never."""
@@ -147,8 +190,7 @@ class Run:
 
     def scenes(self, count: int) -> list[Scene]:
         """Returns at most `count` validation images, evenly spread."""
-        dataset = self.dataset("val")
-        return [Scene(dataset, int(i)) for i in np.linspace(0, len(dataset) - 1, min(count, len(dataset)))]
+        return evenly_spread(self.dataset("val"), count)
 
     def model(self) -> nn.Module:
         """Returns the trained model on the CPU, in evaluation mode, in one process and without DeepSpeed's engine."""
@@ -165,6 +207,8 @@ class Run:
                 lines = [json.loads(line) for line in log.read_text().splitlines()]
                 if not all(isinstance(line, dict) for line in lines):
                     raise ValueError("a line is no JSON object")
+                if wrong := [line["step"] for line in lines if not isinstance(line.get("step", 0), int)]:
+                    raise ValueError(f"a step is {wrong[0]!r:.40}")
             yield from lines
 
     def _dataset_config(self, split: str) -> Any:
@@ -176,3 +220,21 @@ class Run:
         if not (self.folder / name).is_file():
             raise UserError(f"{self.folder} has no {name}; give the work dir of a finished run")
         return self.folder / name
+
+
+def _class_table(text: str) -> dict[str, float]:
+    """Returns IoU in percent by class, from a text that begins with mmseg's table: | Class | IoU | Acc |, say."""
+    found: dict[str, float] = {}
+    heads: list[str] = []
+    for line in text.splitlines():
+        if not line.startswith(("|", "+")):
+            if heads:
+                break
+        elif not heads and line.startswith("|"):
+            heads = [cell.strip() for cell in line.strip("|").split("|")]
+            if "IoU" not in heads:
+                break
+        elif line.startswith("|"):
+            name, *cells = line.strip("|").rsplit("|", len(heads) - 1)  # a name may have a | in it
+            found[name.strip()] = float(cells[heads.index("IoU") - 1])
+    return found

@@ -152,7 +152,9 @@ def test_the_balance_of_every_gate_is_logged(capsys: pytest.CaptureFixture[str])
     assert len(lines) == 2
     assert "1 0.500 / 0.500 / 0.9" in lines[0]
     assert [step for step, _ in runner.scalars] == [2, 4]
-    assert set(runner.scalars[0][1]) == {"gate/1/largest_share", "gate/1/entropy", "gate/1/confidence"}
+    gates, loads = {"gate/1/largest_share", "gate/1/entropy", "gate/1/confidence"}, {f"load/1/{e}" for e in range(4)}
+    assert set(runner.scalars[0][1]) == gates | loads | {"residual/1"}
+    assert runner.scalars[0][1]["residual/1"] == 0
 
 
 @pytest.mark.parametrize(

@@ -155,9 +155,10 @@ def test_sizes_on_the_command_line(words: list[str], capsys: pytest.CaptureFixtu
     assert capsys.readouterr().err.startswith("rmoe: error: ")
 
 
+COSTS = ("train_seconds", "device_seconds", "flops_per_step", "params_total", "params_active", "params_trainable")
 GOOD_RUN = {
     "run.py": "val_evaluator = dict(type='IoUMetric')\nstage = 'dense'",
-    "cost.json": json.dumps(dict.fromkeys(("train_seconds", "device_seconds", "flops_per_step"), 1.0)),
+    "cost.json": json.dumps(dict.fromkeys(COSTS, 1.0)),
     "scalars.json": '{"mIoU": 40.0, "step": 1}',
 }
 
@@ -178,7 +179,7 @@ def test_a_report_of_what_is_no_finished_run(name: str, content: str | None, tmp
         if text is not None:
             (tmp_path / each).write_text(text)
     with pytest.raises(UserError, match=str(tmp_path)):
-        Run(tmp_path).rows({"mIoU": 1.0})
+        (Run(tmp_path).values(), Run(tmp_path).cost())
 
 
 @pytest.mark.parametrize("words", [["data", "check", "coco", "x"], ["estimate", "c.py", "--gpus", "1"], ["configs"]])

@@ -11,28 +11,16 @@ import pytest
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
-from rich.console import Console
 from safetensors.torch import save_file
 
 from rmoe.cli import main
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
-from rmoe.reporting.report import report, table
-from rmoe.reporting.runs import Row, Run
+from rmoe.reporting.comparison import compare
+from rmoe.reporting.page import render
+from rmoe.reporting.report import report
+from rmoe.reporting.runs import Run
 
-KEYS = {
-    "arm",
-    "task",
-    "metric",
-    "value",
-    "majority",
-    "train_seconds",
-    "device_seconds",
-    "flops_per_step",
-    "params_total",
-    "params_active",
-    "params_trainable",
-}
 COST = {
     "train_seconds": 12.5,
     "device_seconds": 25.0,
@@ -129,23 +117,33 @@ def runs(tmp_path: Path, data: Path) -> list[Path]:
 
 
 def test_what_a_report_leaves(runs, tmp_path, capsys):
-    rows = report(runs, tmp_path / "out")
-    content = json.loads((tmp_path / "out" / "summary.json").read_text())
-    assert [set(entry) for entry in content] == [KEYS, KEYS]
-    assert [entry["arm"] for entry in content] == ["dense", "residual"]
+    found = report(runs, tmp_path / "out")
+    (content,) = json.loads((tmp_path / "out" / "summary.json").read_text())["groups"]
+    assert [one["arm"] for one in content["runs"]] == ["dense", "residual"]
     # grass everywhere: right on 16 of 32 rows
-    expected = {"task": "segmentation", "metric": "mIoU", "value": 42.25, "majority": 25.0, "train_seconds": 12.5}
-    assert {key: content[0][key] for key in expected} == expected
-    assert rows[0].params_trainable == 100
+    expected = {"task": "segmentation", "metrics": {"mIoU": 42.25}, "majority": {"mIoU": 25.0}}
+    assert {key: content["runs"][0][key] for key in expected} == expected
+    assert found.entries[0].cost["params_trainable"] == 100
     shown = capsys.readouterr().out
     assert "42.25" in shown
+    assert "25.00" in shown
     assert "residual" in shown
-    assert "trainable" in shown
     for name, columns in {"predictions.png": 4, "experts_residual.png": 3}.items():
         with Image.open(tmp_path / "out" / name) as image:
             assert image.width > 200 * columns
             assert image.height > 3 * 200
             assert len(set(image.convert("RGB").get_flattened_data())) > 20
+
+
+def test_a_page_or_a_table_needs_neither_data_nor_weights(runs, tmp_path, data):
+    for gone in (*data.glob("images"), *data.glob("annotations")):
+        gone.rename(tmp_path / f"{gone.name} elsewhere")
+    for run in runs:
+        (run / "model.safetensors").unlink()
+    report(runs, html=tmp_path / "report.html")
+    assert "dense" in (tmp_path / "report.html").read_text()
+    with pytest.raises(UserError):
+        report(runs, out=tmp_path / "out")
 
 
 def test_what_an_analysis_leaves(runs, tmp_path, capsys):
@@ -187,19 +185,25 @@ def test_the_loss_at_the_end_is_the_tasks_own(tmp_path):
     assert Run(tmp_path).train_loss() is None
 
 
-def test_the_table_is_not_cut():
-    row = Row("residual", "segmentation", "mIoU", 45.6, 1.0, 12345.6, 98765.4, 10**15, 10**9, 10**9, 10**9)
-    console = Console(width=150, record=True, quiet=False)
-    with console.capture() as capture:
-        console.print(table([row]))
-    assert "…" not in capture.get()
-    assert "1,000,000,000" in capture.get()
+def test_norms_and_routing_get_from_an_analysis_into_a_report(runs, tmp_path, capsys):
+    (log,) = runs[1].rglob("scalars.json")
+    norms = [{"residual/backbone.model.layers.2.blocks.1.mlp": 0.1 * step, "step": step} for step in (1, 2, 3)]
+    log.write_text(log.read_text() + "".join(json.dumps(line) + "\n" for line in norms))
+    assert main(["analyze", str(runs[1]), "--images", "2"]) == 0
+    assert {path.name for path in (runs[1] / "analysis").iterdir()} == {
+        "analysis.json",
+        *(f"{name}.png" for name in ("weights", "load", "experts", "norms")),
+    }
+    assert all(len(line) <= 80 for line in capsys.readouterr().out.splitlines())
+    page = render(compare([Run(run) for run in runs]))
+    assert page.count('<figure class="whole">') == 2
+    assert 'data-chart="experts-0-1-1"' in page
 
 
 @pytest.mark.parametrize(
     "gone", ["cost.json", "model.safetensors", "20260101_000000/vis_data/scalars.json", "config.py"]
 )
-def test_an_unfinished_run_is_refused(runs, tmp_path, gone):
+def test_pictures_of_an_unfinished_run_are_refused(runs, tmp_path, gone):
     (runs[0] / gone).unlink()
-    with pytest.raises(UserError, match="finished run|finish the run"):
+    with pytest.raises(UserError, match="finished run|finish the run|of one run"):
         report(runs[:1], tmp_path / "out")

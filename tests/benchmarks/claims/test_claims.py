@@ -15,19 +15,11 @@ from benchmarks.claims import statistics
 from benchmarks.claims.arms import ARMS, QUICK, UPSTREAM
 from benchmarks.claims.pictures import table
 from benchmarks.claims.runs import plan
-from benchmarks.claims.statistics import again, cost, difference, paired, pipeline_cost, quality, ratio, results
+from benchmarks.claims.statistics import again, cost, difference, pipeline_cost, quality, ratio, results
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.optim import param_groups
 from rmoe.pipelines import Training
-
-
-def test_a_paired_interval_by_hand() -> None:
-    mean, interval = paired([1.0, 2.0, 3.0])
-    assert mean == 2.0
-    # Student's t of 2 degrees of freedom is 4.3027; the standard error 1 / √3.
-    assert interval == pytest.approx([2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5], abs=1e-3)
-    assert paired([0.5]) == (0.5, None)
 
 
 def test_differences_are_between_values_of_one_seed() -> None:
