@@ -13,6 +13,8 @@ from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw
 
+from rmoe.data.palette import palette
+
 SURE = 0.3  # score from which on a detection is drawn
 _SIDE = 256  # pixels of the longer side of a picture
 _OVER = 0.6  # share of a class's colour over the image
