@@ -23,7 +23,8 @@ def measure(arguments: Arguments) -> Report:
     """Measures all cells, the ones that answer a target first, until the minutes are spent."""
     torch.manual_seed(torch.seed() % 2**31)
     device, small = arguments.device, arguments.dry
-    config = {"rounds": 2 if small else ROUNDS, "gate_std": 1.0, "hidden": "4C", "input_sets": 3}
+    rounds = 2 if small else ROUNDS
+    config = {"rounds": rounds, "gate_std": 1.0, "hidden": "4C", "input_sets": 3}
     report = Report(arguments, "layer", config)
     peak = gemm_peak(device, 64 if small else 8192)
     bandwidth = copy_peak(device, 2**16 if small else 2**31)
@@ -37,7 +38,7 @@ def measure(arguments: Arguments) -> Report:
         if report.out_of_time():
             report.add({**place, "skipped": f"the {arguments.minutes:g} minutes were spent"})
             continue
-        _measure_cell(report, cell, place, config["rounds"], peak)
+        _measure_cell(report, cell, place, rounds, peak)
     return report
 
 

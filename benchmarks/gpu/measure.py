@@ -113,7 +113,7 @@ def time_in_turns(
         For each arm that ran: ms, ratio to `reference` with its quartiles, rounds, and the peak of bytes in a step
         beyond what was there before.
     """
-    ready: dict[str, tuple[Step, int, int]] = {}
+    ready: dict[str, tuple[Step, int, int | None]] = {}
     for name, step in arms.items():
         if attempt(report, {**place, "contender": name}, _warm_up, step) is None:
             continue
@@ -186,7 +186,8 @@ def launches(step: Step, device: torch.device) -> Row:
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
         step(0)
     torch.cuda.synchronize()
-    on_device, names = {}, []
+    on_device: dict[str, tuple[float, int]] = {}
+    names: list[str] = []
     for event in found.events():
         if event.is_user_annotation:
             continue

@@ -145,7 +145,7 @@ def _problem(case: Case, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
 def _run(case: Case, inputs: list[Tensor], expert_TK: Tensor, grad_TC: Tensor, function: Any) -> list[Tensor]:
     x_TC, gate_TK, *weights = (x.detach().requires_grad_() for x in inputs)
     core = Network(*weights[:4]) if case.residual != "experts" else None
-    kind: type[Residuals] = LowRank if case.residual == "low_rank" else Full  # type: ignore[valid-type]
+    kind: type[Residuals] = LowRank if case.residual == "low_rank" else Full
     y_TC = function(x_TC, expert_TK, gate_TK, core, kind(*weights[-4:]), nn.GELU(), case.mixes)
     return [y_TC.detach(), *torch.autograd.grad(y_TC, [x_TC, gate_TK, *weights], grad_TC)]
 
@@ -190,7 +190,14 @@ def _losses(config: dict[str, Any], precision: str, device: torch.device) -> lis
     """Returns the losses of 20 steps of a small ViT on made-up images, the same on every device."""
     g = torch.Generator().manual_seed(0)
     torch.manual_seed(0)
-    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 4, "num_heads": 4, "num_classes": 10}
+    sizes: dict[str, Any] = {
+        "img_size": 32,
+        "patch_size": 8,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
+        "num_classes": 10,
+    }
     model = timm.create_model("vit_tiny_patch16_224", **sizes)
     moe = ResidualMoEConfig(num_experts=8, noise=0.0, gate_std=1.0, blocks="alternate", **config)
     model = rmoe.upcycle(model, moe).model.to(device).train()

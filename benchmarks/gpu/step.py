@@ -91,7 +91,9 @@ def _measure_task(report: Report, task: Task, place: Row, rounds: int, peak: flo
 
 def _bare(task: Task, moe: dict[str, Any] | None, device: torch.device, small: bool) -> Step:
     """Makes a step of a backbone whose loss is the mean square of its last map."""
-    tiny = {"embed_dim": 16, "depths": (1, 1, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4} if small else {}
+    tiny: dict[str, Any] = (
+        {"embed_dim": 16, "depths": (1, 1, 2, 2), "num_heads": (1, 2, 4, 8), "window_size": 4} if small else {}
+    )
     model: nn.Module = timm.create_model(
         task.model, img_size=task.size, num_classes=0, global_pool="", drop_path_rate=0.2, **tiny
     )

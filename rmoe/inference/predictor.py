@@ -110,7 +110,7 @@ class Predictor:
         """
         one = isinstance(images, str | Path | Image.Image) or (isinstance(images, np.ndarray) and images.ndim < 4)
         found: dict[int, Prediction] = {}
-        for index, answer in self.answers([images] if one else images, batch_size, threshold):  # type: ignore[list-item]
+        for index, answer in self.answers([images] if one else images, batch_size, threshold):  # type: ignore[arg-type,list-item]
             if isinstance(answer, UserError):
                 raise answer
             found[index] = answer
