@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[Row] = []
     allocator, threads = SETTINGS[JUDGED]
     for task in tasks:
-        given = {"task": task, "contenders": part.contenders, "images": part.images[task]}
+        given: dict[str, Any] = {"task": task, "contenders": part.contenders, "images": part.images[task]}
         given |= {"image_size": part.pixels[task], "small": arguments.quick}
         bytes_of = common.in_child("benchmarks.step:memory", allocator="exact", threads=threads, **given)
         timed = common.in_child(

@@ -117,7 +117,7 @@ def best_of(names: Iterable[str], runs: Mapping[str, Runs], read: Read) -> str |
     """
     present = [name for name in names if runs.get(name)]
     shared = set[tuple[int, Context]].intersection(*(set(runs[name]) for name in present)) if present else set()
-    means = {}
+    means = dict[str, float]()
     for name in present:
         values = [value for key in shared if (value := read(runs[name][key])) is not None]
         means |= {name: statistics.mean(values)} if values else {}
@@ -138,7 +138,8 @@ def rows(study: Study, ledger: Ledger) -> list[Row]:
     """Returns one object for each task, metric and arm that has runs."""
     found: list[Row] = []
     for task, metric, runs in measured(study, ledger):
-        of_metric = [{"task": task, "metric": metric} | _row(name, runs, study, reading(metric)) for name in runs]
+        place: Row = {"task": task, "metric": metric}
+        of_metric = [place | _row(name, runs, study, reading(metric)) for name in runs]
         for reference in ("dense", "best_dense"):
             family = {row["arm"]: row[f"p_to_{reference}"] for row in of_metric if row["arm"] not in DENSE}
             corrected = holm({name: p for name, p in family.items() if p is not None})

@@ -195,7 +195,7 @@ def weights_hash(folder: Path) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()[:12]
 
 

@@ -42,7 +42,7 @@ from typing import Any
 
 from benchmarks.claims import arms
 from benchmarks.claims.arms import Arm, Size, Upstream
-from benchmarks.claims.ledger import UPSTREAM, Cell, fingerprint
+from benchmarks.claims.ledger import Cell, fingerprint
 
 STEPS = 1200
 SEEDS, MORE_SEEDS, FEW_SEEDS = (0, 1, 2, 3, 4), (5, 6, 7), (0, 1, 2)
@@ -156,9 +156,6 @@ CHOICES = {
 }
 ARMS: dict[str, Arm] = CONTROLS | _CANDIDATES | CHOICES
 
-# What arms are told to do by keys that the code does not act on yet: it would train something else without a word.
-UNBUILT: tuple[str, ...] = ()
-
 # Which candidate a control or a choice is compared with, besides dense.
 RIVALS = {
     "one_full": "full_calibrated",
@@ -263,15 +260,6 @@ def quick_regime() -> Study:
 def _quick(cells: Sequence[Cell]) -> Study:
     size = replace(arms.QUICK, scenes={**arms.QUICK.scenes, "styles": "plain,night"}, steps=dict.fromkeys(TASKS, 2))
     return Study(size, ARMS, STAGES, cells)
-
-
-def unbuilt(study: Study, cell: Cell) -> list[str]:
-    """Returns the keys of an arm, or of a stage that it starts from, that the code does not act on yet."""
-    one: Arm | Upstream = study.arms[cell.name] if cell.where in TASKS else study.stages[cell.name]
-    before = one.upstream if isinstance(one, Arm) else one.after
-    found = [key for key in UNBUILT if key in {**(one.moe or {}), **one.options}]
-    more = unbuilt(study, cell._replace(name=before, where=UPSTREAM)) if before else []
-    return [*found, *more]
 
 
 def _order() -> Iterator[Cell]:

@@ -51,9 +51,11 @@ class Cell(NamedTuple):
 
     def inputs(self) -> list[tuple[Tensor, Tensor]]:
         """Makes tokens and gradients, several sets of them."""
-        shape = (self.tokens, self.width)
-        place: dict[str, Any] = {"device": self.device, "dtype": self.dtype}
-        return [(torch.randn(shape, **place).requires_grad_(), torch.randn(shape, **place)) for _ in range(INPUT_SETS)]
+
+        def drawn() -> Tensor:
+            return torch.randn(self.tokens, self.width, device=self.device, dtype=self.dtype)
+
+        return [(drawn().requires_grad_(), drawn()) for _ in range(INPUT_SETS)]
 
 
 class Arm(NamedTuple):
@@ -137,10 +139,12 @@ class _Grouped(nn.Module):
     def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.gate = nn.Linear(cell.width, cell.experts, bias=False, device=cell.device)
-        hidden = 4 * cell.width
-        place: dict[str, Any] = {"device": cell.device, "dtype": cell.dtype}
-        self.w1_ECH = nn.Parameter(0.02 * torch.randn(cell.experts, cell.width, hidden, **place))
-        self.w2_EHC = nn.Parameter(0.02 * torch.randn(cell.experts, hidden, cell.width, **place))
+
+        def drawn(*shape: int) -> nn.Parameter:
+            return nn.Parameter(0.02 * torch.randn(shape, device=cell.device, dtype=cell.dtype))
+
+        self.w1_ECH = drawn(cell.experts, cell.width, 4 * cell.width)
+        self.w2_EHC = drawn(cell.experts, 4 * cell.width, cell.width)
 
     def forward(self, x_TC: Tensor) -> Tensor:
         gate_T, expert_T = self.gate(x_TC.float()).float().softmax(-1).max(-1)

@@ -27,7 +27,7 @@ def fuse_attention(net: nn.Module) -> None:
     """
     for module in net.modules():
         if isinstance(module, WindowAttention):
-            module.fused_attn = torch.cuda.is_available() and use_fused_attn()
+            module.fused_attn = torch.cuda.is_available() and use_fused_attn()  # type: ignore[misc]
 
 
 def pad_before_shift(net: nn.Module) -> None:
@@ -54,7 +54,7 @@ class _KeepsMasks:
 
     def get_attn_mask(self: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
         if type(x) is not Tensor or not any(self.shift_size):  # a tensor without values keeps nothing
-            return super().get_attn_mask(x, *args, **kwargs)
+            return super().get_attn_mask(x, *args, **kwargs)  # type: ignore[misc]
         block = type(self).__mro__[2]
         return _mask(block, tuple(x.shape[1:3]), tuple(self.window_size), tuple(self.shift_size), x.dtype, x.device)
 

@@ -130,7 +130,7 @@ def _check_untrained(name: str, residuals: Residuals, has_core: bool) -> None:
     first = residuals.delta(0)
     for e in range(residuals[-1].shape[0]):
         for own, same in zip(residuals.delta(e), first, strict=True):
-            if own is not None and (own.any() if has_core else not torch.equal(own, same)):
+            if own is not None and same is not None and (own.any() if has_core else not torch.equal(own, same)):
                 raise UserError(
                     f"the experts of {name} differ already, and its gate with them: calibration is for a model that "
                     "has just been upcycled; leave calibrate out"

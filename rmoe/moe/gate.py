@@ -96,8 +96,9 @@ class Gate(nn.Module):
                 sums = self._sums(clean_ED, noisy_ED, probability_ED, expert_KD, std, tokens)
             if self.training and config.capacity_factor is not None:
                 expert_KD = drop_over_capacity(expert_KD.T, value_KD.T, config.num_experts, config.capacity_factor).T
-            per_token = (_for_each_token(part, tokens) for part in (expert_KD, self._gate_values(value_KD)))
-            return Routing(*per_token, _for_each_token(probability_ED.detach(), tokens), sums)
+            decided = (expert_KD, self._gate_values(value_KD), probability_ED.detach())
+            expert_TK, gate_TK, probability_TE = (_for_each_token(part, tokens) for part in decided)
+            return Routing(expert_TK, gate_TK, probability_TE, sums)
 
     def logits(self, x_DC: Tensor) -> Tensor:
         """Returns the logits of what the gate reads, without noise, [E, D]."""

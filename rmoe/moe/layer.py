@@ -154,10 +154,11 @@ class ResidualMoE(nn.Module):
     @torch.no_grad()
     def every_parameter(self) -> dict[str, Tensor]:
         """Returns by name the parameters of all experts as they are saved, stacked; collective as `every_expert`."""
-        own: dict[str, Tensor] = self.deepspeed_moe.experts.own()  # type: ignore[union-attr,operator,assignment]
+        own: dict[str, Tensor] = self.deepspeed_moe.experts.own()  # type: ignore[union-attr,operator]
         if self.ep_size == 1:
             return own
-        tensors, ready = gather_experts(tuple(own.values()), expert_group(self.ep_size))
+        local = tuple(own.values())
+        tensors, ready = gather_experts(local, expert_group(self.ep_size), local[0].dtype)
         ready()
         return dict(zip(own, tensors, strict=True))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rmoe.moe.cpu_kernels import rows_of_one_expert
-from rmoe.moe.experts import Activation, Network, Residuals
+from rmoe.moe.experts import Activation, Full, Network, Residuals
 from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_networks, mix_weights
 from rmoe.moe.masked import masked_low_rank
 
@@ -58,7 +58,7 @@ def mix(
         ready()
         ready = None
     x_TC = x_TC.to(dtype)
-    if residuals.merges and not inside and has_grouped_gemm(x_TC, residuals):
+    if isinstance(residuals, Full) and not inside and has_grouped_gemm(x_TC, residuals):
         return mix_networks(x_TC, expert_TK, gate_TK, core, residuals, act, drops)
     gate_TK = gate_TK.to(dtype)
     weights = (None,) * 4 if core is None else core

@@ -83,7 +83,7 @@ class StackedExperts(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        known, assign = set(), local_metadata.get("assign_to_params_buffers", False)
+        known, assign = set[str](), local_metadata.get("assign_to_params_buffers", False)
         for name, parameter in list(self.named_parameters()):
             pieces = {prefix + key: x for key, x in self._pieces(name, parameter.detach()).items()}
             known.update(pieces)

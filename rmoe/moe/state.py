@@ -99,7 +99,7 @@ def load_global_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
     known = set()
     for layer_name, layer in moe_layers(model).items():
         prefix, start = _experts_prefix(layer_name), layer.expert_rank() * layer.num_local_experts
-        for e, name in product(range(layer.num_experts), layer.deepspeed_moe.experts.own()):
+        for e, name in product(range(layer.num_experts), layer.deepspeed_moe.experts.own()):  # type: ignore[union-attr,operator]
             known.add(f"{prefix}{e}.{name}")
             if start <= e < start + layer.num_local_experts and f"{prefix}{e}.{name}" in state:
                 local[f"{prefix}{e - start}.{name}"] = state[f"{prefix}{e}.{name}"]

@@ -47,7 +47,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
     wanted = global_state_dict(model)
     if gates := absent_of_gates(state, wanted):
         print_log(f"{path}: {GATES_WITHOUT} {', '.join(gates)}: read as zeros", logger="current")
-        state |= gates
+        state = {**state, **gates}
     missing, unexpected = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     both = sorted(wanted.keys() & state.keys())
     other = [key for key in both if wanted[key].shape != state[key].shape]

@@ -17,6 +17,7 @@ from benchmarks.claims.arms import Arm, Upstream
 from benchmarks.claims.ledger import UPSTREAM, Cell, Context, Ledger, fingerprint, recipe, weights_hash
 from benchmarks.claims.runs import Trainings
 from rmoe.config import ResidualMoEConfig
+from rmoe.engine.calibration import check_calibration
 from rmoe.errors import UserError
 
 HERE = Context("a machine", "c0ffee")
@@ -166,7 +167,7 @@ def test_every_mixture_says_what_it_is_made_of() -> None:
     names = {"num_experts", "top_k", "residual", "combine", "blocks", "noise", "gate_std", "losses"}
     for name, one in {**method.ARMS, **method.STAGES}.items():
         if one.moe:
-            ResidualMoEConfig.from_dict(one.moe)
+            check_calibration(one.options.get("calibrate"), [ResidualMoEConfig.from_dict(one.moe)])
             needed = names | ({"rank"} if one.moe["residual"] == "low_rank" else set())
             needed |= {"expert_init"} if one.moe["residual"] == "experts" else {"train_core"}
             assert needed <= one.moe.keys(), name

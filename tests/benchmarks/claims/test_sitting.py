@@ -163,24 +163,17 @@ def test_an_interrupt_ends_what_runs_and_begins_no_more(tmp_path: Path, monkeypa
     assert [row["arm"] for row in one._ledger.rows] == ["core", "core"]
 
 
-def test_what_the_code_does_not_act_on_is_not_run(tmp_path: Path) -> None:
-    names = ("full_calibrated", "full_intermediate", "soft_image_gate", "dense")
-    whole = study(*names, seeds=(0,))
-    assert method.unbuilt(whole, cell("full_calibrated")) == ["calibrate"]
-    assert method.unbuilt(whole, cell("full_intermediate")) == ["calibrate"]  # of its stage
-    assert method.unbuilt(whole, cell("soft_image_gate")) == ["gate_input"]
-    one = Pretended(whole, tmp_path / "runs.json")
-    one.run(1)
-    assert one.begun == [stage("core"), cell("dense")]
-    assert len([*one.left()]) == 3
-
-
-def test_a_rival_that_cannot_be_run_costs_no_core_again(tmp_path: Path) -> None:
+def test_a_rival_that_fails_again_costs_no_other_run(tmp_path: Path) -> None:
     small = study("dense", "one_full", seeds=(0,))  # whose rival is calibrated
-    Pretended(small, tmp_path / "runs.json").run(1)
+    first = Pretended(small, tmp_path / "runs.json")
+    first.broken = {cell("full_calibrated")}
+    first.run(1)
+    assert first.begun == [stage("core"), cell("dense"), cell("full_calibrated"), cell("one_full")]
     again = Pretended(small, tmp_path / "runs.json")
+    again.broken = first.broken
     again.run(1)
-    assert again.begun == []
+    assert again.begun == [stage("core"), cell("full_calibrated")]
+    assert not [*again.left()]
 
 
 def test_a_folder_holds_one_thing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
