@@ -176,7 +176,8 @@ def compare(runs: Sequence[Run], majorities: Sequence[dict[str, float]] | None =
     Raises:
         UserError: the logs or cost.json of a run are damaged.
     """
-    names, notes = _names([run.folder for run in runs]), []
+    names = _names([run.folder for run in runs])
+    notes: list[str] = []
     configs = [dict(_leaves(run.config.to_dict())) for run in runs]
     members: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
@@ -207,8 +208,8 @@ def _notes(entry: Entry) -> Iterable[str]:
         yield f"{entry.name} has no {entry.run.task.measures[0].logged} in its logs: it was not evaluated yet."
     if wrong := [step for step, loss in entry.run.scalars.get("loss", []) if not math.isfinite(loss)]:
         yield f"{entry.name}: the loss is not finite, first at step {wrong[0]}."
-    if wrong := [metric for metric, value in entry.values.items() if not math.isfinite(value)]:
-        yield f"{entry.name}: {wrong[0]} is not finite; it does not count."
+    if metrics := [metric for metric, value in entry.values.items() if not math.isfinite(value)]:
+        yield f"{entry.name}: {metrics[0]} is not finite; it does not count."
 
 
 def _repeated(entries: Sequence[Entry]) -> Iterable[str]:

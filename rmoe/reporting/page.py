@@ -74,7 +74,7 @@ def embedded(data: Any) -> str:
 
 def _group(number: int, group: Group, colour: Mapping[str, str], drawn: dict[str, charts.Chart]) -> dict[str, Any]:
     """Returns what the template needs of a group, and adds its charts to `drawn`."""
-    costs = []
+    costs: list[tuple[str, str, list[str]]] = []
     for metric in group.metrics:
         charted = charts.cost_and_quality(group, metric, colour)
         if any(chart["data"] for chart in charted.values()):

@@ -65,7 +65,7 @@ class Scene:
     @property
     def name(self) -> str:
         """Returns the name of its file; of a classifier's, its number in the data set."""
-        sample = {} if "labels" in self.batch else self.batch["data_samples"][0]
+        sample: Any = {} if "labels" in self.batch else self.batch["data_samples"][0]
         return os.path.basename(sample.img_path) if "img_path" in sample else f"image {self.index}"
 
     @property
