@@ -82,7 +82,7 @@ class Gate(nn.Module):
         Raises:
             UserError: the gate reads images, and x is [T, C].
         """
-        config, tokens = self.config, x.shape[:-1].numel()
+        config, tokens = self.config, math.prod(x.shape[:-1])  # `numel` would fix it for an exporter
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             clean_ED = self.logits(gate_inputs(x, config, dtype))

@@ -53,7 +53,9 @@ def leaves(x: Tensor, gate: Tensor, core: Network, residuals: Residuals) -> list
 def value_and_gradients(function: Callable[..., Tensor], inputs: list[Tensor], *arguments: Any) -> list[Tensor]:
     """y, and the gradients of its squared norm; zeros for what y does not depend on."""
     y = function(*arguments)
-    grads = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
+    grads = (
+        torch.autograd.grad(y.square().sum(), inputs, allow_unused=True) if y.requires_grad else [None] * len(inputs)
+    )
     return [y.detach(), *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, grads, strict=True))]
 
 
