@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.cost import counted_flops
-from rmoe.moe import cpu_kernels, masked
+from rmoe.moe import cpu_kernels, gate, masked
 from rmoe.moe import mix as mixing
 from rmoe.moe.experts import Activation, LowRank, Network, Residuals, reference
 from rmoe.moe.folded import folded_low_rank
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.masked import masked_low_rank
 from rmoe.moe.mix import mix
+from rmoe.moe.records import collect
 
 
 @contextmanager
@@ -266,6 +267,41 @@ def test_few_launches_and_no_wait(form: dict[str, Any]) -> None:
     with as_on_a_gpu(), Launches() as launches:
         moe._experts(x, routing).backward(torch.ones(24, WIDTH))
     assert len(launches.found) <= 38  # with the casts of all weights and of the gradients
+
+
+class Kernel:
+    """Stands for a Triton kernel: one launch, which leaves zeros where it would write."""
+
+    def __init__(self, launches: Launches) -> None:
+        self.launches = launches
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        return self
+
+    def __call__(self, *arguments: Any, **constants: Any) -> None:
+        self.launches.found.append("kernel")
+        for x in arguments:
+            if isinstance(x, Tensor) and not x.is_floating_point():
+                x.numpy().fill(0)  # experts
+
+
+@pytest.mark.parametrize(("kernel", "most"), [(True, 60), (False, 76)])
+@pytest.mark.parametrize("form", [{}, {"top_k": "all"}], ids=str)
+def test_launches_of_a_whole_layer_with_its_gate_and_losses(kernel: bool, most: int, form: dict[str, Any]) -> None:
+    moe = layer(**form).train()
+    x = torch.randn(24, WIDTH, requires_grad=True)
+    launches = Launches()
+    stand_ins = {name: Kernel(launches) for name in ("_forward", "_backward")}
+    with (
+        as_on_a_gpu(),
+        mock.patch.object(gate, "_has_kernel", return_value=kernel),
+        mock.patch.multiple("rmoe.moe.gate_kernel", **stand_ins),
+        launches,
+    ):
+        with collect() as records:
+            y = moe(x)
+        torch.autograd.backward([y, records.loss()], [torch.ones_like(y), None])
+    assert 30 < len(launches.found) <= most
 
 
 # ---- which arithmetic runs -------------------------------------------------------------------------------------------
