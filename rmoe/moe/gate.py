@@ -10,14 +10,18 @@ tokens each of several processes has, where a capacity is set (`drop_over_capaci
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
@@ -29,8 +33,8 @@ class GateSums(NamedTuple):
     """Holds what the losses need of a batch, as float32 sums over its tokens: the parts of a batch add up."""
 
     probability_E: Tensor
-    load_E: Tensor  # smoothed number of tokens; zeros where the loss is off
-    first_E: Tensor  # tokens whose first choice is e; no gradient; zeros where the loss `balance` is off
+    load_E: Tensor  # smoothed number of tokens; of no meaning where the loss is off
+    first_E: Tensor  # tokens whose first choice is e; no gradient; of no meaning where the loss `balance` is off
     chosen_E: Tensor  # tokens that have e among their choices, before any is dropped; no gradient
     confidence: Tensor  # the largest probability of each token; no gradient
     z: Tensor
@@ -83,10 +87,12 @@ class Gate(nn.Module):
             UserError: the gate reads images, and x is [T, C].
         """
         config, tokens = self.config, math.prod(x.shape[:-1])  # `numel` would fix it for an exporter
+        if _has_kernel(x, config, self.training):
+            return self._route_by_kernel(x.reshape(-1, x.shape[-1]))
         with torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             clean_ED = self.logits(gate_inputs(x, config, dtype))
-            std = config.noise / config.num_experts if self.training and config.chooses else 0.0
+            std = self._std()
             noisy_ED = clean_ED + std * torch.randn_like(clean_ED) if std else clean_ED
             probability_ED = clean_ED.softmax(0)
             score_ED = noisy_ED.softmax(0) if std else probability_ED
@@ -99,6 +105,34 @@ class Gate(nn.Module):
             decided = (expert_KD, self._gate_values(value_KD), probability_ED.detach())
             expert_TK, gate_TK, probability_TE = (_for_each_token(part, tokens) for part in decided)
             return Routing(expert_TK, gate_TK, probability_TE, sums)
+
+    def _route_by_kernel(self, x_TC: Tensor) -> Routing:
+        from rmoe.moe.gate_kernel import route
+
+        config, std, noise_ET = self.config, self._std(), None
+        with torch.autocast(x_TC.device.type, enabled=False):
+            if std:
+                noise_ET = torch.empty(config.num_experts, len(x_TC), device=x_TC.device).normal_(std=std)
+            linear = self.weight.float(), self.bias.float()
+            found = route(
+                x_TC, *linear, noise_ET, self.choice_bias, config.temperature, config.chooses, config.normalises
+            )
+        sums = None
+        if self.training:
+            sums = GateSums(
+                found.probability_E,
+                found.first_E,
+                found.first_E,
+                found.chosen_E,
+                found.confidence,
+                found.z,
+                found.tokens,
+            )
+        return Routing(found.expert_TK, found.gate_TK, found.probability_TE, sums)
+
+    def _std(self) -> float:
+        """Returns the standard deviation of the noise that is added to the logits."""
+        return self.config.noise / self.config.num_experts if self.training and self.config.chooses else 0.0
 
     def logits(self, x_DC: Tensor) -> Tensor:
         """Returns the logits of what the gate reads, without noise, [E, D]."""
@@ -190,6 +224,22 @@ def absent_of_gates(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
     return zeros
 
 
+def _has_kernel(x: Tensor, config: ResidualMoEConfig, training: bool) -> bool:
+    """Says whether the kernels of `rmoe.moe.gate_kernel` compute this gate for the tokens x."""
+    if not (x.is_cuda and x.numel() and x.dtype in (torch.float32, torch.bfloat16, torch.float16)):
+        return False
+    if torch.compiler.is_compiling() or x.device.index != torch.cuda.current_device() or not _has_triton():
+        return False
+    one_or_all = config.experts_per_token == 1 or not config.chooses
+    plain = config.gate_input == "token" and not config.losses.load
+    return one_or_all and plain and config.num_experts <= 64 and not (training and config.capacity_factor is not None)
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+
+
 def gate_inputs(x: Tensor, config: ResidualMoEConfig, dtype: torch.dtype) -> Tensor:
     """Returns what the gate of a layer reads of its input x [..., C], in `dtype`: [D, C].
 
@@ -257,23 +307,39 @@ def gate_balance(sums: GateSums) -> Balance:
 
 
 def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
-    """Returns the weighted sum of the losses of one gate; formulas and sources are at `rmoe.config.GateLosses`."""
-    num_experts = len(sums.probability_E)
-    loss = sums.probability_E.new_zeros(())
+    """Returns the weighted sum of the losses of one gate; formulas and sources are at `rmoe.config.GateLosses`.
+
+    Of several gates, whose sums are stacked along a first dimension, it returns a loss each.
+    """
+    num_experts, terms = sums.probability_E.shape[-1], list[Tensor]()
     if weights.importance:
-        loss = loss + weights.importance * _squared_variation(sums.probability_E)
+        terms.append(weights.importance * _SquaredVariation.apply(sums.probability_E))
     if weights.load:
-        loss = loss + weights.load * _squared_variation(sums.load_E)
+        terms.append(weights.load * _SquaredVariation.apply(sums.load_E))
     if weights.balance:
-        mean_E, share_E = sums.probability_E / sums.tokens, sums.first_E / sums.tokens
-        loss = loss + weights.balance * num_experts * (mean_E * share_E).sum()
+        mean_E, share_E = (part_E / sums.tokens[..., None] for part_E in (sums.probability_E, sums.first_E))
+        terms.append(weights.balance * num_experts * (mean_E * share_E).sum(-1))
     if weights.z:
-        loss = loss + weights.z * sums.z / sums.tokens
-    return loss
+        terms.append(weights.z * sums.z / sums.tokens)
+    return sum(terms[1:], terms[0]) if terms else torch.zeros_like(sums.tokens)
 
 
-def _squared_variation(x_E: Tensor) -> Tensor:
-    return x_E.var(correction=0) / x_E.mean().square()
+class _SquaredVariation(Function):
+    """Computes variance / mean² over the last dimension, and its gradient, in as few operations as there are."""
+
+    @staticmethod
+    def forward(ctx: Any, x_E: Tensor) -> Tensor:
+        mean = x_E.mean(-1, keepdim=True)
+        off_E = x_E / mean - 1
+        found = off_E.square().mean(-1)
+        ctx.save_for_backward(mean, off_E, found)
+        return found
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        mean, off_E, found = ctx.saved_tensors
+        return (off_E - found[..., None]) * ((2 / off_E.shape[-1]) * grad[..., None] / mean)
 
 
 @torch.no_grad()

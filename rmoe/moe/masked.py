@@ -5,8 +5,8 @@ expert is not chosen, and the stacked B brings it back:
 
     Σ_e g_e B_eᵀ (A_e x)  =  [B_1 … B_E]ᵀ (g ⊙ [A_1 … A_E] x)
 
-which costs the same for one expert as for all of them, weighed softly, inside one network. On a GPU that is a few
-large products; on a CPU they run tile by tile, so that the activations stay in cache.
+which costs the same for one expert as for all of them, weighed softly, inside one network. This is the form of a CPU,
+tile by tile, so that the activations stay in cache, and of compilers and exporters; a GPU's is in folded.py.
 
 Shape suffixes: T tokens, n tokens of a tile, C model width, H hidden width, E experts, K experts per token, R residual
 rank; Q = E·R rows of the stacked B, P those of the stacked A (E·R, or R where the experts share one A).
@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from rmoe.moe.experts import Activation, LowRank, Network, act_backward
 
-_TILE = 1600  # tokens, on a CPU
+_TILE = 1600  # tokens
 
 
 def masked_low_rank(
@@ -46,7 +46,7 @@ def masked_low_rank(
 
 
 class _Masked(Function):
-    """Computes all tokens, tile by tile; of each it keeps h, A1 x and A2 a and, where that takes long to redo, a."""
+    """Computes all tokens, tile by tile; of each it keeps h, a, A1 x and A2 a."""
 
     @staticmethod
     def forward(
@@ -61,13 +61,13 @@ class _Masked(Function):
     ) -> Tensor:
         core, low = Network(*weights[:4]), LowRank(*weights[4:])
         gate_ET = _by_expert(expert_TK, gate_TK, low.num_experts)
-        found, kept = list[Tensor](), list[Tensor | None]()
+        found, kept = list[Tensor](), list[Tensor]()
         for x_nC, gate_En in zip(*_in_tiles([x_TC], [gate_ET]), strict=True):
             y_nC, h_nH, a_nH, u1_Pn, u2_Pn = _forward(x_nC, gate_En, core, low, act, ready)
             found.append(y_nC)
             if keep:
-                # An activation takes a CPU half as long as the product before it, and a GPU next to nothing.
-                kept += [h_nH, None if _is_on_gpu(x_TC) else a_nH, u1_Pn, u2_Pn]
+                # An activation takes half as long as the product before it.
+                kept += [h_nH, a_nH, u1_Pn, u2_Pn]
             ready = None
         ctx.save_for_backward(x_TC, gate_ET, expert_TK, *weights, *kept)
         ctx.act = act
@@ -87,7 +87,6 @@ class _Masked(Function):
             *_in_tiles([x_TC, grad_TC], [gate_ET] if grad_gate is None else [gate_ET, grad_gate[:-1]]), strict=True
         ):
             h_nH, a_nH, u1_Pn, u2_Pn = islice(kept, 4)
-            a_nH = ctx.act(h_nH) if a_nH is None else a_nH
             _add_core_gradient(of_core[2:], grad_nC, a_nH)
             grad_nH = grad_nC @ core.w2_CH
             v2_ERn = _low_rank_backward(grad_nH, grad_nC, a_nH, u2_Pn, gate_En, low[2:], of_low[2:])
@@ -109,10 +108,6 @@ class _Masked(Function):
             for one, w in zip([*of_core, *of_low], saved, strict=False)
         )
         return grad_x, grad_gate, None, None, None, None, *grad_weights
-
-
-def _is_on_gpu(x: Tensor) -> bool:
-    return x.is_cuda
 
 
 class _Sum:
@@ -141,8 +136,7 @@ def _by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int) -> Tensor:
 
 def _in_tiles(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Returns of each matrix its pieces, one a tile: tokens are the rows of `rows` and the columns of `columns`."""
-    length = max(1, len(rows[0])) if _is_on_gpu(rows[0]) else _TILE
-    return [x.split(length) for x in rows] + [x.split(length, 1) for x in columns]
+    return [x.split(_TILE) for x in rows] + [x.split(_TILE, 1) for x in columns]
 
 
 def _forward(

@@ -6,12 +6,15 @@ Shape suffixes: T tokens, C model width, K experts per token, N pairs of a token
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rmoe.moe.cpu_kernels import rows_of_one_expert
 from rmoe.moe.experts import Activation, Full, Network, Residuals
+from rmoe.moe.folded import folded_low_rank
 from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_networks, mix_weights
 from rmoe.moe.masked import masked_low_rank
 
@@ -54,39 +57,50 @@ def mix(
     dtype, k = compute_dtype(x_TC), expert_TK.shape[1]
     masked = not residuals.merges and _masks(x_TC, dtype, k if mixes_weights else 1, residuals)
     inside = mixes_weights and (k > 1 or residuals.merges)
+    folded = masked and _is_on_gpu(x_TC) and not torch.compiler.is_compiling()
     if ready is not None and (residuals.merges or (inside and not masked) or residuals[0].dtype != dtype):
         ready()
         ready = None
-    x_TC = x_TC.to(dtype)
+    low_rank: Callable[..., Tensor] = masked_low_rank
+    if folded:  # casts what it is given into its own matrices
+        low_rank = partial(folded_low_rank, dtype=dtype, drops=drops)
+    else:
+        x_TC = x_TC.to(dtype)
     if isinstance(residuals, Full) and not inside and has_grouped_gemm(x_TC, residuals):
         return mix_networks(x_TC, expert_TK, gate_TK, core, residuals, act, drops)
-    gate_TK = gate_TK.to(dtype)
-    weights = (None,) * 4 if core is None else core
-    core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
-    residuals = type(residuals)(*(w.to(dtype) for w in residuals))
+    theta: Any = core
+    if not folded:
+        gate_TK = gate_TK.to(dtype)
+        weights = (None,) * 4 if core is None else core
+        theta = Network(*(None if w is None else w.to(dtype) for w in weights))
+        residuals = type(residuals)(*(w.to(dtype) for w in residuals))
     if mixes_weights and masked:
-        return masked_low_rank(x_TC, expert_TK, gate_TK, core, residuals, act, ready)  # type: ignore[arg-type]
+        return low_rank(x_TC, expert_TK, gate_TK, theta, residuals, act, ready=ready)
     if not masked:
         residuals = residuals.spread()
     if inside:
-        return mix_weights(x_TC, expert_TK, gate_TK, core, residuals, act)
+        return mix_weights(x_TC, expert_TK, gate_TK, theta, residuals, act)
     x_NC, expert_N = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, expert_TK.flatten()
     scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(x_NC.shape[0])
     if masked:
-        y_NC = masked_low_rank(x_NC, expert_N[:, None], scale_N[:, None], core, residuals, act, ready)  # type: ignore[arg-type]
+        y_NC = low_rank(x_NC, expert_N[:, None], scale_N[:, None], theta, residuals, act, ready=ready)
     elif has_grouped_gemm(x_NC, residuals):
         if ready is not None:
             ready()
-        y_NC = grouped_rows(x_NC, expert_N, scale_N, core, residuals, act)
+        y_NC = grouped_rows(x_NC, expert_N, scale_N, theta, residuals, act)
     else:
-        y_NC = rows_of_one_expert(x_NC, expert_N, scale_N, core, residuals, act, ready)
-    return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK)
+        y_NC = rows_of_one_expert(x_NC, expert_N, scale_N, theta, residuals, act, ready)
+    return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK.to(dtype))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Returns what a mixture computes in for tokens x: autocast's format inside of it, else that of the tokens."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _is_on_gpu(x: Tensor) -> bool:
+    return x.is_cuda
 
 
 def _masks(x_TC: Tensor, dtype: torch.dtype, together: int, low: Residuals) -> bool:

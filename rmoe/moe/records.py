@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rmoe.config import GateLosses
 from rmoe.moe.exchange import SumOverProcesses
 from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_load, gate_loss
 
@@ -62,8 +63,11 @@ class Records:
         trained = torch.is_grad_enabled() and any(layer.gate.weight.requires_grad for layer in self.sums)
         if trained and not any(part.requires_grad for sums in self.sums.values() for part in sums):
             raise RuntimeError("the gates ran without gradient: checkpoint activations with use_reentrant=False")
-        losses = [gate_loss(sums, layer.config.losses) for layer, sums in self._totals().items()]
-        return torch.stack(losses).sum() if losses else torch.zeros(())
+        alike: dict[tuple[int, GateLosses], list[GateSums]] = {}  # layers whose losses are one computation
+        for layer, sums in self._totals().items():
+            alike.setdefault((layer.num_experts, layer.config.losses), []).append(sums)
+        losses = [gate_loss(_stacked(group), weights).sum() for (_, weights), group in alike.items()]
+        return sum(losses[1:], losses[0]) if losses else torch.zeros(())
 
     def average(self, values_N: Tensor) -> Tensor:
         """Returns the mean over the processes of `values_N`, in float32 and without gradient.
@@ -123,6 +127,10 @@ class Records:
         every = iter(parts)
         self._over_processes = {layer: GateSums(*(next(every) for _ in GateSums._fields)) for layer in self.sums}
         return next(every, values_N).detach()
+
+
+def _stacked(group: list[GateSums]) -> GateSums:
+    return group[0] if len(group) == 1 else GateSums(*map(torch.stack, zip(*group, strict=True)))
 
 
 _RECORDS: ContextVar[Records | None] = ContextVar("rmoe_records", default=None)

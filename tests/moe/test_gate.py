@@ -96,6 +96,29 @@ def test_losses_by_hand() -> None:
     assert gate_loss(shifted, GateLosses(importance=0.0, z=1.0)).item() == pytest.approx(9.0)
 
 
+def test_losses_of_several_gates_at_once_are_those_of_each_in_value_and_gradient() -> None:
+    weights = GateLosses(importance=0.5, load=0.4, balance=0.3, z=0.2)
+    each = []
+    for seed in range(3):
+        torch.manual_seed(seed)
+        x_E = [torch.rand(4, dtype=torch.float64) + 0.1 for _ in range(4)]
+        each.append(GateSums(*x_E, *(torch.rand((), dtype=torch.float64) + 1 for _ in range(3))))
+    inputs = [part.requires_grad_() for sums in each for part in (sums.probability_E, sums.load_E, sums.z)]
+
+    def plain(sums: GateSums) -> Tensor:
+        importance, load = (x_E.var(correction=0) / x_E.mean().square() for x_E in (sums.probability_E, sums.load_E))
+        balance = 4 * (sums.probability_E * sums.first_E).sum() / sums.tokens**2
+        return 0.5 * importance + 0.4 * load + 0.3 * balance + 0.2 * sums.z / sums.tokens
+
+    together = gate_loss(GateSums(*map(torch.stack, zip(*each, strict=True))), weights)
+    expected = torch.stack([plain(sums) for sums in each])
+    torch.testing.assert_close(together, expected)
+    torch.testing.assert_close(torch.stack([gate_loss(sums, weights) for sums in each]), expected)
+    scale = torch.tensor([1.0, -2.0, 3.0])
+    found, exact = (torch.autograd.grad((scale * losses).sum(), inputs) for losses in (together, expected))
+    torch.testing.assert_close(found, exact)
+
+
 def test_sums_of_a_batch_in_training() -> None:
     module = gate(losses=GateLosses(importance=1.0, balance=1.0, z=1.0))
     sums = module(LOGITS).sums

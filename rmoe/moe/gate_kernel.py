@@ -1,0 +1,262 @@
+"""The gate of a GPU in one kernel each way, where a token uses its best expert or all of them.
+
+It computes what `rmoe.moe.gate.Gate` does: logits in float32, softmax with and without noise, the choice, the gate
+values, and over each block of tokens what the losses sum. Backward it computes the gradient of the logits; two matrix
+products bring that to the weight and the tokens.
+
+Shape suffixes: T tokens, C model width, E experts, K experts per token: 1, or E.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+_TOKENS, _COLUMNS = 64, 64  # of a block
+_LEAST = 16  # experts of a block's product
+
+
+class Found(NamedTuple):
+    """Holds what the gate decided, and sums over the tokens; float32 but for the experts, which are int64."""
+
+    gate_TK: Tensor
+    expert_TK: Tensor
+    probability_TE: Tensor  # without gradient
+    probability_E: Tensor
+    z: Tensor
+    first_E: Tensor  # without gradient, as all that follow
+    chosen_E: Tensor
+    confidence: Tensor
+    tokens: Tensor
+
+
+def route(
+    x_TC: Tensor,
+    weight_EC: Tensor,
+    bias_E: Tensor,
+    noise_ET: Tensor | None,
+    choice_bias_E: Tensor | None,
+    temperature: float,
+    chooses: bool,
+    normalises: bool,
+) -> Found:
+    """Routes tokens.
+
+    Args:
+        x_TC: float32, bfloat16 or float16; rows of adjacent elements.
+        weight_EC: float32, as `bias_E`.
+        noise_ET: added to the logits where experts are chosen; None for none.
+        choice_bias_E: added to the probabilities where experts are chosen.
+        temperature: divides the logits.
+        chooses: whether a token uses its best expert, rather than all.
+        normalises: whether the gate value of a choice is 1, with the gradient of log p.
+    """
+    switches = (noise_ET, choice_bias_E, 1.0 / temperature, chooses, normalises and chooses)
+    return Found(*_Route.apply(x_TC, weight_EC, bias_E, *switches))
+
+
+class _Route(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TC: Tensor,
+        weight_EC: Tensor,
+        bias_E: Tensor,
+        noise_ET: Tensor | None,
+        choice_bias_E: Tensor | None,
+        factor: float,
+        chooses: bool,
+        normalises: bool,
+    ) -> tuple[Tensor, ...]:
+        (tokens, width), experts = x_TC.shape, len(weight_EC)
+        block_e = max(_LEAST, triton.next_power_of_2(experts))
+        blocks = triton.cdiv(tokens, _TOKENS)
+        probability_TE = torch.empty(tokens, experts, device=x_TC.device)
+        score_TE = probability_TE if noise_ET is None else torch.empty_like(probability_TE)
+        lse_T = torch.empty(tokens, device=x_TC.device)
+        gate_TK = torch.empty(tokens, 1, device=x_TC.device) if chooses else torch.empty_like(score_TE)
+        expert_TK = torch.empty(tokens, 1 if chooses else experts, dtype=torch.int64, device=x_TC.device)
+        parts = torch.empty(blocks, 4, block_e, device=x_TC.device)
+        _forward[(blocks,)](
+            *(x_TC, weight_EC.contiguous(), bias_E.contiguous(), noise_ET, choice_bias_E),
+            *(probability_TE, score_TE, lse_T, gate_TK, expert_TK, parts),
+            *(tokens, width, experts, x_TC.stride(0), factor),
+            **{
+                "CHOOSES": chooses,
+                "NORMALISES": normalises,
+                "BLOCK_E": block_e,
+                "BLOCK_T": _TOKENS,
+                "BLOCK_C": _COLUMNS,
+            },
+        )
+        sums = parts.sum(0)
+        ctx.save_for_backward(x_TC, weight_EC, probability_TE, score_TE, lse_T, expert_TK)
+        ctx.factor, ctx.chooses, ctx.normalises, ctx.block_e = factor, chooses, normalises, block_e
+        ctx.set_materialize_grads(False)
+        of_experts, of_all = sums[:3, :experts], sums[3]
+        rest = (of_experts[1], of_experts[2], of_all[0], of_all[2])
+        ctx.mark_non_differentiable(expert_TK, probability_TE, *rest)
+        return gate_TK, expert_TK, probability_TE, of_experts[0], of_all[1], *rest
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, grad_TK: Tensor | None, _e: Any, _p: Any, grad_E: Tensor | None, grad_z: Any, *_: Any
+    ) -> Any:
+        x_TC, weight_EC, probability_TE, score_TE, lse_T, expert_TK = ctx.saved_tensors
+        (tokens, experts), wants = probability_TE.shape, ctx.needs_input_grad
+        grad_TE = torch.empty_like(probability_TE)
+        _backward[(triton.cdiv(tokens, _TOKENS),)](
+            *(probability_TE, score_TE, lse_T, expert_TK),
+            *(None if g is None else g.contiguous() for g in (grad_TK, grad_E, grad_z)),
+            *(grad_TE, tokens, experts, ctx.factor),
+            **{"CHOOSES": ctx.chooses, "NORMALISES": ctx.normalises, "BLOCK_E": ctx.block_e, "BLOCK_T": _TOKENS},
+        )
+        grad_x = (grad_TE @ weight_EC).to(x_TC.dtype) if wants[0] else None
+        grad_weight = grad_TE.T @ x_TC.float() if wants[1] else None
+        return grad_x, grad_weight, grad_TE.sum(0) if wants[2] else None, *(None,) * 5
+
+
+@triton.jit
+def _softmax(logits):  # type: ignore[no-untyped-def]
+    """Returns the softmax over experts, and log Σ exp."""
+    largest = tl.max(logits, 1)
+    weights = tl.exp(logits - largest[:, None])
+    total = tl.sum(weights, 1)
+    return weights / total[:, None], largest + tl.log(total)
+
+
+@triton.jit
+def _best(score, e, experts, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Returns the first of the largest, and with NaN some expert."""
+    place = tl.where(score == tl.max(score, 1)[:, None], e[None, :], BLOCK_E)
+    return tl.minimum(tl.min(place, 1), experts - 1)
+
+
+@triton.jit
+def _forward(  # type: ignore[no-untyped-def]
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    noise_ptr,
+    choice_bias_ptr,
+    probability_ptr,
+    score_ptr,
+    lse_ptr,
+    gate_ptr,
+    expert_ptr,
+    parts_ptr,
+    tokens,
+    width,
+    experts,
+    stride,
+    factor,
+    CHOOSES: tl.constexpr,
+    NORMALISES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    block = tl.program_id(0)
+    t, e, c = block * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_C)
+    in_t, in_e = t < tokens, e < experts
+    inside = in_t[:, None] & in_e[None, :]
+    at = t[:, None] * experts + e[None, :]
+    logits = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    for start in range(0, width, BLOCK_C):
+        in_c = start + c < width
+        x_at = t.to(tl.int64)[:, None] * stride + (start + c)[None, :]
+        x = tl.load(x_ptr + x_at, mask=in_t[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+        weight_at = e[None, :] * width + (start + c)[:, None]
+        weight = tl.load(weight_ptr + weight_at, mask=in_c[:, None] & in_e[None, :], other=0.0)
+        logits = tl.dot(x, weight, logits, input_precision="ieee")
+    bias = tl.load(bias_ptr + e, mask=in_e, other=0.0)
+    logits = tl.where(in_e[None, :], (logits + bias[None, :]) * factor, float("-inf"))
+    probability, lse = _softmax(logits)
+    tl.store(probability_ptr + at, probability, mask=inside)
+    tl.store(lse_ptr + t, lse, mask=in_t)
+    first = tl.where(in_e[None, :], probability, float("-inf"))
+    largest = tl.max(first, 1)
+    score = probability
+    if noise_ptr is not None:
+        noise = tl.load(noise_ptr + e[None, :] * tokens + t[:, None], mask=inside, other=0.0)
+        score, _ = _softmax(logits + noise)
+        tl.store(score_ptr + at, score, mask=inside)
+    if CHOOSES:
+        by = tl.where(in_e[None, :], score, float("-inf"))
+        if choice_bias_ptr is not None:
+            by += tl.load(choice_bias_ptr + e, mask=in_e, other=0.0)[None, :]
+        best = _best(by, e, experts, BLOCK_E)
+        value = tl.sum(tl.where(e[None, :] == best[:, None], score, 0.0), 1)
+        if NORMALISES:
+            value = value / value  # 1, or NaN
+        tl.store(gate_ptr + t, value, mask=in_t)
+        tl.store(expert_ptr + t, best.to(tl.int64), mask=in_t)
+        first_count = tl.sum(tl.where((e[None, :] == best[:, None]) & inside, 1.0, 0.0), 0)
+        chosen_count = first_count
+    else:
+        best = _best(first, e, experts, BLOCK_E)
+        tl.store(gate_ptr + at, score, mask=inside)
+        tl.store(expert_ptr + at, (e[None, :] + tl.zeros((BLOCK_T, 1), tl.int32)).to(tl.int64), mask=inside)
+        first_count = tl.sum(tl.where((e[None, :] == best[:, None]) & inside, 1.0, 0.0), 0)
+        chosen_count = tl.sum(tl.where(inside, 1.0, 0.0), 0)
+    part = parts_ptr + block * 4 * BLOCK_E + e
+    tl.store(part, tl.sum(tl.where(inside, probability, 0.0), 0))
+    tl.store(part + BLOCK_E, first_count)
+    tl.store(part + 2 * BLOCK_E, chosen_count)
+    confidence = tl.sum(tl.where(in_t, largest, 0.0), 0)
+    z = tl.sum(tl.where(in_t, lse * lse, 0.0), 0)
+    count = tl.sum(tl.where(in_t, 1.0, 0.0), 0)
+    scalars = tl.where(e == 0, confidence, tl.where(e == 1, z, tl.where(e == 2, count, 0.0)))
+    tl.store(part + 3 * BLOCK_E, scalars)
+
+
+@triton.jit
+def _backward(  # type: ignore[no-untyped-def]
+    probability_ptr,
+    score_ptr,
+    lse_ptr,
+    expert_ptr,
+    grad_gate_ptr,
+    grad_sum_ptr,
+    grad_z_ptr,
+    grad_ptr,
+    tokens,
+    experts,
+    factor,
+    CHOOSES: tl.constexpr,
+    NORMALISES: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
+    in_t, in_e = t < tokens, e < experts
+    inside = in_t[:, None] & in_e[None, :]
+    at = t[:, None] * experts + e[None, :]
+    probability = tl.load(probability_ptr + at, mask=inside, other=0.0)
+    grad = tl.zeros((BLOCK_T, BLOCK_E), tl.float32)
+    if grad_sum_ptr is not None:
+        of_sum = tl.load(grad_sum_ptr + e, mask=in_e, other=0.0)[None, :]
+        grad += probability * (of_sum - tl.sum(probability * of_sum, 1)[:, None])
+    if grad_z_ptr is not None:
+        lse = tl.load(lse_ptr + t, mask=in_t, other=0.0)
+        grad += 2.0 * tl.load(grad_z_ptr) * lse[:, None] * probability
+    if grad_gate_ptr is not None:
+        score = tl.load(score_ptr + at, mask=inside, other=0.0)
+        if CHOOSES:
+            of_gate = tl.load(grad_gate_ptr + t, mask=in_t, other=0.0)
+            best = tl.load(expert_ptr + t, mask=in_t, other=0)
+            is_best = e[None, :] == best[:, None]
+            value = tl.sum(tl.where(is_best, score, 0.0), 1)
+            scaled = of_gate if NORMALISES else of_gate * value  # the gradient of log p
+            grad += scaled[:, None] * (tl.where(is_best, 1.0, 0.0) - score)
+        else:
+            of_gate = tl.load(grad_gate_ptr + at, mask=inside, other=0.0)
+            grad += score * (of_gate - tl.sum(score * of_gate, 1)[:, None])
+    tl.store(grad_ptr + at, grad * factor, mask=inside)
