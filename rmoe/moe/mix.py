@@ -57,9 +57,9 @@ def mix(
     if ready is not None and (residuals.merges or (inside and not masked) or residuals[0].dtype != dtype):
         ready()
         ready = None
+    if residuals.merges and not inside and has_grouped_gemm(x_TC, residuals, dtype):
+        return mix_networks(x_TC, expert_TK, gate_TK, core, residuals, act, drops, dtype)
     x_TC = x_TC.to(dtype)
-    if residuals.merges and not inside and has_grouped_gemm(x_TC, residuals):
-        return mix_networks(x_TC, expert_TK, gate_TK, core, residuals, act, drops)
     gate_TK = gate_TK.to(dtype)
     weights = (None,) * 4 if core is None else core
     core = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def mix(
     scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(x_NC.shape[0])
     if masked:
         y_NC = masked_low_rank(x_NC, expert_N[:, None], scale_N[:, None], core, residuals, act, ready)  # type: ignore[arg-type]
-    elif has_grouped_gemm(x_NC, residuals):
+    elif has_grouped_gemm(x_NC, residuals, dtype):
         if ready is not None:
             ready()
         y_NC = grouped_rows(x_NC, expert_N, scale_N, core, residuals, act)
