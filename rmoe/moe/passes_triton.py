@@ -55,7 +55,7 @@ def from_experts(
     rows, wide = _tile(width)
     more = weighed or (place_P,) * 3  # not read
     grid = (triton.cdiv(tokens, rows),)
-    _from_experts[grid](y_NC, out_TC, place_P, *more, tokens, k, width, weighed is not None, rows, wide)
+    _from_experts[grid](y_NC.contiguous(), out_TC, place_P, *more, tokens, k, width, weighed is not None, rows, wide)
     return out_TC
 
 
@@ -64,6 +64,7 @@ def from_experts_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns the gradients of y_NC and of gate_P, as `rmoe.moe.passes.from_experts_backward`."""
     tokens, width = grad_TC.shape
+    y_NC = y_NC.contiguous()
     grad_NC, grad_P = torch.empty_like(y_NC), torch.empty_like(gate_P)
     rows, wide = _tile(width)
     of = (grad_TC.contiguous(), y_NC, grad_NC, grad_P, place_P, gate_P, bias_GC, expert_P)

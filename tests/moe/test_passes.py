@@ -163,7 +163,20 @@ def test_launches(kind: str, k: int) -> None:
 
 
 def test_a_cpu_and_a_machine_without_triton_take_torchs_operators() -> None:
+    cuda = torch.device("cuda")
     assert passes.passes_on(torch.device("cpu")) is passes
-    assert passes.passes_on(torch.device("cuda")) is fast
-    with mock.patch.object(passes, "_has_triton", return_value=False):
-        assert passes.passes_on(torch.device("cuda")) is passes
+    for runs, module in ((True, fast), (False, passes)):
+        with mock.patch.object(passes, "_triton_runs", return_value=runs):
+            assert passes.passes_on(cuda) is module
+
+
+def test_a_triton_that_cannot_compile_is_named_and_left_alone() -> None:
+    runs, here = passes._triton_runs.__wrapped__, torch.device("cpu")  # interpreted
+    assert runs(here)
+    with (
+        mock.patch.object(fast, "place_pairs", side_effect=RuntimeError("no C compiler\nat all")),
+        pytest.warns(UserWarning, match=r"RuntimeError: no C compiler\).*install a C compiler"),
+    ):
+        assert not runs(here)
+    with mock.patch.object(passes, "find_spec", return_value=None):
+        assert not runs(here)
