@@ -23,24 +23,26 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rmoe.moe.experts import Activation, Full, Network, Residuals, act_backward
+from rmoe.moe.passes import passes_on, sort_pairs
 
 _ALIGNMENT = 16  # bytes at which each row of an operand begins
 
 
-def has_grouped_gemm(x: Tensor, residuals: Residuals) -> bool:
+def has_grouped_gemm(x: Tensor, residuals: Residuals, dtype: torch.dtype) -> bool:
     """Says whether torch has a grouped GEMM that waits for nothing: bfloat16 on Hopper, in rows of whole 16 bytes.
 
     Elsewhere `torch.nn.functional.grouped_mm` brings the number of rows of each expert to the host at every call, or,
     on Blackwell, leaves the gradients of experts without rows as memory was (torch 2.11).
 
     Args:
-        x: what the rows are taken from, in the dtype of the arithmetic; no rows at all are a product that is refused.
+        x: what the rows are taken from, in any dtype; no rows at all are a product that is refused.
         residuals: of the experts, in any dtype.
+        dtype: of the arithmetic.
     """
-    if not (x.is_cuda and x.dtype == torch.bfloat16 and len(x) and _is_hopper(x.device)):
+    if not (x.is_cuda and dtype == torch.bfloat16 and len(x) and _is_hopper(x.device)):
         return False
     widths = {size for delta in residuals for size in delta.shape[1:]}  # C, H and, for low rank, R
-    return not any(width * x.itemsize % _ALIGNMENT for width in widths)
+    return not any(width * dtype.itemsize % _ALIGNMENT for width in widths)
 
 
 @cache
@@ -58,13 +60,8 @@ class _Order(NamedTuple):
 
 
 def _sort_pairs(expert_TK: Tensor, groups: int) -> _Order:
-    # A radix sort takes as many passes as its keys have bytes.
-    key_P = expert_TK.flatten().to(torch.int16 if groups < 2**15 else torch.int32)
-    key_N, pair_N = key_P.sort(stable=True)
-    place_P = torch.empty_like(pair_N).scatter_(0, pair_N, torch.arange(len(pair_N), device=pair_N.device))
-    every_G = torch.arange(groups, device=key_N.device, dtype=key_N.dtype)
+    place_P, pair_N, end_G = sort_pairs(expert_TK.flatten(), groups)
     k = expert_TK.shape[1]
-    end_G = torch.searchsorted(key_N, every_G, right=True, out_int32=True)
     return _Order(pair_N, pair_N // k if k > 1 else pair_N, place_P, end_G)
 
 
@@ -76,13 +73,14 @@ def mix_networks(
     experts: Residuals,
     act: Activation,
     drops: bool,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Computes Σ g_e FFN(x; θ0 + Δ_e), [T, C] in the dtype of x; arguments as `rmoe.moe.mix.mix`.
+    """Computes Σ g_e FFN(x; θ0 + Δ_e), [T, C] of a dtype; other arguments as `rmoe.moe.mix.mix`.
 
-    The core's weights and Δ may be of any dtype: θ is their sum, rounded once to the dtype of x.
+    Tokens, the core's weights and Δ may be of any dtype: x and θ, the sum of core and Δ, are rounded once.
     """
     weights = (None,) * 4 if core is None else core
-    return _Networks.apply(x_TC, expert_TK, gate_TK, act, drops, *weights, *experts)
+    return _Networks.apply(x_TC, expert_TK, gate_TK, act, drops, dtype, *weights, *experts)
 
 
 class _Networks(Function):
@@ -96,68 +94,53 @@ class _Networks(Function):
         gate_TK: Tensor,
         act: Activation,
         drops: bool,
+        dtype: torch.dtype,
         *weights: Tensor,
     ) -> Tensor:
         core, experts = Network(*weights[:4]), Full(*weights[4:])
-        (_, hidden, width), (tokens, k) = experts.w1_EHC.shape, expert_TK.shape
-        groups = len(experts.w1_EHC) + drops
-        order = _sort_pairs(expert_TK, groups)
-        columns = _ALIGNMENT // x_TC.element_size()
-        x_NJ = x_TC.new_empty(tokens * k, width + columns)
-        x_NJ[:, width:] = 1
-        torch.ops.aten.index.Tensor_out(x_TC, [order.token_N], out=x_NJ[:, :width])
-        w1_GHJ = x_TC.new_empty(groups, hidden, width + columns)
-        w1_GHJ[..., width + 1 :] = 0
-        _add_core(core.w1_HC, experts.w1_EHC, out=w1_GHJ[..., :width])
-        _add_core(core.b1_H, experts.b1_EH, out=w1_GHJ[..., width])
-        w2_GCH = _add_core(core.w2_CH, experts.w2_ECH, out=x_TC.new_empty(groups, width, hidden))
-        b2_GC = _add_core(core.b2_C, experts.b2_EC, out=x_TC.new_empty(groups, width))
-        h_NH = F.grouped_mm(x_NJ, w1_GHJ.mT, offs=order.end_G)
-        a_NH = act(h_NH)
-        y_PC = F.grouped_mm(a_NH, w2_GCH.mT, offs=order.end_G)[order.place_P]
-        y_PC += b2_GC[expert_TK.flatten()]
-        gate_P1 = gate_TK.to(x_TC.dtype).reshape(-1, 1)
-        ctx.save_for_backward(x_NJ, h_NH, a_NH, y_PC, gate_P1, w1_GHJ, w2_GCH, *order)
-        ctx.act, ctx.k, ctx.experts = act, k, len(experts.w1_EHC)
-        ctx.core_dtypes = [None if w is None else w.dtype for w in core]
-        return _sum_of_choices(y_PC * gate_P1, k)
+        groups, k, columns = len(experts.w1_EHC) + drops, expert_TK.shape[1], _ALIGNMENT // dtype.itemsize
+        passes = passes_on(x_TC.device)
+        expert_P, gate_P = expert_TK.reshape(-1), gate_TK.reshape(-1)
+        with torch.cuda.device_of(x_TC):  # Triton launches on the device that is current
+            place_P, end_G = passes.place_pairs(expert_P, groups)
+            x_NJ = passes.to_experts(x_TC, place_P, columns, dtype)
+            first, second = (None, None) if weights[0] is None else (core[:2], core[2:])
+            w1_GHJ, _ = passes.weights_of(experts[:2], first, groups, columns, dtype)
+            w2_GCH, b2_GC = passes.weights_of(experts[2:], second, groups, 0, dtype)
+            h_NH = F.grouped_mm(x_NJ, w1_GHJ.mT, offs=end_G)
+            a_NH = act(h_NH)
+            y_NC = F.grouped_mm(a_NH, w2_GCH.mT, offs=end_G)
+            y_TC = passes.from_experts(y_NC, place_P, k, dtype, (gate_P, b2_GC, expert_P))
+        ctx.save_for_backward(x_NJ, h_NH, a_NH, y_NC, gate_P, expert_P, w1_GHJ, w2_GCH, b2_GC, place_P, end_G)
+        ctx.act, ctx.k, ctx.x_dtype, ctx.passes = act, k, x_TC.dtype, passes
+        ctx.experts, ctx.dtypes = len(experts.w1_EHC), [None if w is None else w.dtype for w in weights]
+        return y_TC
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Any, ...]:
-        x_NJ, h_NH, a_NH, y_PC, gate_P1, w1_GHJ, w2_GCH, *order = ctx.saved_tensors
-        pair_N, token_N, place_P, end_G = order
-        width, empty_G = grad_TC.shape[1], torch.diff(end_G, prepend=end_G.new_zeros(1)) == 0
-        sums = torch.promote_types(grad_TC.dtype, torch.float32)
-        grad_gate_TK = (y_PC.unflatten(0, (-1, ctx.k)) * grad_TC[:, None]).sum(-1, dtype=sums)
-        grad_NC = grad_TC[token_N].mul_(gate_P1[pair_N])
+        x_NJ, h_NH, a_NH, y_NC, gate_P, expert_P, w1_GHJ, w2_GCH, b2_GC, place_P, end_G = ctx.saved_tensors
+        passes, width = ctx.passes, grad_TC.shape[1]
+        grad_NC, grad_P = passes.from_experts_backward(grad_TC, y_NC, place_P, gate_P, b2_GC, expert_P)
+        grad_gate_TK = grad_P.view(-1, ctx.k)
         grad_NH = F.grouped_mm(grad_NC, w2_GCH, offs=end_G)
         grad_NH = act_backward(ctx.act, grad_NH, h_NH)
         back_NC = F.grouped_mm(grad_NH, w1_GHJ[..., :width], offs=end_G)
-        grad_x_TC = _sum_of_choices(back_NC[place_P], ctx.k)
-        wanted = ctx.needs_input_grad[5:]
+        grad_x_TC = passes.from_experts(back_NC, place_P, ctx.k, ctx.x_dtype)
+        wanted = ctx.needs_input_grad[6:]
         if not any(wanted):
-            return grad_x_TC, None, grad_gate_TK, None, None, *(None for _ in wanted)
-        grad_GHJ = _grouped_outer(grad_NH, x_NJ, end_G, empty_G)
-        grad_GCH = _grouped_outer(grad_NC, a_NH, end_G, empty_G)
-        grad_GJC = _grouped_outer(x_NJ[:, width:], grad_NC, end_G, empty_G)  # J: the columns of ones, all alike
-        of_groups = (grad_GHJ[..., :width], grad_GHJ[..., width], grad_GCH, grad_GJC[:, 0])
-        # θ_e = θ0 + Δ_e: the core's gradient is the sum of what its networks have.
-        grads = [
-            g.sum(0, dtype=dtype) if want else None
-            for g, want, dtype in zip(of_groups, wanted[:4], ctx.core_dtypes, strict=True)
-        ]
-        grads += [g[: ctx.experts] if want else None for g, want in zip(of_groups, wanted[4:], strict=True)]
-        return grad_x_TC, None, grad_gate_TK, None, None, *grads
-
-
-def _add_core(core: Tensor | None, delta_E: Tensor, out: Tensor) -> Tensor:
-    """Writes θ0 + Δ_e, and θ0 into the group of those without an expert if there is one, in the dtype of `out`."""
-    experts = out[: len(delta_E)]
-    experts.copy_(delta_E) if core is None else torch.add(delta_E, core, out=experts)
-    if len(out) > len(delta_E):
-        out[-1] = 0 if core is None else core
-    return out
+            return grad_x_TC, None, grad_gate_TK, None, None, None, *(None for _ in wanted)
+        dtypes = [dtype if want else None for dtype, want in zip(ctx.dtypes, wanted, strict=True)]
+        grad_GHJ = F.grouped_mm(grad_NH.mT, x_NJ, offs=end_G)
+        of_first = (grad_GHJ, grad_GHJ[..., width], end_G, ctx.experts, width)
+        w1_EHC, b1_EH, w1_HC, b1_H = passes.gradients_of(*of_first, [*dtypes[4:6], *dtypes[:2]])
+        del grad_GHJ, of_first
+        grad_GCH = F.grouped_mm(grad_NC.mT, a_NH, offs=end_G)
+        grad_GJC = F.grouped_mm(x_NJ[:, width:].mT, grad_NC, offs=end_G)  # J: the columns of ones, all alike
+        of_second = (grad_GCH, grad_GJC[:, 0], end_G, ctx.experts, h_NH.shape[1])
+        w2_ECH, b2_EC, w2_CH, b2_C = passes.gradients_of(*of_second, [*dtypes[6:], *dtypes[2:4]])
+        grads = (w1_HC, b1_H, w2_CH, b2_C, w1_EHC, b1_EH, w2_ECH, b2_EC)
+        return grad_x_TC, None, grad_gate_TK, None, None, None, *grads
 
 
 def _sum_of_choices(x_PC: Tensor, k: int) -> Tensor:
@@ -202,7 +185,7 @@ def mix_weights(
     expert_TK = expert_TK.clamp(max=num_experts - 1)
     order = _sort_pairs(expert_TK, num_experts)
     expert_N, gate_N1 = expert_TK.flatten()[order.pair_N], gate_TK.reshape(-1, 1)[order.pair_N]
-    grouped = has_grouped_gemm(x_TC, residuals)
+    grouped = has_grouped_gemm(x_TC, residuals, x_TC.dtype)
     sizes = None if grouped else torch.bincount(expert_N, minlength=num_experts).tolist()
     groups = Groups(expert_N, order.end_G, sizes)
 

@@ -61,16 +61,14 @@ def mix(
     if ready is not None and (residuals.merges or (inside and not masked) or residuals[0].dtype != dtype):
         ready()
         ready = None
+    if isinstance(residuals, Full) and not inside and has_grouped_gemm(x_TC, residuals, dtype):
+        return mix_networks(x_TC, expert_TK, gate_TK, core, residuals, act, drops, dtype)
+    theta: Any = core
     low_rank: Callable[..., Tensor] = masked_low_rank
     if folded:  # casts what it is given into its own matrices
         low_rank = partial(folded_low_rank, dtype=dtype, drops=drops)
     else:
-        x_TC = x_TC.to(dtype)
-    if isinstance(residuals, Full) and not inside and has_grouped_gemm(x_TC, residuals):
-        return mix_networks(x_TC, expert_TK, gate_TK, core, residuals, act, drops)
-    theta: Any = core
-    if not folded:
-        gate_TK = gate_TK.to(dtype)
+        x_TC, gate_TK = x_TC.to(dtype), gate_TK.to(dtype)
         weights = (None,) * 4 if core is None else core
         theta = Network(*(None if w is None else w.to(dtype) for w in weights))
         residuals = type(residuals)(*(w.to(dtype) for w in residuals))
@@ -84,7 +82,7 @@ def mix(
     scale_N = gate_TK[:, 0] if mixes_weights else gate_TK.new_ones(x_NC.shape[0])
     if masked:
         y_NC = low_rank(x_NC, expert_N[:, None], scale_N[:, None], theta, residuals, act, ready=ready)
-    elif has_grouped_gemm(x_NC, residuals):
+    elif has_grouped_gemm(x_NC, residuals, dtype):
         if ready is not None:
             ready()
         y_NC = grouped_rows(x_NC, expert_N, scale_N, theta, residuals, act)

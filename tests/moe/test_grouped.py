@@ -196,7 +196,7 @@ def test_no_token_at_all_takes_the_path_without_a_kernel(kind: str) -> None:
     x, expert_TK, gate, core, residuals = problem(kind, 0, 3, 1, seed=1)
     trained = [t.requires_grad_() for t in residuals]
     with mock.patch.object(grouped, "_is_hopper", return_value=True):
-        assert not grouped.has_grouped_gemm(x.bfloat16(), residuals)
+        assert not grouped.has_grouped_gemm(x, residuals, torch.bfloat16)
         y = mix(x, expert_TK, gate, core, residuals, torch.tanh, False)
     assert all(not grad.any() for grad in torch.autograd.grad(y.sum(), trained))
 
@@ -234,8 +234,8 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize(("kind", "k", "most"), [("full", 1, 60), ("full", 2, 60), ("experts", 1, 56)])
-def test_launches_on_a_gpu_without_a_wait(kind: str, k: int, most: int) -> None:
+@pytest.mark.parametrize(("kind", "k", "most"), [("full", 1, 67), ("full", 2, 72), ("experts", 1, 67)])
+def test_launches_on_a_gpu_without_triton(kind: str, k: int, most: int) -> None:
     # FakeTensors: the rules of torch on a GPU for its grouped GEMM hold, in shape, stride and dtype.
     experts = 4
     with FakeTensorMode(), as_on_hopper(F.grouped_mm), Launches() as launches:
@@ -274,5 +274,5 @@ def test_the_guard(capability: tuple[int, int], dtype: torch.dtype, width: int, 
     grouped._is_hopper.cache_clear()
     with FakeTensorMode(), mock.patch.object(torch.cuda, "get_device_capability", return_value=capability):
         residuals = Full(*(torch.empty(2, *shape) for shape in ((32, width), (32,), (width, 32), (width,))))
-        assert grouped.has_grouped_gemm(torch.empty(3, width, device="cuda", dtype=dtype), residuals) is expected
+        assert grouped.has_grouped_gemm(torch.empty(3, width, device="cuda"), residuals, dtype) is expected
     grouped._is_hopper.cache_clear()
