@@ -48,7 +48,7 @@ TASKS = (
     Task("Swin-L + UPerNet", "", 640, 2, "segmentation/upernet_swin_large_dense_ade20k_640_160k.py"),
     Task("Swin-T + Mask R-CNN", "", 800, 2, "detection/mask_rcnn_swin_tiny_dense_coco_1x.py"),
 )
-DRY_TASKS = (Task("Swin, bare", "swin_tiny_patch4_window7_224", 64, 1), TASKS[2]._replace(size=64, images=1))
+DRY_TASKS = (Task("Swin, bare", "swin_tiny_patch4_window7_224", 64, 2), TASKS[2]._replace(size=64, images=2))
 
 
 def main(arguments: Arguments) -> Report:

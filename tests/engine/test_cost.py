@@ -57,7 +57,7 @@ def test_parameters_of_a_dense_model() -> None:
 
 def test_what_experts_share_is_used_by_every_token() -> None:
     layer = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=4, top_k=1, rank=2, shared_a=True))
-    dense, gate, of_a, of_b = 4 * 8 + 8 + 8 * 4 + 4, 4 * 4, 2 * (4 + 8), 2 * (8 + 4)
+    dense, gate, of_a, of_b = 4 * 8 + 8 + 8 * 4 + 4, 4 * 4 + 4, 2 * (4 + 8), 2 * (8 + 4)
     assert count_parameters(layer) == Parameters(
         total=dense + gate + of_a + 4 * of_b, active=dense + gate + of_a + of_b, trainable=gate + of_a + 4 * of_b
     )
@@ -76,7 +76,7 @@ def test_soft_mixing_uses_all_experts_and_counts_their_products() -> None:
 
 def test_experts_count_once_and_by_what_a_token_uses() -> None:
     layer = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=4, top_k=2, residual="full"))
-    core, gate = 4 * 8 + 8 + 8 * 4 + 4, 4 * 4
+    core, gate = 4 * 8 + 8 + 8 * 4 + 4, 4 * 4 + 4
     assert count_parameters(layer) == Parameters(core + gate + 4 * core, core + gate + 2 * core, gate + 4 * core)
     layer.ep_size = 2  # as if half of the experts lived elsewhere
     assert count_parameters(layer).total == core + gate + 8 * core
