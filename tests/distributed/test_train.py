@@ -29,6 +29,9 @@ GLOBAL_BATCH = 8
 # Without noise, for comparisons between numbers of processes; the clipping is active in every step.
 CALM = {"model.drop_path": 0.0, "optim_wrapper.clip_grad.max_norm": 0.05}
 MOE = {"num_experts": 4, "rank": 2, "noise": 0.0, "losses": {"importance": 0.01, "z": 0.001}}
+# What is added up over the parts of a step must be linear in them. Every loss weight is given.
+SHARED = {"num_experts": 4, "rank": 2, "noise": 0.0, "losses": {"importance": 0.0, "z": 0.001}, "gate_std": 0.5}
+SHARED |= {"shared_a": True, "balance_rate": 0.01}
 AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}
 # With all that is random, drop path, gate noise, augmentation, and an average of the weights.
 WILD = {"model.moe": MOE | {"noise": 1.0, "ep_size": 2}, "model.drop_path": 0.3, "custom_hooks": [AVERAGED]}
@@ -108,6 +111,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text()),
     )
     frozen = {"optim_wrapper.optimizer.lr": 0.0, "optim_wrapper.optimizer.weight_decay": 0.0}
+    unseen = {"val_cfg": None, "val_dataloader": None, "val_evaluator": None}
+    unseen |= {"default_hooks.checkpoint.save_best": None, "default_hooks.checkpoint.interval": 4}
+    shared = CALM | constant | unseen | {"model.moe": SHARED, "train_cfg.max_iters": 12}
+    shared |= {"train_dataloader.batch_size": GLOBAL_BATCH // 4}
     pair = {
         **{f"pair dense {stage}": make(f"pair dense {stage}", half, stage) for stage in (0, 2)},
         **{f"pair ep1 {stage}": make(f"pair ep1 {stage}", half | {"model.moe": MOE}, stage) for stage in (2, 3)},
@@ -115,6 +122,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "whole pair": make("whole pair", WILD, 2),
         "resumed pair": make("resumed pair", WILD, 2, "--resume"),
         "flipped": make("flipped", WILD, 2, "--resume"),
+        "shared": make("shared", shared, 2, gradient_accumulation_steps=2),
+        "shared begun": make("shared again", shared | {"train_cfg.max_iters": 8}, 2, gradient_accumulation_steps=2),
+        "shared again": make("shared again", shared, 2, "--resume", gradient_accumulation_steps=2),
         "no data": make("no data", {"train_dataloader.dataset": NO_DATA}, 2),
         "poisoned pair": make("poisoned pair", CALM | poisoned | {"train_dataloader.batch_size": 2}, 2),
     }
@@ -129,12 +139,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         **{f"alone moe {stage}": make(f"alone moe {stage}", moe, stage) for stage in (0, 2)},
         "accumulated": make(
             "accumulated",
-            half | constant | {"train_cfg.max_iters": 12, "default_hooks.checkpoint.interval": 4, "val_cfg": None}
-            | {"val_dataloader": None, "val_evaluator": None, "default_hooks.checkpoint.save_best": None},
+            half | constant | unseen | {"train_cfg.max_iters": 12},
             1,
             gradient_accumulation_steps=2,
         ),
         "constant": make("constant", whole | constant, 1),
+        "shared alone": make("shared alone", whole | constant | {"model.moe": SHARED}, 0),
         "scaled": make(
             "scaled",
             whole
@@ -212,6 +222,22 @@ def test_the_gates_losses_are_in_the_loss(runs: Runs) -> None:
 def test_accumulation_is_a_larger_batch(runs: Runs) -> None:
     assert_equal(runs.weights("accumulated"), runs.weights("constant"), atol=1e-5)
     assert "not a multiple of gradient_accumulation_steps 4" in runs.outcomes["mid-accumulation"][0]
+
+
+def test_a_shared_a_and_a_balanced_choice(runs: Runs) -> None:
+    """Two processes that accumulate, ZeRO 2, resumed: as one process with the whole batch; biases move once a step."""
+    assert runs.outcomes["shared again"] == ["done", "done"]
+    together, alone = runs.weights("shared"), runs.weights("shared alone")
+    assert_equal(runs.weights("shared again"), together)
+    assert_equal(together, alone, atol=1e-5)
+    biases = [x for key, x in alone.items() if key.endswith("gate.choice_bias")]
+    assert len(biases) == 2
+    for bias in biases:
+        moves = bias / SHARED["balance_rate"]
+        assert moves.any()
+        assert moves.abs().max() <= 6.1
+        torch.testing.assert_close(moves, moves.round(), atol=1e-4, rtol=0)
+    assert len([key for key in alone if key.endswith("experts.a1_ERC")]) == 2  # one for all experts of a layer
 
 
 def test_the_learning_rate_follows_the_batch_size(runs: Runs) -> None:
