@@ -11,11 +11,25 @@ import torch
 from benchmarks import common
 from benchmarks.common import Row
 from benchmarks.gpu.contenders import ARMS, OTHERS, Arm, Cell, core_flops
-from benchmarks.gpu.measure import Arguments, Report, attempt, copy_peak, finish, gemm_peak, launches, time_in_turns
+from benchmarks.gpu.measure import (
+    Arguments,
+    Report,
+    Step,
+    attempt,
+    captured,
+    copy_peak,
+    finish,
+    gemm_peak,
+    launches,
+    time_in_turns,
+)
 
 TOKENS, WIDTHS, EXPERTS = (6272, 25088, 100352), (96, 192, 384, 768, 1536), (8, 64)
 PROFILED = (25088, 384)  # tokens and width at which launches are counted
 SLOW = {"loop", "deepspeed"}  # their launches cost seconds with many experts: timed up to a size
+GRAPHED = (25088, 8)  # tokens and experts
+GRAPHED_ARMS = ("dense", "dense_frozen", "low_rank_8", "soft_8", "full", "upper_bound", "torch_grouped")
+GRAPH_SECONDS = 25.0  # kept for them
 ROUNDS = 9
 
 
@@ -35,10 +49,13 @@ def measure(arguments: Arguments) -> Report:
     for cell in _cells(arguments):
         place = {"part": "layer", "mode": cell.mode, "tokens": cell.tokens}
         place |= {"width": cell.width, "experts": cell.experts}
-        if report.out_of_time():
+        if report.out_of_time(reserved=0 if small else GRAPH_SECONDS):
             report.add({**place, "skipped": f"the {arguments.minutes:g} minutes were spent"})
             continue
         _measure_cell(report, cell, place, rounds, peak)
+    # Last, and none after a capture that failed: such a process may not be what it was.
+    cells = [cell for cell in _cells(arguments) if cell.mode == "autocast"]
+    all(_measure_graphs(report, cell, rounds) for cell in cells if small or (cell.tokens, cell.experts) == GRAPHED)
     return report
 
 
@@ -55,6 +72,36 @@ def _cells(arguments: Arguments) -> Iterator[Cell]:
             if experts == 64 and tokens != 25088:
                 continue  # what many experts change is told by one number of tokens
             yield Cell(tokens, width, experts, mode, arguments.device)
+
+
+def _measure_graphs(report: Report, cell: Cell, rounds: int) -> bool:
+    """Times forward + backward of the arms that wait for nothing, each as one CUDA graph; says whether all became one.
+
+    Such a row tells what the device takes; where the host is slower, that of part "layer" is longer.
+    """
+    place: Row = {"part": "graph", "mode": cell.mode, "tokens": cell.tokens}
+    place |= {"width": cell.width, "experts": cell.experts, "pass": "forward + backward, CUDA graph"}
+    inputs = cell.inputs()
+    steps: dict[str, Step] = {}
+    for name in GRAPHED_ARMS:
+        here = {**place, "contender": name}
+        if report.out_of_time():
+            report.add({**here, "skipped": f"the {report.arguments.minutes:g} minutes were spent"})
+            continue
+        arm = attempt(report, here, ARMS[name], cell, inputs)
+        if arm is None:
+            continue
+        try:
+            steps[name] = captured(arm.step, cell.device)
+        except RuntimeError as error:
+            report.add({**here, "skipped": f"no graph of it: {str(error).splitlines()[0]}"})
+            return False
+    for row in time_in_turns(report, place, steps, "dense", rounds, cell.device).values():
+        report.add({**place, **row, "peak_bytes": None})  # a graph has its own memory
+    steps.clear()
+    if cell.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return True
 
 
 def _measure_cell(report: Report, cell: Cell, place: Row, rounds: int, peak: float) -> None:
@@ -86,13 +133,21 @@ def _measure_cell(report: Report, cell: Cell, place: Row, rounds: int, peak: flo
 
 def table(rows: Sequence[Row]) -> list[Row]:
     """Returns ratios to the trained dense network, forward + backward, and its milliseconds."""
-    timed = [row for row in rows if row.get("pass") == "forward + backward"]
+    return _ratios([row for row in rows if row.get("pass") == "forward + backward"])
+
+
+def graphs(rows: Sequence[Row]) -> list[Row]:
+    """Returns the same of CUDA graphs."""
+    return _ratios([row for row in rows if row["part"] == "graph" and "ms" in row])
+
+
+def _ratios(timed: Sequence[Row]) -> list[Row]:
     index = ("mode", "experts", "tokens", "width")
     found = common.pivot([row for row in timed if row["contender"] != "dense"], index, "contender", "ratio")
     dense = {tuple(row[key] for key in index): row for row in timed if row["contender"] == "dense"}
     for line in found:
         mine = dense[tuple(line[key] for key in index)]
-        line |= {"dense ms": mine["ms"], "dense of peak": mine["share_of_gemm_peak"]}
+        line |= {"dense ms": mine["ms"], "dense of peak": mine.get("share_of_gemm_peak")}
     return found
 
 
@@ -129,5 +184,7 @@ def main(arguments: Arguments) -> Report:
     draw(arguments, report.rows)
     if counted := counts(report.rows):
         common.show(counted, "launches and waits of a step, forward + backward")
+    if captured_rows := graphs(report.rows):
+        common.show(captured_rows, "forward + backward as one CUDA graph")
     finish(report, table(report.rows))
     return report

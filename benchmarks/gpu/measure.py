@@ -7,8 +7,10 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,7 +62,7 @@ class Report:
             "machine": _machine(arguments.device),
             "versions": _versions(),
             **_commit(),
-            "config": dict(config),
+            "config": {**config, "float32_matmul_precision": torch.get_float32_matmul_precision()},
         }
         arguments.out.mkdir(parents=True, exist_ok=True)
 
@@ -69,9 +71,9 @@ class Report:
         """Returns the file of this part."""
         return self.arguments.out / f"gpu_{self.part}.json"
 
-    def out_of_time(self) -> bool:
-        """Says whether the minutes of the command line are spent."""
-        return time.monotonic() > self.deadline
+    def out_of_time(self, reserved: float = 0.0) -> bool:
+        """Says whether the minutes of the command line are spent but for so many seconds."""
+        return time.monotonic() > self.deadline - reserved
 
     def add(self, row: Row) -> None:
         """Takes in one row and writes all of them."""
@@ -178,6 +180,33 @@ def _peak_bytes(step: Step, device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
+def captured(step: Step, device: torch.device) -> Step:
+    """Returns a step that replays, as one CUDA graph, what a step on the first input set launches.
+
+    What it takes is what the device takes: the host launches once. On a CPU it is the step itself.
+
+    Raises:
+        RuntimeError: the step waits for the device, or launches what a graph cannot hold.
+    """
+    if device.type == "cpu":
+        return step
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(INPUT_SETS):
+            step(0)
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(0)
+    return partial(_replay, graph, step)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, step: Step, _: int) -> None:
+    graph.replay()  # of the memory that the step owns
+
+
 def launches(step: Step, device: torch.device) -> Row:
     """Counts what one step launches and how often the host waits, and names the kernels that take longest."""
     if device.type == "cpu":
@@ -204,6 +233,17 @@ def launches(step: Step, device: torch.device) -> Row:
         "busy_ms": sum(microseconds for microseconds, _ in on_device.values()) / 1e3,
         "kernels": [{"name": name[:90], "us": us, "count": count} for name, (us, count) in longest[:10]],
     }
+
+
+@contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """Lets float32 products run in TF32 in the block, as the engine does unless told otherwise, or not."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def gemm_peak(device: torch.device, size: int) -> float:

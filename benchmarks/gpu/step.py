@@ -59,7 +59,15 @@ def main(arguments: Arguments) -> Report:
     peak = gemm_peak(device, 64 if arguments.dry else 8192)
     report.add({"part": "ceiling", "gemm_tflops": peak / 1e12})
     for task in DRY_TASKS if arguments.dry else TASKS:
-        place = {"part": "step", "task": task.name, "size": task.size, "images": task.images}
+        place = {
+            "part": "step",
+            "task": task.name,
+            "image_size": task.size,
+            "images": task.images,
+            "precision": "bfloat16",
+        }
+        if task.config is not None:
+            place["config"] = task.config
         if report.out_of_time():
             report.add({**place, "skipped": f"the {arguments.minutes:g} minutes were spent"})
             continue
@@ -83,10 +91,15 @@ def _measure_task(report: Report, task: Task, place: Row, rounds: int, peak: flo
         flops = attempt(report, {**place, "contender": arm}, _flops, steps[arm])
         if flops is not None:
             row |= {"flops": flops, "share_of_gemm_peak": flops / (row["ms"] / 1e3) / peak}
-        report.add({**place, **row, **launches(steps[arm], device)})
+        report.add({**place, **row, "moe": _moe(ARMS[arm]), **launches(steps[arm], device)})
     steps.clear()
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def _moe(arm: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Returns the mixture of an arm; None for the dense network."""
+    return None if arm is None else {"num_experts": 8, **arm}
 
 
 def _bare(task: Task, moe: dict[str, Any] | None, device: torch.device, small: bool) -> Step:
@@ -97,8 +110,8 @@ def _bare(task: Task, moe: dict[str, Any] | None, device: torch.device, small: b
     model: nn.Module = timm.create_model(
         task.model, img_size=task.size, num_classes=0, global_pool="", drop_path_rate=0.2, **tiny
     )
-    if moe is not None:
-        model = rmoe.upcycle(model, ResidualMoEConfig(num_experts=8, **moe)).model
+    if (given := _moe(moe)) is not None:
+        model = rmoe.upcycle(model, ResidualMoEConfig(**given)).model
     model = model.to(device).train()
     images = torch.randn(task.images, 3, task.size, task.size, device=device)
 
@@ -126,7 +139,7 @@ def _with_heads(task: Task, moe: dict[str, Any] | None, device: torch.device, sm
     from benchmarks import training
     from rmoe.reporting.tracing import training_loss
 
-    given = {"num_experts": 8, **moe} if moe is not None else None
+    given = _moe(moe)
     cfg = training.config(kind, given, task.size, small, file=task.config)
     cfg.model.backbone.pop("with_cp", None)  # 80 GB do without
     model: Any = training.build(cfg).to(device)
@@ -164,7 +177,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
     return [
         {
             "network": row["task"],
-            "pixels": row["size"],
+            "pixels": row["image_size"],
             "images": row["images"],
             "arm": row["contender"],
             "ms": row["ms"],

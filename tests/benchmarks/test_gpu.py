@@ -12,9 +12,9 @@ from unittest import mock
 import pytest
 import torch
 
-from benchmarks import common
+from benchmarks import common, training
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import measure, parity
+from benchmarks.gpu import layer, measure, parity
 from benchmarks.gpu.contenders import ARMS, Cell, core_flops
 from benchmarks.gpu.measure import Arguments, Report, attempt, time_in_turns
 from rmoe.moe import mix as mixing
@@ -41,11 +41,12 @@ def test_layer(tmp_path: Path) -> None:
     rows = dry("layer", tmp_path)
     timed = [row for row in rows if "ms" in row]
     assert {row["mode"] for row in timed} == {"autocast", "bfloat16"}
-    assert {row["pass"] for row in timed} == {"forward", "forward + backward"}
+    assert {row["pass"] for row in timed} == {"forward", "forward + backward", "forward + backward, CUDA graph"}
     measured = {row["contender"] for row in timed}
     assert measured | {row["contender"] for row in rows if "skipped" in row} >= set(ARMS)
     assert measured >= {"dense", "dense_frozen", "low_rank_8", "soft_8", "full", "upper_bound", "torch_grouped", "loop"}
-    assert all(row["ms"] > 0 and row["share_of_gemm_peak"] > 0 for row in timed if row["pass"] != "forward")
+    assert all(row["ms"] > 0 and row["share_of_gemm_peak"] > 0 for row in timed if row["pass"] == "forward + backward")
+    assert {row["contender"] for row in timed if row["part"] == "graph"} == set(layer.GRAPHED_ARMS)
     assert (tmp_path / "gpu_layer.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -56,7 +57,8 @@ def test_parity(tmp_path: Path) -> None:
     losses = [row for row in rows if row["part"] == "losses"]
     assert len(losses) == 2 * len(parity._MODELS)
     assert all(row["error"] == 0 for row in losses if row["precision"] == "float32")  # the CPU against itself
-    assert all(0 <= row["error"] <= row["bound"] for row in rows)
+    assert all(0 <= row["error"] <= row["bound"] for row in rows if row["part"] != "grouped_mm")
+    assert [row["left"] for row in rows if row["part"] == "grouped_mm"]
 
 
 @pytest.mark.slow
@@ -71,8 +73,11 @@ def test_step(tmp_path: Path) -> None:
         "upper_bound",
     }
     assert all(row["flops"] > 0 for row in timed)
+    assert all(row["precision"] == "bfloat16" and row["image_size"] and row["images"] for row in timed)
+    assert {row["contender"] for row in timed if row["moe"] is None} == {"dense"}
     heads = [row for row in rows if row.get("task") == "Swin-T + UPerNet"]
     assert heads
+    assert all((training.CONFIGS / row["config"]).exists() for row in heads)
     assert all("ms" in row or "not installed" in row["skipped"] for row in heads)
 
 
@@ -118,6 +123,17 @@ def test_arms_take_turns_and_one_that_fails_is_left_out(report: Report) -> None:
     assert "".join(calls[-8:]) == "dooddood"
     assert found["other"]["ratio"] == 1.0
     assert report.failures == ["broken: RuntimeError: not this one"]
+
+
+def test_after_a_step_that_no_graph_holds_none_is_tried(report: Report) -> None:
+    def fail(step: Any, device: torch.device) -> None:
+        raise RuntimeError("operation not permitted\nwhen stream is capturing")
+
+    cell = Cell(tokens=16, width=16, experts=2, mode="autocast", device=CPU)
+    with mock.patch.object(layer, "captured", fail):
+        assert not layer._measure_graphs(report, cell, 2)
+    assert [row["skipped"] for row in report.rows] == ["no graph of it: operation not permitted"]
+    assert report.failures == []
 
 
 def test_flops_of_a_network_by_hand() -> None:
