@@ -29,9 +29,10 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rmoe.moe.experts import Activation, LowRank, Network, act_backward
+from rmoe.moe.gate import has_triton
 
-# Rows of ones, whose weights are b alike: each enters with 1/8, exact in any format, and sizes stay multiples of 8.
-_ONES = 8
+# Rows of ones, whose weights are b alike: each enters with 1/16, exact in any format, and sizes stay multiples of 16.
+_ONES = 16
 _ALIGNMENT = 16  # bytes at which each row of an operand begins
 
 
@@ -148,11 +149,19 @@ def _joined(
     (outputs, inputs), (experts, rank) = w_OI.shape, b_ERO.shape[:2]
     end = inputs + experts * rank
     joined = _matrix(w_OI, outputs + experts * rank, end + _ONES, dtype)
+    factors = (a_ERI.flatten(0, 1), b_ERO.flatten(0, 1))
+    if has_triton(w_OI) and dtype != torch.float64:
+        from rmoe.moe.join_kernel import join
+
+        if ready is not None:
+            ready()
+        join(w_OI.contiguous(), b_O, *(x.contiguous() for x in factors), out=joined)
+        return joined
     joined[:outputs, :inputs].copy_(w_OI)
     joined[:outputs, end:] = 0 if b_O is None else b_O[:, None]
     if ready is not None:
         ready()
-    joined[:outputs, inputs:end].copy_(b_ERO.flatten(0, 1).T)
+    joined[:outputs, inputs:end].copy_(factors[1].T)
     joined[outputs:, :inputs].unflatten(0, (experts, rank)).copy_(a_ERI)
     return joined
 

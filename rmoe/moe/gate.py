@@ -226,17 +226,22 @@ def absent_of_gates(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
 
 def _has_kernel(x: Tensor, config: ResidualMoEConfig, training: bool) -> bool:
     """Says whether the kernels of `rmoe.moe.gate_kernel` compute this gate for the tokens x."""
-    if not (x.is_cuda and x.numel() and x.dtype in (torch.float32, torch.bfloat16, torch.float16)):
+    if not (has_triton(x) and x.numel() and x.dtype in (torch.float32, torch.bfloat16, torch.float16)):
         return False
-    if torch.compiler.is_compiling() or x.device.index != torch.cuda.current_device() or not _has_triton():
+    if torch.compiler.is_compiling():
         return False
     one_or_all = config.experts_per_token == 1 or not config.chooses
     plain = config.gate_input == "token" and not config.losses.load
     return one_or_all and plain and config.num_experts <= 64 and not (training and config.capacity_factor is not None)
 
 
+def has_triton(x: Tensor) -> bool:
+    """Says whether kernels written in Triton run on the device of x."""
+    return x.is_cuda and x.device.index == torch.cuda.current_device() and _is_installed()
+
+
 @cache
-def _has_triton() -> bool:
+def _is_installed() -> bool:
     return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
 
 

@@ -66,7 +66,10 @@ class Records:
         alike: dict[tuple[int, GateLosses], list[GateSums]] = {}  # layers whose losses are one computation
         for layer, sums in self._totals().items():
             alike.setdefault((layer.num_experts, layer.config.losses), []).append(sums)
-        losses = [gate_loss(_stacked(group), weights).sum() for (_, weights), group in alike.items()]
+        losses = [
+            gate_loss(group[0], weights) if len(group) == 1 else gate_loss(_stacked(group), weights).sum()
+            for (_, weights), group in alike.items()
+        ]
         return sum(losses[1:], losses[0]) if losses else torch.zeros(())
 
     def average(self, values_N: Tensor) -> Tensor:
@@ -130,7 +133,7 @@ class Records:
 
 
 def _stacked(group: list[GateSums]) -> GateSums:
-    return group[0] if len(group) == 1 else GateSums(*map(torch.stack, zip(*group, strict=True)))
+    return GateSums(*map(torch.stack, zip(*group, strict=True)))
 
 
 _RECORDS: ContextVar[Records | None] = ContextVar("rmoe_records", default=None)

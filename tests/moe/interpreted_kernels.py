@@ -1,4 +1,4 @@
-"""Compares the gate's kernel, run by Triton's interpreter, with the gate in plain operations."""
+"""Compares the kernels, run by Triton's interpreter, with plain operations."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rmoe.config import GateLosses, ResidualMoEConfig
+from rmoe.moe import folded
 from rmoe.moe import gate as gates
 from rmoe.moe.gate import Gate, gate_loss
 
@@ -75,6 +76,31 @@ def check(
     torch.testing.assert_close(grads[1:], exact[1:], rtol=1e-3, atol=1e-4)
 
 
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    outputs=st.integers(1, 40),
+    inputs=st.integers(1, 150),
+    experts=st.integers(1, 4),
+    rank=st.integers(1, 5),
+    shared=st.booleans(),
+    biased=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def check_joined(
+    outputs: int, inputs: int, experts: int, rank: int, shared: bool, biased: bool, dtype: torch.dtype
+) -> None:
+    """Compares one joint matrix."""
+    w_OI, bias_O = torch.randn(outputs, inputs), torch.randn(outputs) if biased else None
+    a_ERI, b_ERO = torch.randn(1 if shared else experts, rank, inputs), torch.randn(experts, rank, outputs)
+    arguments = (w_OI, bias_O, a_ERI, b_ERO, dtype, None)
+    with mock.patch.object(folded, "has_triton", return_value=True):
+        found = folded._joined(*arguments)
+    expected = folded._joined(*arguments)
+    assert torch.equal(found[:outputs], expected[:outputs])
+    assert torch.equal(found[:, :inputs], expected[:, :inputs])
+
+
 if __name__ == "__main__":
     check()
+    check_joined()
     print("equal")
