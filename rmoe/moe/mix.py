@@ -72,7 +72,7 @@ def mix(
     if not folded:
         gate_TK = gate_TK.to(dtype)
         weights = (None,) * 4 if core is None else core
-        theta = Network(*(None if w is None else w.to(dtype) for w in weights))
+        theta = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
         residuals = type(residuals)(*(w.to(dtype) for w in residuals))
     if mixes_weights and masked:
         return low_rank(x_TC, expert_TK, gate_TK, theta, residuals, act, ready=ready)
