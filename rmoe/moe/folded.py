@@ -155,7 +155,7 @@ def _joined(
 
         if ready is not None:
             ready()
-        join(w_OI.contiguous(), b_O, *(x.contiguous() for x in factors), out=joined)
+        join(w_OI.contiguous(), b_O, factors[0].contiguous(), factors[1].contiguous(), joined)
         return joined
     joined[:outputs, :inputs].copy_(w_OI)
     joined[:outputs, end:] = 0 if b_O is None else b_O[:, None]

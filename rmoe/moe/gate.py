@@ -12,9 +12,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -242,7 +246,11 @@ def has_triton(x: Tensor) -> bool:
 
 @cache
 def _is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None and torch.cuda.get_device_capability() >= (8, 0)
+    # Triton builds its launcher with a C compiler and Python's headers, which a machine may lack.
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
+    found = importlib.util.find_spec("triton") is not None and compiler is not None and headers
+    return found and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def gate_inputs(x: Tensor, config: ResidualMoEConfig, dtype: torch.dtype) -> Tensor:
