@@ -29,7 +29,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from rmoe.moe.experts import Activation, LowRank, Network, act_backward
-from rmoe.moe.gate import has_triton
+from rmoe.moe.triton_here import has_triton
 
 # Rows of ones, whose weights are b alike: each enters with 1/16, exact in any format, and sizes stay multiples of 16.
 _ONES = 16

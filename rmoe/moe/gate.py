@@ -10,15 +10,9 @@ tokens each of several processes has, where a capacity is set (`drop_over_capaci
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import shutil
-import sysconfig
 import warnings
 from collections.abc import Mapping
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
+from rmoe.moe.triton_here import has_triton
 
 OPTIONAL = ("bias", "choice_bias")  # of a gate's state: zeros where a checkpoint lacks them
 
@@ -237,20 +232,6 @@ def _has_kernel(x: Tensor, config: ResidualMoEConfig, training: bool) -> bool:
     one_or_all = config.experts_per_token == 1 or not config.chooses
     plain = config.gate_input == "token" and not config.losses.load
     return one_or_all and plain and config.num_experts <= 64 and not (training and config.capacity_factor is not None)
-
-
-def has_triton(x: Tensor) -> bool:
-    """Says whether kernels written in Triton run on the device of x."""
-    return x.is_cuda and x.device.index == torch.cuda.current_device() and _is_installed()
-
-
-@cache
-def _is_installed() -> bool:
-    # Triton builds its launcher with a C compiler and Python's headers, which a machine may lack.
-    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
-    headers = Path(sysconfig.get_paths()["include"], "Python.h").exists()
-    found = importlib.util.find_spec("triton") is not None and compiler is not None and headers
-    return found and torch.cuda.get_device_capability() >= (8, 0)
 
 
 def gate_inputs(x: Tensor, config: ResidualMoEConfig, dtype: torch.dtype) -> Tensor:

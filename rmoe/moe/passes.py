@@ -8,43 +8,21 @@ Shape suffixes as in grouped.py; M: O·I or O numbers of a weight or a bias.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from importlib import import_module
-from importlib.util import find_spec
 from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from rmoe.moe.triton_here import triton_runs
 
 Dtypes = Sequence[torch.dtype | None]  # of Δ's weight and bias, of the core's weight and bias
 
 
 def passes_on(device: torch.device) -> ModuleType:
     """Returns the module whose functions a device runs: this one, or passes_triton.py."""
-    return import_module("rmoe.moe.passes_triton" if device.type == "cuda" and _triton_runs(device) else __name__)
-
-
-@cache
-def _triton_runs(device: torch.device) -> bool:
-    """Says whether Triton is installed and launches a kernel: for that it needs a C compiler and Python's headers.
-
-    Where it is there and does not, a warning says why.
-    """
-    if find_spec("triton") is None:
-        return False
-    try:
-        import_module("rmoe.moe.passes_triton").place_pairs(torch.zeros(1, dtype=torch.int64, device=device), 1)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        warnings.warn(
-            f"Triton cannot run here ({type(error).__name__}: {reason}), so experts of the core's shape are slower; "
-            "install a C compiler and Python's headers",
-            stacklevel=2,
-        )
-        return False
-    return True
+    return import_module("rmoe.moe.passes_triton" if device.type == "cuda" and triton_runs(device) else __name__)
 
 
 def sort_pairs(expert_P: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:

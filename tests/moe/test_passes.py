@@ -16,7 +16,7 @@ from test_grouped import Launches, as_on_hopper, problem, value_and_gradients
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rmoe.moe import grouped, passes
+from rmoe.moe import grouped, passes, triton_here
 from rmoe.moe.experts import Full, Network, reference
 from rmoe.moe.mix import mix
 
@@ -166,17 +166,17 @@ def test_a_cpu_and_a_machine_without_triton_take_torchs_operators() -> None:
     cuda = torch.device("cuda")
     assert passes.passes_on(torch.device("cpu")) is passes
     for runs, module in ((True, fast), (False, passes)):
-        with mock.patch.object(passes, "_triton_runs", return_value=runs):
+        with mock.patch.object(passes, "triton_runs", return_value=runs):
             assert passes.passes_on(cuda) is module
 
 
 def test_a_triton_that_cannot_compile_is_named_and_left_alone() -> None:
-    runs, here = passes._triton_runs.__wrapped__, torch.device("cpu")  # interpreted
+    runs, here = triton_here.triton_runs.__wrapped__, torch.device("cpu")  # interpreted
     assert runs(here)
     with (
         mock.patch.object(fast, "place_pairs", side_effect=RuntimeError("no C compiler\nat all")),
         pytest.warns(UserWarning, match=r"RuntimeError: no C compiler\).*install a C compiler"),
     ):
         assert not runs(here)
-    with mock.patch.object(passes, "find_spec", return_value=None):
+    with mock.patch.object(triton_here, "find_spec", return_value=None):
         assert not runs(here)
