@@ -30,7 +30,7 @@ BOUNDS = {"float32": 1e-5, "tf32": 3e-3, "float16": 5e-3, "bfloat16": 2e-2}
 # Of one token, a gate's gradient is a handful of dot products, over whose roundings nothing averages.
 ONE_TOKEN_BOUNDS = {**BOUNDS, "float16": 1e-2}
 LOSS_BOUNDS = {"float32": 2e-3, "tf32": 2e-2, "bfloat16": 5e-2}
-STEPS, PATHS = 20, ("masked_low_rank", "mix_networks", "grouped_rows", "mix_weights", "rows_of_one_expert")
+STEPS, PATHS = 20, ("masked_low_rank", "folded_low_rank", "mix_networks", "grouped_rows", "mix_weights", "rows_of_one_expert")
 
 
 class Case(NamedTuple):
@@ -198,9 +198,9 @@ def _watched() -> Iterator[list[str]]:
         for name in PATHS:
             if (function := getattr(mixing, name, None)) is not None:
 
-                def watched(*arguments: Any, name: str = name, function: Any = function) -> Any:
+                def watched(*arguments: Any, name: str = name, function: Any = function, **more: Any) -> Any:
                     called.append(name)
-                    return function(*arguments)
+                    return function(*arguments, **more)
 
                 stack.enter_context(mock.patch.object(mixing, name, watched))
         yield called
