@@ -229,7 +229,7 @@ def test_a_shared_a_and_a_balanced_choice(runs: Runs) -> None:
     assert runs.outcomes["shared again"] == ["done", "done"]
     together, alone = runs.weights("shared"), runs.weights("shared alone")
     assert_equal(runs.weights("shared again"), together)
-    assert_equal(together, alone, atol=1e-5)
+    assert_equal(together, alone, atol=1e-4)  # a step of AdamW is 1e-2, whatever its gradient
     biases = [x for key, x in alone.items() if key.endswith("gate.choice_bias")]
     assert len(biases) == 2
     for bias in biases:
