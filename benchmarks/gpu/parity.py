@@ -30,7 +30,10 @@ BOUNDS = {"float32": 1e-5, "tf32": 3e-3, "float16": 5e-3, "bfloat16": 2e-2}
 # Of one token, a gate's gradient is a handful of dot products, over whose roundings nothing averages.
 ONE_TOKEN_BOUNDS = {**BOUNDS, "float16": 1e-2}
 LOSS_BOUNDS = {"float32": 2e-3, "tf32": 2e-2, "bfloat16": 5e-2}
-STEPS, PATHS = 20, ("masked_low_rank", "folded_low_rank", "mix_networks", "grouped_rows", "mix_weights", "rows_of_one_expert")
+STEPS, PATHS = (
+    20,
+    ("masked_low_rank", "folded_low_rank", "mix_networks", "grouped_rows", "mix_weights", "rows_of_one_expert"),
+)
 
 
 class Case(NamedTuple):
@@ -103,10 +106,18 @@ def main(arguments: Arguments) -> Report:
 
 
 def table(rows: Sequence[Row]) -> list[Row]:
-    """Returns what was checked, worst first within each precision."""
-    keys = ("part", "contender", "precision", "path", "error", "at", "bound")
-    found = [{key: row.get(key) for key in keys} for row in rows if "error" in row]
-    return [{**row, "path": row["path"] or "–"} for row in found]
+    """Returns the worst of what was checked, for each precision and arithmetic."""
+    worst: dict[tuple[str, str, str], Row] = {}
+    for row in rows:
+        if "error" in row:
+            key = (row["part"], row["precision"], row.get("path") or "–")
+            if key not in worst or not row["error"] <= worst[key]["error"]:  # NaN is the worst
+                worst[key] = row
+    return [
+        {"part": part, "precision": precision, "arithmetic": path}
+        | {"error": row["error"], "at": row["at"], "of": row["contender"], "bound": row["bound"]}
+        for (part, precision, path), row in worst.items()
+    ]
 
 
 def _verdict(error: float, bound: float, at: str) -> Row:
