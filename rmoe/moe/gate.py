@@ -254,7 +254,8 @@ def _for_each_token(part_XD: Tensor, tokens: int) -> Tensor:
     """Returns [T, X] of [X, D]: tokens of one image stand together."""
     decisions = part_XD.shape[1]
     if decisions == tokens:
-        return part_XD.T
+        # A compiler mistakes the shapes of several views of one tensor (torch 2.11).
+        return part_XD.T.clone() if torch.compiler.is_compiling() else part_XD.T
     return part_XD.T[:, None].expand(-1, tokens // decisions, -1).reshape(tokens, -1)
 
 

@@ -383,3 +383,17 @@ def test_its_compiled_gradient_is_the_reference() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(mix, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(value_and_gradients(compiled, *arguments), value_and_gradients(reference, *arguments))
+
+
+@pytest.mark.parametrize("form", [*FORMS, {"residual": "full"}], ids=str)
+def test_a_layer_that_is_compiled_trains_as_it_is(form: dict[str, Any]) -> None:
+    moe, x = layer(**form, noise=0.0), torch.randn(4, 5, WIDTH)
+    torch._dynamo.reset()
+    found = []
+    for module in (moe, torch.compile(moe, backend="aot_eager")):
+        moe.zero_grad()
+        with collect() as records:
+            y = module(x)
+        (y.square().sum() + records.loss()).backward()
+        found.append([y.detach(), records.loss().detach(), *(p.grad for p in moe.parameters() if p.requires_grad)])
+    torch.testing.assert_close(*found)
