@@ -247,14 +247,14 @@ def _cost(setting: tuple[int, str, float]) -> tuple[float, str]:
 
 def quick_method() -> Study:
     """Returns a study of seconds, which shows that everything runs."""
-    names = ("dense", "full_random")
+    names = ("dense", "full_calibrated")
     return _quick([Cell(name, "segmentation", seed, 2, "plain,night", 1.0) for seed in (0, 1) for name in names])
 
 
 def quick_regime() -> Study:
     """Returns the same of the conditions."""
     conditions = ((2, "plain,night", 1.0), (3, "plain", 0.5))
-    return _quick([Cell(name, "segmentation", 0, *one) for one in conditions for name in ("dense", "full_random")])
+    return _quick([Cell(name, "segmentation", 0, *one) for one in conditions for name in ("dense", "full_calibrated")])
 
 
 def _quick(cells: Sequence[Cell]) -> Study:

@@ -76,7 +76,7 @@ def test_the_method_study_and_its_regimes(out: Path, monkeypatch: pytest.MonkeyP
         assert len(json.loads((out / "method_runs.json").read_text())["rows"]) == runs
         assert (out / f"{part}.png").read_bytes().startswith(b"\x89PNG")
     method, regime = (json.loads((out / f"{part}.json").read_text()) for part in ("method", "regime"))
-    assert [(row["arm"], row["seeds"]) for row in method["arms"]] == [("dense", [0, 1]), ("full_random", [0, 1])]
+    assert [(row["arm"], row["seeds"]) for row in method["arms"]] == [("dense", [0, 1]), ("full_calibrated", [0, 1])]
     assert {row["verdict"] for row in method["verdicts"]} <= {"not enough seeds", "not run", "met", "not met"}
     assert [(row["steps"], row["width"]) for row in regime["rows"]] == [(2, 1.0), (3, 0.5)]
     before = (out / "method_runs.json").read_bytes()
