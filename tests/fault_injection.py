@@ -25,6 +25,8 @@ MARK = "mishap"  # file in the work dir, written just before
 class MishapHook(Hook):
     """Does `kind` to process `rank` at the end of step `at`, the first time that the run comes there."""
 
+    priority = 80  # after what the end of a step asks of all processes, before checkpoints
+
     def __init__(self, kind: str, at: int, rank: int = 1) -> None:
         self.kind, self.at, self.rank = kind, at, rank
 
