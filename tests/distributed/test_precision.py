@@ -74,7 +74,7 @@ def assert_as_plain(results: dict[str, list[Any]], cases: list[str], wanted: dic
     for name in cases:
         for one in results[name]:
             assert one["scales"] == wanted["scales"], name
-            # Gradients travel in float16; weights move by a tenth in each of four steps, a hundredth of which is rounding.
+            # Gradients travel in float16; weights move by a tenth in each of four steps, a hundredth is rounding.
             assert one["norms"] == pytest.approx(wanted["norms"], rel=2e-3), name
             torch.testing.assert_close(
                 one["state"], wanted["state"], rtol=0, atol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
