@@ -19,8 +19,6 @@ from rmoe.engine.ports import free_port
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 
-MODES = ("autocast", "bfloat16")
-
 
 class Cell(NamedTuple):
     """Holds the sizes of one comparison; hidden width 4C.

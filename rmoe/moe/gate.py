@@ -119,13 +119,13 @@ class Gate(nn.Module):
         sums = None
         if self.training:
             sums = GateSums(
-                found.probability_E,
-                found.first_E,
-                found.first_E,
-                found.chosen_E,
-                found.confidence,
-                found.z,
-                found.tokens,
+                probability_E=found.probability_E,
+                load_E=found.first_E,  # means nothing: gates with a load loss take torch's operators
+                first_E=found.first_E,
+                chosen_E=found.chosen_E,
+                confidence=found.confidence,
+                z=found.z,
+                tokens=found.tokens,
             )
         return Routing(found.expert_TK, found.gate_TK, found.probability_TE, sums)
 
