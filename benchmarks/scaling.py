@@ -121,10 +121,13 @@ class Collectives(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "c10d":
-            name = func.__name__.partition(".")[0].strip("_")
-            self.calls[name] += 1
-            self.sent[name] += round(_sent(name, func._schema.arguments, args))
+            self.note(func.__name__.partition(".")[0].strip("_"), func, args)
         return func(*args, **(kwargs or {}))
+
+    def note(self, name: str, func: Any, args: Sequence[Any]) -> None:
+        """Counts a collective that begins."""
+        self.calls[name] += 1
+        self.sent[name] += round(_sent(name, func._schema.arguments, args))
 
 
 def _sent(name: str, parameters: Sequence[Any], given: Sequence[Any]) -> float:

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.scaling import Collectives
 
-class Collectives(TorchDispatchMode):
-    """Notes name and number format of every collective that this thread begins inside, whoever asks for it."""
+
+class Formats(Collectives):
+    """Notes name and number format of every collective, in their order."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: list[str] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            sent = next(x for x in tree_leaves(args) if isinstance(x, Tensor))
-            self.seen.append(f"{func.__name__.partition('.')[0].strip('_')} {sent.dtype}".replace("torch.", ""))
-        return func(*args, **(kwargs or {}))
+    def note(self, name: str, func: Any, args: Sequence[Any]) -> None:
+        sent = next(x for x in tree_leaves(args) if isinstance(x, Tensor))
+        self.seen.append(f"{name} {sent.dtype}".replace("torch.", ""))
 
 
 class CollectivesHook(Hook):
@@ -35,7 +35,7 @@ class CollectivesHook(Hook):
         train_step = runner.model.train_step
 
         def counted(*args: Any, **kwargs: Any) -> Any:
-            with Collectives() as seen:
+            with Formats() as seen:
                 result = train_step(*args, **kwargs)
             self.steps.append(seen.seen)
             return result
