@@ -65,10 +65,11 @@ SMALL = {
 }
 WIDTHS = {"swin": [8, 16, 32, 64], "cvt": [8, 16, 32], "vit": [8, 8, 8, 8]}
 SIDE = 64
+CHANNELS = 32  # of necks and heads: DyHead's norms have 16 groups, and one value alone cannot be normed
 KEYS: dict[str, Any] = {  # wherever they stand
     **dict.fromkeys(("size", "crop_size"), (SIDE, SIDE)),
     **dict.fromkeys(("input_size", "img_size"), SIDE),
-    **dict.fromkeys(("channels", "feat_channels", "out_channels", "conv_out_channels", "fc_out_channels"), 16),
+    **dict.fromkeys(("channels", "feat_channels", "out_channels", "conv_out_channels", "fc_out_channels"), CHANNELS),
     **{"num_blocks": 1, "num_convs": 1, "nms_pre": 20, "max_per_img": 20, "num": 16},
     **{"norm_cfg": {"type": "GN", "num_groups": 1}},  # SyncBN needs GPUs
     **{"num_experts": 2, "ep_size": 1},
@@ -161,7 +162,7 @@ def cut_down(config: Config, folder: Path) -> Config:
                 node.update(type="rmoe.DetDataset", classes=named, num_classes=classes)
             if "in_channels" in node:
                 level = node.get("in_index", 0)
-                node["in_channels"] = widths if isinstance(node["in_channels"], list) else 16
+                node["in_channels"] = widths if isinstance(node["in_channels"], list) else CHANNELS
                 if isinstance(level, int) and "in_index" in node:
                     node["in_channels"] = widths[level]
             return {inner: cut(inner, value) for inner, value in node.items()}
