@@ -320,11 +320,14 @@ class Calibration:
         confidence: mean over the tokens of a gate's largest probability, more than 1/E and less than 1.
         tokens_per_expert: how many of the gate's inputs are clustered, for each expert; with more clusters are more
             exact, and take longer to find.
+        subspaces: rows of A_e of `low_rank` residuals become the principal directions of what the core's layers read in
+            expert e's cluster, as EVA (arXiv 2410.07170) takes them from all inputs; else they stay random.
     """
 
     batches: int = 16
     confidence: float = 0.7
     tokens_per_expert: int = 256
+    subspaces: bool = False
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
@@ -354,4 +357,9 @@ class Calibration:
             raise UserError(
                 f"Calibration.confidence is {self.confidence}, and {moe.num_experts} experts weighed evenly have "
                 f"{1 / moe.num_experts:.3g} each: give more, such as 0.7"
+            )
+        if self.subspaces and (moe.residual != "low_rank" or moe.gate_input != "token"):
+            raise UserError(
+                f"calibrate's subspaces are for residual='low_rank' with gate_input='token', not '{moe.residual}' with "
+                f"'{moe.gate_input}': leave subspaces out"
             )

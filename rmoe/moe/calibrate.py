@@ -30,8 +30,9 @@ from torch import Tensor, nn
 
 from rmoe.config import Calibration
 from rmoe.errors import UserError
-from rmoe.moe.experts import Residuals
+from rmoe.moe.experts import LowRank, Residuals
 from rmoe.moe.gate import Gate, gate_inputs
+from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.state import local_experts, moe_layers
 
 _ROUNDS = 10  # of k-means
@@ -107,6 +108,8 @@ def calibrate(
     for name, layer in layers.items():
         x_NC = samples.pop(name).gathered(name)
         found[name] = _set_gate(name, layer.gate, x_NC, config, _seed(seed, name))
+        if config.subspaces:
+            _set_subspaces(layer, x_NC)
     return found
 
 
@@ -313,6 +316,39 @@ def _strength(logits_EN: Tensor, confidence: float) -> float:
         mean = (1 / (below_EN * (math.exp(middle) / spread)).exp().sum(0)).mean().item()
         low, high = (middle, high) if mean < confidence else (low, middle)
     return math.exp((low + high) / 2) / spread
+
+
+def _set_subspaces(layer: ResidualMoE, x_NC: Tensor) -> None:
+    """Sets A_e of low-rank residuals to the principal directions of what the core's two layers read in each cluster."""
+    residuals = layer.residuals()
+    assert isinstance(residuals, LowRank)
+    fc1, act = layer.core.fc1, layer.core.act
+    cluster_N = layer.gate.logits(x_NC).argmax(0)
+    first = layer.expert_rank() * layer.num_local_experts
+    for e in range(len(residuals.a1_ERC)):
+        rows_NC = x_NC if layer.config.shared_a else x_NC[cluster_N == first + e]
+        rows_NC = rows_NC.to(residuals.a1_ERC.dtype)
+        for a_RC, read in ((residuals.a1_ERC[e], rows_NC), (residuals.a2_ERH[e], act(fc1(rows_NC)))):
+            direction_RC = principal_directions(read, len(a_RC))
+            a_RC[: len(direction_RC)] = direction_RC.to(a_RC)
+    if dist.is_initialized() and dist.get_world_size() > 1 and layer.ep_size == 1:
+        for a in (residuals.a1_ERC, residuals.a2_ERH):
+            dist.broadcast(a, 0)
+
+
+def principal_directions(x_NC: Tensor, rank: int) -> Tensor:
+    """Returns orthonormal directions [R, C] in which inputs are the largest: right singular vectors, not centred.
+
+    Their signs are such that the largest number of each is positive. They are fewer than `rank` where the inputs span
+    less.
+    """
+    x_NC = x_NC.double()
+    wide = len(x_NC) < x_NC.shape[1]
+    square, vector = torch.linalg.eigh(x_NC @ x_NC.T if wide else x_NC.T @ x_NC)  # ascending
+    vector = vector[:, square > 1e-10 * square[-1:]][:, -rank:].flip(1)
+    direction_RC = nn.functional.normalize(vector.T @ x_NC if wide else vector.T)
+    largest_R1 = direction_RC.gather(1, direction_RC.abs().argmax(1, keepdim=True))
+    return direction_RC * largest_R1.sign()
 
 
 def _judged(gate: Gate, x_NC: Tensor) -> Calibrated:

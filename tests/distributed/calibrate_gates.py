@@ -16,6 +16,7 @@ import torch.distributed as dist
 from place import dense
 
 import rmoe
+from rmoe.moe.state import moe_layers
 
 BATCHES, IMAGES = 3, 8
 
@@ -27,12 +28,15 @@ def main() -> None:
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(IMAGES, 3, 16, 16, generator=generator) for _ in range(BATCHES)]
     for name, moe in json.loads(sys.argv[2]).items():
+        subspaces = moe.pop("subspaces", False)
         values = {"num_experts": 4, "rank": 2, "blocks": "all", **moe}
         model, _ = rmoe.upcycle(dense(), rmoe.ResidualMoEConfig.from_dict(values))
-        found = rmoe.calibrate(
-            model, [batch[rank::world] for batch in batches], rmoe.Calibration(tokens_per_expert=30), seed=5
-        )
+        how = rmoe.Calibration(tokens_per_expert=30, subspaces=subspaces)
+        found = rmoe.calibrate(model, [batch[rank::world] for batch in batches], how, seed=5)
+        layers = moe_layers(model)
         gates = {key: x for key, x in model.state_dict().items() if ".gate." in key}
+        if subspaces:
+            gates |= {f"{name}.{key}": x for name, one in layers.items() for key, x in one.every_parameter().items()}
         gathered: list[object] = [None] * world
         dist.all_gather_object(gathered, ({key: x.tolist() for key, x in gates.items()}, found))
         assert all(one == gathered[0] for one in gathered)

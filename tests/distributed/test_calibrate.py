@@ -12,6 +12,8 @@ import torch
 SCRIPT = Path(__file__).with_name("calibrate_gates.py")
 PLACED: dict[str, dict[str, Any]] = {
     "low_rank": {},
+    "subspaces": {"subspaces": True},
+    "subspaces_ep2": {"subspaces": True, "ep_size": 2},
     "images": {"gate_input": "image"},
     "full_ep2": {"residual": "full", "ep_size": 2},
     "copies_ep2": {"residual": "experts", "ep_size": 2},

@@ -15,7 +15,7 @@ import rmoe
 from rmoe.config import Calibration, ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe import calibrate as module
-from rmoe.moe.calibrate import calibrate
+from rmoe.moe.calibrate import calibrate, principal_directions
 from rmoe.moe.layer import ResidualMoE
 
 WIDTH, EXPERTS = 6, 4
@@ -239,6 +239,37 @@ def test_a_dense_model_is_refused() -> None:
         calibrate(Mlp(WIDTH, WIDTH), [clouds()])
 
 
+@pytest.mark.parametrize("config", [{}, {"alpha": 2.0}, {"shared_a": True}, {"top_k": "all"}])
+def test_subspaces_are_those_of_each_cluster_and_the_function_stays(config: dict[str, object]) -> None:
+    dense, mixture = model(**config), model(**config)
+    x = clouds(600)
+    calibrate(mixture, [x], Calibration(tokens_per_expert=150, subspaces=True))
+    moe, read = mixture[-1], mixture[0].eval()(x)
+    assert torch.equal(mixture.eval()(x), dense.eval()(x))
+    cluster = moe.gate.eval().logits(read).argmax(0)
+    for e, rows in enumerate([read] if "shared_a" in config else [read[cluster == e] for e in range(EXPERTS)]):
+        hidden = moe.core.act(moe.core.fc1(rows))
+        for a, inputs in ((moe.residuals().a1_ERC[e], rows), (moe.residuals().a2_ERH[e], hidden)):
+            torch.testing.assert_close(a @ a.T, torch.eye(2))
+            kept = (inputs @ a.T).square().sum()
+            torch.testing.assert_close(kept, torch.linalg.svdvals(inputs)[:2].square().sum())
+
+
+@pytest.mark.parametrize(("shape", "found"), [((0, 5), 0), ((1, 5), 1), ((9, 3), 3), ((3, 9), 3)])
+def test_there_are_no_more_principal_directions_than_the_inputs_span(shape: tuple[int, int], found: int) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    directions = principal_directions(x, 4)
+    assert directions.shape == (found, shape[1])
+    torch.testing.assert_close(directions @ directions.T, torch.eye(found, dtype=torch.float64))
+    assert principal_directions(torch.zeros(4, 5), 2).shape == (0, 5)
+
+
+@pytest.mark.parametrize("config", [{"residual": "full"}, {"gate_input": "image"}])
+def test_subspaces_of_what_has_none_are_refused(config: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="subspaces are for residual='low_rank' with gate_input='token'"):
+        calibrate(bare(**config), [clouds()], Calibration(subspaces=True))
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
@@ -249,6 +280,7 @@ def test_a_dense_model_is_refused() -> None:
         ({"confidence": float("nan")}, "a finite number"),
         ({"confidence": "high"}, "a finite number"),
         ({"tokens_per_expert": -1}, "1 to"),
+        ({"subspaces": 1}, "True or False"),
         ({"batchs": 3}, "did you mean 'batches'"),
         ([], "takes a mapping"),
     ],
