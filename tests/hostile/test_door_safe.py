@@ -17,8 +17,10 @@ from mmengine.registry import DATASETS, MODELS
 from mmengine.runner.checkpoint import load_checkpoint
 from torch import nn
 
+from rmoe.config import ResidualMoEConfig
 from rmoe.engine import safe_config
 from rmoe.engine.building import user_errors
+from rmoe.engine.calibration import check_calibration
 from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
 
@@ -169,3 +171,12 @@ def test_foreign_weights_are_only_weights(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"evil\.pth"), user_errors("model"):
         initialize(nn.Linear(1, 1), initialise)
     assert not ran.exists()
+
+
+def test_a_safe_config_may_calibrate(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text('{"calibrate": {"batches": 2, "confidence": 0.6}}')
+    config = read_config(tmp_path / "x.json", {}, safe=True)
+    check_calibration(config.calibrate, [ResidualMoEConfig()])
+    (tmp_path / "x.json").write_text('{"calibrate": {"type": "os.system"}}')
+    with pytest.raises(UserError, match=r"no registry"):
+        read_config(tmp_path / "x.json", {}, safe=True)

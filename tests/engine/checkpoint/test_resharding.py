@@ -14,11 +14,14 @@ import torch
 import torch.distributed as dist
 from mmengine.logging import HistoryBuffer, MessageHub
 from mmengine.optim import MultiStepLR, PolyLR
+from timm.layers import Mlp
 from torch import nn
 
+from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint import resharding, run_state
 from rmoe.engine.optim import DeepSpeedOptimWrapper, change_settings, settings
 from rmoe.errors import UserError
+from rmoe.moe.layer import ResidualMoE
 
 
 @pytest.fixture(autouse=True)
@@ -213,3 +216,12 @@ def test_the_run_as_plain_data() -> None:
         schedule.step()
     rates = [[group["lr"] for group in wrapper.param_groups] for wrapper in wrappers]
     assert rates[0] == rates[1] == [pytest.approx(0.1 * 4 / 9)] * 3
+
+
+def test_gates_of_before_they_had_a_bias_are_not_resumed() -> None:
+    moe = nn.Sequential(ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=2, rank=1)))
+    tensors = {resharding.WEIGHT + name: x.clone() for name, x in moe.state_dict().items()}
+    resharding.restore_weights(moe, tensors)
+    del tensors[f"{resharding.WEIGHT}0.gate.bias"]
+    with pytest.raises(UserError, match="gate.bias, whose training cannot go on: start a new run.*load_from"):
+        resharding.restore_weights(moe, tensors)
