@@ -1,5 +1,5 @@
 # make demo    the whole pipeline on the embedded data, on two CPU cores
-# make test    the whole test suite
+# make test    the whole test suite, two files at a time
 # make lint    format, style and types
 # make bench   all benchmarks, on two idle cores; bench-quick only shows that they run
 # make claims  the paper's claims in miniature, on two idle cores: two hours for all arms, two for the longer schedule,
@@ -34,7 +34,7 @@ demo: install
 	$(VENV)/bin/python launch/demo.py --work-dir work_dirs/demo
 
 test: install
-	$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

@@ -24,6 +24,7 @@ settings.load_profile("rmoe")
 
 ROOT = Path(__file__).resolve().parents[1]
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tests run side by side, as many as there are cores
 os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, in numpy; read when triton is imported
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "moe")]  # for `import toy` and `import no_sync`
 
