@@ -16,6 +16,7 @@ ExpertInit = Literal["core", "random"]
 Combine = Literal["auto", "residual", "straight_through", "softmax"]
 Exchange = Literal["auto", "tokens", "weights"]
 GateInput = Literal["token", "image"]
+Router = Literal["linear", "cosine"]
 Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
 
 _Config = TypeVar("_Config")
@@ -164,6 +165,10 @@ class ResidualMoEConfig:
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1); there is none where a
             token uses every expert.
         losses: weights of the gate's auxiliary losses.
+        router: how the gate's logits are computed: `linear`, or s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE,
+            arXiv 2204.09179).
+        expert_drop: chance with which each expert is left out of a layer's choice, anew for each training batch (MoE
+            Jetpack, arXiv 2406.04801, drops 0.4 of them); at least `top_k` stay.
         temperature: the gate's logits are divided by it; below 1 decides harder, above 1 more softly.
         gate_input: what the gate reads: each `token`, or the mean over the tokens of its `image`, which then shares one
             decision (as ParaX and ViMoE do).
@@ -193,6 +198,8 @@ class ResidualMoEConfig:
     capacity_factor: float | None = None
     noise: float = 1.0
     losses: GateLosses = GateLosses()
+    router: Router = "linear"
+    expert_drop: float = 0.0
     temperature: float = 1.0
     gate_input: GateInput = "token"
     balance_rate: float = 0.0
@@ -229,6 +236,16 @@ class ResidualMoEConfig:
             raise UserError(f"noise is {self.noise} and gate_std {self.gate_std}; neither may be negative")
         if self.temperature <= 0:
             raise UserError(f"temperature is {self.temperature}; it is positive, and 1 leaves the logits as they are")
+        if not 0 <= self.expert_drop < 1:
+            raise UserError(f"expert_drop is {self.expert_drop}; it is a chance, from 0 (off) to less than 1")
+        if self.expert_drop and not self.chooses:
+            raise UserError(
+                "expert_drop leaves experts out of a choice, and top_k leaves none: set it to 0, or top_k lower"
+            )
+        if self.expert_drop and self.losses.load:
+            raise UserError(
+                "losses.load is defined for all experts, and expert_drop leaves some out: set one of them to 0"
+            )
         if self.alpha is not None and self.alpha <= 0:
             raise UserError(f"alpha is {self.alpha}; it is positive, or None for Δ = B A")
         if self.residual != "low_rank" and (self.alpha is not None or self.shared_a):
@@ -358,6 +375,8 @@ class Calibration:
                 f"Calibration.confidence is {self.confidence}, and {moe.num_experts} experts weighed evenly have "
                 f"{1 / moe.num_experts:.3g} each: give more, such as 0.7"
             )
+        if moe.router != "linear":
+            raise UserError(f"calibrate sets linear gates, and router is '{moe.router}': use 'linear', or no calibrate")
         if self.subspaces and (moe.residual != "low_rank" or moe.gate_input != "token"):
             raise UserError(
                 f"calibrate's subspaces are for residual='low_rank' with gate_input='token', not '{moe.residual}' with "

@@ -58,7 +58,8 @@ class Routing(NamedTuple):
 
 
 class Gate(nn.Module):
-    """Routes tokens: linear, in float32, softmax, top-k (V-MoE, arXiv 2106.05974, section 2).
+    """Routes tokens: linear, in float32, softmax, top-k (V-MoE, arXiv 2106.05974, section 2). Other kinds of routers
+    are in `rmoe.moe.routers`.
 
     Attributes:
         weight: [E, C]. bias: [E], zeros at the start.
@@ -93,8 +94,9 @@ class Gate(nn.Module):
             clean_ED = self.logits(gate_inputs(x, config, dtype))
             std = self._std()
             noisy_ED = clean_ED + std * torch.randn_like(clean_ED) if std else clean_ED
+            noisy_ED = self._without_some(noisy_ED)
             probability_ED = clean_ED.softmax(0)
-            score_ED = noisy_ED.softmax(0) if std else probability_ED
+            score_ED = probability_ED if noisy_ED is clean_ED else noisy_ED.softmax(0)
             value_KD, expert_KD = self._choose(score_ED)
             sums = None
             if self.training:
@@ -132,6 +134,15 @@ class Gate(nn.Module):
     def _std(self) -> float:
         """Returns the standard deviation of the noise that is added to the logits."""
         return self.config.noise / self.config.num_experts if self.training and self.config.chooses else 0.0
+
+    def _without_some(self, logits_ED: Tensor) -> Tensor:
+        """Returns the logits with those of experts that are dropped for this batch at -∞."""
+        if not (self.training and self.config.expert_drop):
+            return logits_ED
+        chance_E = torch.rand(len(logits_ED), device=logits_ED.device)
+        stays_E = chance_E >= self.config.expert_drop
+        stays_E = stays_E | (chance_E >= chance_E.topk(self.config.experts_per_token).values[-1])
+        return logits_ED.masked_fill(~stays_E[:, None], -math.inf)
 
     def logits(self, x_DC: Tensor) -> Tensor:
         """Returns the logits of what the gate reads, without noise, [E, D]."""
@@ -230,7 +241,8 @@ def _has_kernel(x: Tensor, config: ResidualMoEConfig, training: bool) -> bool:
     if torch.compiler.is_compiling():
         return False
     one_or_all = config.experts_per_token == 1 or not config.chooses
-    plain = config.gate_input == "token" and not config.losses.load
+    plain = config.gate_input == "token" and config.router == "linear"
+    plain = plain and not (config.losses.load or config.expert_drop)
     return one_or_all and plain and config.num_experts <= 64 and not (training and config.capacity_factor is not None)
 
 

@@ -22,9 +22,10 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe.exchange import exchange_tokens, expert_group, gather_experts, make_expert_groups
 from rmoe.moe.experts import WEIGHTS, Network, Residuals, described, is_weight
-from rmoe.moe.gate import Gate, Routing
+from rmoe.moe.gate import Routing
 from rmoe.moe.mix import compute_dtype, mix
 from rmoe.moe.records import record
+from rmoe.moe.routers import ROUTERS
 from rmoe.moe.stacked import StackedExperts
 
 
@@ -60,7 +61,7 @@ class ResidualMoE(nn.Module):
 
         self.core = core if config.kind.has_core else nn.ModuleDict({"act": core.act})  # type: ignore[dict-item]
         network = _network(core)
-        self.gate = Gate(network.w1_HC.shape[1], config).to(network.w1_HC.device)
+        self.gate = ROUTERS[config.router](network.w1_HC.shape[1], config).to(network.w1_HC.device)
         self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
         self.deepspeed_moe.experts = StackedExperts(config, network, self.expert_rank() * self.num_local_experts)
         self.every_expert_here: Residuals | None = None

@@ -9,9 +9,12 @@ wrong where ep_size changes.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import deepspeed
@@ -19,6 +22,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
 from deepspeed.utils import groups
+from mmengine.dist import all_gather_object
 from torch import Tensor, nn
 
 from rmoe.engine.checkpoint.files import AVERAGE, WEIGHT
@@ -154,14 +158,50 @@ class _Names:
         return self._layer(name) is not None
 
     def leads(self, name: str) -> bool:
-        """Returns whether this process is the first of those that hold the same values of a parameter or buffer."""
-        parameter = self._parameters.get(name)
-        return dist.get_rank() == 0 if parameter is None else dist.get_rank(_replicas(parameter)) == 0
+        """Returns whether this process, of those that hold the same values of a parameter or buffer, writes them.
+
+        The nodes share the work: each writes about as many values as the others. The first call is collective.
+        """
+        return self._writers.get(name, 0) == dist.get_rank()
+
+    @cached_property
+    def _writers(self) -> dict[str, int]:
+        """Returns the rank that writes a parameter, by name; it is the same on all processes that hold it."""
+        first_of_nodes = all_gather_object(int(os.environ.get("LOCAL_RANK", "0")) == 0)
+        node_of_rank = list(accumulate(map(int, first_of_nodes)))
+        held = {name: tuple(dist.get_process_group_ranks(_replicas(p))) for name, p in self._parameters.items()}
+        return shared_out(
+            {name: getattr(p, "ds_numel", p.numel()) for name, p in self._parameters.items()}, held, node_of_rank
+        )
 
     def _layer(self, name: str) -> Any:
         prefix, _, field = name.rpartition(".")
         layer: Any = self._layers.get(prefix)
         return layer if layer is not None and field in layer.deepspeed_moe.experts.own() else None
+
+
+def shared_out(
+    sizes: Mapping[str, int], held: Mapping[str, tuple[int, ...]], node_of_rank: Sequence[int]
+) -> dict[str, int]:
+    """Shares out what is to be written: the largest first, each to the node that has the least so far.
+
+    Args:
+        sizes: numbers of values, by name.
+        held: the ranks that hold them, by name.
+        node_of_rank: a number for each rank, the same for all ranks of a node.
+
+    Returns:
+        The rank that writes them, by name: on its node the first that holds them. It depends on nothing but what the
+        same ranks hold, which all of these know.
+    """
+    writers, written = dict[str, int](), defaultdict[tuple[tuple[int, ...], int], int](int)
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        ranks = held[name]
+        firsts = {node_of_rank[rank]: rank for rank in reversed(ranks)}
+        node = min(firsts, key=lambda node: (written[ranks, node], node))
+        written[ranks, node] += sizes[name]
+        writers[name] = firsts[node]
+    return writers
 
 
 def _replicas(parameter: nn.Parameter) -> Any:

@@ -225,3 +225,18 @@ def test_gates_of_before_they_had_a_bias_are_not_resumed() -> None:
     del tensors[f"{resharding.WEIGHT}0.gate.bias"]
     with pytest.raises(UserError, match="gate.bias, whose training cannot go on: start a new run.*load_from"):
         resharding.restore_weights(moe, tensors)
+
+
+def test_nodes_share_what_is_to_be_written() -> None:
+    everywhere, sizes = (0, 1, 2, 3), {"a": 4, "b": 3, "c": 2, "d": 2, "e": 1}
+    one_node = resharding.shared_out(sizes, dict.fromkeys(sizes, everywhere), [1, 1, 1, 1])
+    assert one_node == dict.fromkeys(sizes, 0)
+    two_nodes = resharding.shared_out(sizes, dict.fromkeys(sizes, everywhere), [1, 1, 2, 2])
+    assert two_nodes == {"a": 0, "b": 2, "c": 2, "d": 0, "e": 2}
+
+
+def test_ranks_agree_on_who_writes_experts() -> None:
+    nodes, shared, sizes = [1, 1, 2, 2], (0, 1, 2, 3), {"dense": 9, "w1": 5, "w2": 5}
+    for ranks in ((0, 2), (1, 3)):
+        writers = resharding.shared_out(sizes, {"dense": shared, "w1": ranks, "w2": ranks}, nodes)
+        assert writers == {"dense": 0, "w1": ranks[0], "w2": ranks[1]}
