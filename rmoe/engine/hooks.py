@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import sys
 import time
@@ -337,6 +338,43 @@ class GateBalanceHook(Hook):
                 f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance or moe.noise, or lower the "
                 "gate's learning rate (paramwise_cfg.gate_lr_mult)"
             )
+
+
+@HOOKS.register_module()
+class TemperatureHook(Hook):
+    """Lets the temperature of the gates fall to that of their config, in equal steps, as MoE Jetpack does.
+
+        custom_hooks = [dict(type="rmoe.TemperatureHook", begin=2.0, until=0.5)]
+
+    While it falls, evaluation in training has it too; weights that are saved by then are evaluated at the end's.
+
+    Args:
+        begin: the factor of the temperature at the first step, above 0; below 1 it rises.
+        until: the share of training after which it is 1.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    def __init__(self, begin: float = 2.0, until: float = 1.0) -> None:
+        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (begin, until))
+        if not (numbers and 0 < begin < math.inf and 0 < until <= 1):
+            raise UserError(
+                f"rmoe.TemperatureHook: begin is {begin!r} and until {until!r}; begin is above 0, until above 0 and at "
+                "most 1"
+            )
+        self._begin, self._until = begin, until
+
+    def before_train(self, runner: Any) -> None:
+        """Finds the gates."""
+        self._gates = [layer.gate for layer in moe_layers(runner.model.module).values()]
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Sets the temperature of a step, which follows from its number alone."""
+        last = max(self._until * runner.max_iters - 1, 1)
+        done = min(runner.iter / last, 1.0)
+        for gate in self._gates:
+            gate.heat = self._begin + (1.0 - self._begin) * done
 
 
 def _samples(batch: Any) -> int:

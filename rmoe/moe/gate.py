@@ -65,6 +65,7 @@ class Gate(nn.Module):
         weight: [E, C]. bias: [E], zeros at the start.
         choice_bias: [E], added to the probabilities where experts are chosen and nowhere else (loss-free balancing,
             arXiv 2408.15664); None without `balance_rate`. `Records.balance_experts` moves it.
+        heat: a factor of the temperature that training may change (`rmoe.TemperatureHook`); 1, and not saved.
     """
 
     choice_bias: Tensor | None
@@ -75,6 +76,7 @@ class Gate(nn.Module):
         self.weight = nn.Parameter(torch.randn(config.num_experts, width) * config.gate_std)
         self.bias = nn.Parameter(torch.zeros(config.num_experts))
         self.register_buffer("choice_bias", torch.zeros(config.num_experts) if config.balance_rate else None)
+        self.heat = 1.0
         # Tokens of each expert since the optimizer's last step; checkpoints are made between steps.
         self._counted_E: Tensor | None = None
 
@@ -116,7 +118,7 @@ class Gate(nn.Module):
                 noise_ET = torch.empty(config.num_experts, len(x_TC), device=x_TC.device).normal_(std=std)
             linear = self.weight.float(), self.bias.float()
             found = route(
-                x_TC, *linear, noise_ET, self.choice_bias, config.temperature, config.chooses, config.normalises
+                x_TC, *linear, noise_ET, self.choice_bias, self.temperature, config.chooses, config.normalises
             )
         sums = None
         if self.training:
@@ -135,6 +137,11 @@ class Gate(nn.Module):
         """Returns the standard deviation of the noise that is added to the logits."""
         return self.config.noise / self.config.num_experts if self.training and self.config.chooses else 0.0
 
+    @property
+    def temperature(self) -> float:
+        """Returns what the logits are divided by."""
+        return self.config.temperature * self.heat
+
     def _without_some(self, logits_ED: Tensor) -> Tensor:
         """Returns the logits with those of experts that are dropped for this batch at -∞."""
         if not (self.training and self.config.expert_drop):
@@ -147,8 +154,8 @@ class Gate(nn.Module):
     def logits(self, x_DC: Tensor) -> Tensor:
         """Returns the logits of what the gate reads, without noise, [E, D]."""
         weight_EC, bias_E = self.weight.to(x_DC.dtype), self.bias.to(x_DC.dtype)
-        if self.config.temperature != 1:
-            weight_EC, bias_E = weight_EC / self.config.temperature, bias_E / self.config.temperature
+        if self.temperature != 1:
+            weight_EC, bias_E = weight_EC / self.temperature, bias_E / self.temperature
         return torch.addmm(bias_E[:, None], weight_EC, x_DC.T)
 
     def _choose(self, score_ED: Tensor) -> tuple[Tensor, Tensor]:

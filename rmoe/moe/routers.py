@@ -33,9 +33,9 @@ class CosineGate(Gate):
 
     def logits(self, x_DC: Tensor) -> Tensor:
         """Returns the logits of what the gate reads, without noise, [E, D]."""
-        scale = self.log_scale.to(x_DC.dtype).clamp(max=math.log(_LARGEST)).exp() / self.config.temperature
+        scale = self.log_scale.to(x_DC.dtype).clamp(max=math.log(_LARGEST)).exp() / self.temperature
         weight_EC, bias_E = F.normalize(self.weight.to(x_DC.dtype)), self.bias.to(x_DC.dtype)
-        return torch.addmm(bias_E[:, None] / self.config.temperature, scale * weight_EC, F.normalize(x_DC).T)
+        return torch.addmm(bias_E[:, None] / self.temperature, scale * weight_EC, F.normalize(x_DC).T)
 
 
 ROUTERS: dict[str, type[Gate]] = {"linear": Gate, "cosine": CosineGate}

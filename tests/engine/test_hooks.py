@@ -17,7 +17,7 @@ from toy import ToyModel, ToyTokens
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import hooks
-from rmoe.engine.hooks import EMAHook, GateBalanceHook, LocalExpertsHook, RunningStatsHook
+from rmoe.engine.hooks import EMAHook, GateBalanceHook, LocalExpertsHook, RunningStatsHook, TemperatureHook
 from rmoe.engine.strategy import Engine
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
@@ -181,3 +181,26 @@ def test_a_collapsed_gate_is_named(
 def test_numbers_of_the_balance(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match="rmoe.GateBalanceHook"):
         GateBalanceHook(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("until", "heats"), [(1.0, [3.0, 2.5, 2.0, 1.5, 1.0]), (0.6, [3.0, 2.0, 1.0, 1.0, 1.0])])
+def test_the_temperature_falls(until: float, heats: list[float]) -> None:
+    runner = Runner()
+    runner.module = nn.Sequential(ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=2, temperature=0.5)))  # type: ignore[attr-defined]
+    runner.max_iters = 5
+    gate = runner.module[0].gate  # type: ignore[attr-defined]
+    logits = gate.logits(torch.eye(4))
+    hook = TemperatureHook(begin=3.0, until=until)
+    hook.before_train(runner)
+    for runner.iter, heat in enumerate(heats):
+        hook.before_train_iter(runner, runner.iter)
+        assert gate.temperature == pytest.approx(0.5 * heat)
+        torch.testing.assert_close(gate.logits(torch.eye(4)), logits / heat)
+
+
+@pytest.mark.parametrize(
+    "values", [{"begin": 0}, {"begin": "2"}, {"begin": True}, {"begin": float("nan")}, {"until": 0}, {"until": 1.5}]
+)
+def test_a_temperature_that_cannot_be(values: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="TemperatureHook.*above 0"):
+        TemperatureHook(**values)
