@@ -1,9 +1,9 @@
-"""Writes the tables that docs/performance.md and docs/claims.md end with, from what is in benchmarks/results.
+"""Writes the tables of docs/performance.md, docs/claims.md and docs/arms.md, from what is in benchmarks/results.
 
     python -m benchmarks.tables
 
-What stands above the first of them is left as it is, but for the lines between the two of `MARKS`, where a page has
-them: docs/claims.md opens with the table of who should choose what.
+The first two end with tables, and what stands above is left as it is, but for the lines between the two of `MARKS`:
+docs/claims.md opens with the table of who should choose what, and docs/arms.md has its own there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.gpu import parity as gpu_parity
 from benchmarks.gpu import step as gpu_step
 
 DOCS = common.ROOT / "docs"
-MARKS = ("<!-- what to choose -->\n", "<!-- end of what to choose -->\n")
+MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
 _BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "step_real": step, "forecast": forecast}
 _BENCHMARKS |= {"training_cost": training_cost, "scaling": scaling}
 _BENCHMARKS |= {"gpu_parity": gpu_parity, "gpu_layer": gpu_layer, "gpu_step": gpu_step}
@@ -31,6 +31,14 @@ def main() -> None:
         first = tables.partition("\n")[0]
         words = page.read_text().partition(first)[0]
         page.write_text(opened(words, method_verdicts.opening(common.RESULTS)) + tables)
+    page = DOCS / "arms.md"
+    page.write_text(opened(page.read_text(), arms(common.RESULTS)))
+
+
+def arms(folder: Path) -> str:
+    """Returns Markdown of the ideas of other papers, with what was measured of each."""
+    path = folder / "ideas.json"
+    return common.markdown(method_verdicts.ideas_table(json.loads(path.read_text())["rows"] if path.exists() else []))
 
 
 def claims(folder: Path) -> str:

@@ -22,6 +22,8 @@ method    Which residual experts beat dense finetuning, with controls, segmentat
           made of what is there. `--minutes 0` runs nothing and makes them.
 regime    The headline's arms under other conditions: steps, variety of the data, width of the backbone; regime.json and
           regime.png. Its runs are in method_runs.json, too.
+ideas     Ideas of other papers for routing and residuals, each one changed key; ideas.json, ideas.png and, by
+          benchmarks.tables, docs/arms.md. Its runs are in method_runs.json, too.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from scipy.stats import t as student
 
 from benchmarks.claims.ledger import Cell, Context, Ledger, context_of
-from benchmarks.claims.method import CANDIDATES, CHOICES, DENSE, ONE_LOW_RANK, RIVALS, Study
+from benchmarks.claims.method import CANDIDATES, CHOICES, CONTROLS, DENSE, ONE_LOW_RANK, RIVALS, Study
 from benchmarks.claims.statistics import paired
 from benchmarks.common import Row
 
@@ -158,7 +158,7 @@ def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
     means = [statistics.mean(of_seed) for of_seed in values.values()]
     row: Row = {
         "arm": name,
-        "kind": "candidate" if name in CANDIDATES else "choice" if name in CHOICES else "control",
+        "kind": "candidate" if name in CANDIDATES else "control" if name in CONTROLS else "choice",
         "upstream": study.arms[name].upstream,
         "devices": sorted({context.device for _, context in mine}),
         "seeds": [*values],
@@ -166,10 +166,10 @@ def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
         "mean": statistics.mean(means),
         "std": statistics.stdev(means) if len(means) > 1 else None,
         "best_dense": best,
-        "rival": RIVALS.get(name),
+        "rival": study.rivals.get(name),
     }
     others = {"dense": runs.get("dense", {}), "best_dense": runs[best] if best else {}}
-    others["rival"] = runs.get(RIVALS[name], {}) if name in RIVALS else {}
+    others["rival"] = runs.get(study.rivals[name], {}) if name in study.rivals else {}
     losses = [run["train_loss"] for run in mine.values() if run["train_loss"] is not None]
     loss: Row = {"mean": statistics.mean(losses) if losses else None}
     for other, theirs in others.items():

@@ -37,7 +37,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from benchmarks.claims import arms
@@ -187,12 +187,14 @@ class Study:
         size: of the usual runs.
         arms, stages: by name.
         cells: the downstream runs, those that are worth most first.
+        rivals: which arm another one is compared with, besides dense.
     """
 
     size: Size
     arms: Mapping[str, Arm]
     stages: Mapping[str, Upstream]
     cells: Sequence[Cell]
+    rivals: Mapping[str, str] = field(default_factory=lambda: RIVALS)
 
     def size_of(self, cell: Cell) -> Size:
         """Returns how much is trained on what under a cell's conditions."""
@@ -210,7 +212,7 @@ class Study:
 
     def compared_with(self, cell: Cell) -> list[Cell]:
         """Returns the cells that a cell's differences are taken to."""
-        others = ["dense", RIVALS[cell.name]] if cell.name in RIVALS else ["dense"]
+        others = ["dense", self.rivals[cell.name]] if cell.name in self.rivals else ["dense"]
         return [cell._replace(name=name) for name in others if name != cell.name and name in self.arms]
 
     def only(self, pattern: str) -> Study:

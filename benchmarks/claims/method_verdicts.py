@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import common
+from benchmarks.claims.ideas import IDEAS, ideas
 from benchmarks.claims.method import CANDIDATES, DENSE, HEADLINE, ONE_LOW_RANK
 from benchmarks.claims.pictures import span
 from benchmarks.claims.statistics import difference, ratio
@@ -142,6 +143,45 @@ def arms_table(rows: Sequence[Row]) -> list[Row]:
         }
         for row in rows
     ]
+
+
+def ideas_table(rows: Sequence[Row]) -> list[Row]:
+    """Returns what ideas of other papers gain, as people read it."""
+    of_arm = {row["arm"]: row for row in rows if row["metric"] == "mIoU"}
+    found = []
+    for name, idea in IDEAS.items():
+        row = of_arm.get(name)
+        compared = row and name not in ("dense", idea.of) and idea.of != "dense"
+        found.append(
+            {
+                "arm": f"`{name}`",
+                "idea": idea.words,
+                "source": idea.source,
+                "keys": changed(name),
+                "seeds": len(row["seeds_to_dense"]) if row else 0,
+                "mIoU − dense": difference(row).mean if row else None,
+                "95 %": span(difference(row).interval) if row else "–",
+                "compared with": f"`{idea.of}`" if idea.of != "dense" else "–",
+                "− that": difference(row, "rival").mean if row and compared else None,
+                "its 95 %": span(difference(row, "rival").interval) if row and compared else "–",
+                "loss − dense": difference(row["train_loss"]).mean if row else None,
+                "finetune FLOPs × dense": ratio(row, "finetune_flops").mean if row else None,
+                "parameters × dense": row["params_total_vs_dense"] if row else None,
+            }
+        )
+    return found
+
+
+def changed(name: str) -> str:
+    """Returns the keys of a config by which an idea differs from the arm that it changes."""
+    arms = ideas().arms
+    mine, theirs = arms[name], arms[IDEAS[name].of]
+    before = {**(theirs.moe or {}), **theirs.options}
+    now = {**(mine.moe or {}), **mine.options}
+    if theirs.moe is None:
+        return "see benchmarks/claims/method.py"
+    new = [f"`{key.rpartition('.')[2]}={value!r}`" for key, value in now.items() if before.get(key) != value]
+    return ", ".join([*new, *(f"no `{key}`" for key in before if key not in now)]) or "–"
 
 
 def controls_table(rows: Sequence[Row]) -> list[Row]:

@@ -72,12 +72,12 @@ def draw_choices(arguments: common.Arguments, rows: Sequence[Row], file: str) ->
         axes[0].set_yticklabels([row["arm"] for row in shown])
 
 
-def draw_method(arguments: common.Arguments, rows: Sequence[Row]) -> None:
+def draw_method(arguments: common.Arguments, rows: Sequence[Row], file: str = "method") -> None:
     """Draws, for each task, every arm's difference to dense with its interval, and that difference over FLOPs."""
     metrics = [one for one in dict.fromkeys((row["task"], row["metric"]) for row in rows) if one[1] != "mask AP"]
     height = 1.5 + 0.25 * max(sum((row["task"], row["metric"]) == one for row in rows) for one in metrics)
     title = "Difference to dense, 95 % of paired seeds"
-    with common.picture(arguments, 2 * len(metrics), title, height, file="method") as axes:
+    with common.picture(arguments, 2 * len(metrics), title, height, file=file) as axes:
         for panels, (task, metric) in zip(zip(axes[::2], axes[1::2], strict=True), metrics, strict=True):
             by_arm, by_cost = panels
             shown = [

@@ -1,4 +1,4 @@
-"""A sitting of the method or the regime study, and what its runs so far come to."""
+"""A sitting of the method study, the regimes or the ideas of others, and what its runs so far come to."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import common
-from benchmarks.claims import comparison, method
+from benchmarks.claims import comparison, ideas, method
 from benchmarks.claims.ledger import Ledger
-from benchmarks.claims.method_verdicts import arms_table, regime_table, verdicts
+from benchmarks.claims.method_verdicts import arms_table, ideas_table, regime_table, verdicts
 from benchmarks.claims.pictures import draw_method, draw_regime
 from benchmarks.claims.sitting import Sitting
 
-PARTS = ("method", "regime")
 RUNS = "method_runs.json"
 
 
@@ -24,13 +23,14 @@ def hold(arguments: common.Arguments) -> None:
         UserError: the file of runs is damaged.
         SystemExit: 1, if a run failed.
     """
-    study = getattr(method, f"quick_{arguments.part}" if arguments.quick else str(arguments.part))()
+    studies, publish = _PARTS[str(arguments.part)]
+    study = studies[arguments.quick]()
     ledger = Ledger(arguments.out / RUNS)
     folder = Path("work_dirs") / ("method_quick" if arguments.quick else "method")
     seconds = None if arguments.minutes is None else 60 * arguments.minutes
     sitting = Sitting(study.only(arguments.only), ledger, folder, seconds, arguments.device)
     sitting.run(arguments.threads)
-    (publish_method if arguments.part == "method" else publish_regime)(arguments, study, ledger)
+    publish(arguments, study, ledger)
     left = list(sitting.left())
     print(f"{len(left)} runs are left, about {sum(map(sitting.estimate, left)) / 3600:.1f} hours of one core")
     if sitting.failed:
@@ -58,6 +58,22 @@ def publish_regime(arguments: common.Arguments, study: method.Study, ledger: Led
         usual = (study.size.steps["segmentation"], len(study.size.scenes["styles"].split(",")), study.size.width)
         draw_regime(arguments, rows, usual)
         _write(arguments, {"rows": rows})
+
+
+def publish_ideas(arguments: common.Arguments, study: method.Study, ledger: Ledger) -> None:
+    """Writes ideas.json and ideas.png, if there is a run."""
+    if rows := comparison.rows(study, ledger):
+        common.show(ideas_table(rows), title="ideas")
+        draw_method(arguments, rows, file="ideas")
+        _write(arguments, {"rows": rows})
+
+
+_PARTS = {
+    "method": ((method.method, method.quick_method), publish_method),
+    "regime": ((method.regime, method.quick_regime), publish_regime),
+    "ideas": ((ideas.ideas, ideas.quick_ideas), publish_ideas),
+}
+PARTS = (*_PARTS,)
 
 
 def _write(arguments: common.Arguments, content: dict[str, Any]) -> None:

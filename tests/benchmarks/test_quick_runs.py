@@ -71,7 +71,7 @@ def test_the_method_study_and_its_regimes(out: Path, monkeypatch: pytest.MonkeyP
     claims = importlib.import_module("benchmarks.claims.__main__")
     for name in ("CUDA_VISIBLE_DEVICES", "DS_ACCELERATOR", "OMP_NUM_THREADS"):  # which it sets for all that follows
         monkeypatch.setenv(name, os.environ.get(name, ""))
-    for part, runs in (("method", 2 + 4), ("regime", 2 + 4 + 1 + 2)):  # cores and others
+    for part, runs in (("method", 2 + 4), ("regime", 2 + 4 + 1 + 2), ("ideas", 9 + 1)):  # cores and others
         claims.main(["--quick", "--part", part, "--out", str(out), "--jobs", "2"])
         assert len(json.loads((out / "method_runs.json").read_text())["rows"]) == runs
         assert (out / f"{part}.png").read_bytes().startswith(b"\x89PNG")
@@ -79,6 +79,7 @@ def test_the_method_study_and_its_regimes(out: Path, monkeypatch: pytest.MonkeyP
     assert [(row["arm"], row["seeds"]) for row in method["arms"]] == [("dense", [0, 1]), ("full_calibrated", [0, 1])]
     assert {row["verdict"] for row in method["verdicts"]} <= {"not enough seeds", "not run", "met", "not met"}
     assert [(row["steps"], row["width"]) for row in regime["rows"]] == [(2, 1.0), (3, 0.5)]
+    assert {row["arm"] for row in json.loads((out / "ideas.json").read_text())["rows"]} == {"dense", "cosine"}
     before = (out / "method_runs.json").read_bytes()
     claims.main(["--quick", "--part", "method", "--out", str(out)])  # nothing is left to run
     assert (out / "method_runs.json").read_bytes() == before

@@ -1,0 +1,42 @@
+"""Ideas of other papers: each is what its keys say, and the page has them all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from benchmarks import tables
+from benchmarks.claims import ideas
+from benchmarks.claims.ideas import IDEAS
+from benchmarks.claims.method import ARMS
+from benchmarks.claims.method_verdicts import changed, ideas_table
+from rmoe.config import Calibration, ResidualMoEConfig
+
+
+def test_every_arm_can_be_built_and_changes_one_that_there_is() -> None:
+    arms = ideas.ideas().arms
+    for name, idea in IDEAS.items():
+        assert idea.of in arms
+        assert (idea.arm is None) == (name in ARMS)
+        moe = ResidualMoEConfig.from_dict(arms[name].moe or {})
+        if section := arms[name].options.get("calibrate"):
+            Calibration.from_dict(section).check(moe)
+
+
+def test_what_an_idea_changes_is_told() -> None:
+    assert changed("cosine") == "`router='cosine'`"
+    assert changed("bias_balanced") == "`losses={'importance': 0.0}`, `balance_rate=0.001`"
+    assert changed("full_fixed_gate").endswith("`gate_lr_mult=0.0`, no `calibrate`")
+
+
+def test_every_run_has_its_rival_among_the_runs() -> None:
+    study = ideas.ideas()
+    names = {cell.name for cell in study.cells}
+    assert {study.rivals.get(name, "dense") for name in IDEAS} <= names
+    assert all(other in study.cells for cell in study.cells for other in study.compared_with(cell))
+
+
+def test_the_page_has_all_of_them_with_or_without_runs(tmp_path: Path) -> None:
+    assert [row["arm"] for row in ideas_table([])] == [f"`{name}`" for name in IDEAS]
+    text = tables.opened((tables.DOCS / "arms.md").read_text(), tables.arms(tmp_path))
+    assert text.count("\n| `") == len(IDEAS)
+    assert tables.opened(text, tables.arms(tmp_path)) == text
