@@ -79,6 +79,14 @@ def holds_experts(state: Mapping[str, Tensor]) -> bool:
     return any(EXPERT_KEY in key for key in state)
 
 
+def experts_of(state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], int]:
+    """Returns the names of a mixture's layers in a state dict, in its order, and how many experts they have."""
+    mark = f".deepspeed_moe.experts.{EXPERT_KEY}"
+    places = [key.partition(mark)[::2] for key in state if mark in key]
+    numbers = {int(rest.partition(".")[0]) for _, rest in places}
+    return tuple(dict.fromkeys(layer for layer, _ in places)), len(numbers)
+
+
 def global_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """Returns the whole model on the CPU, experts under global ids; collective, and the same on every process."""
     state = {key: x.cpu() for key, x in model.state_dict().items() if EXPERT_KEY not in key}
