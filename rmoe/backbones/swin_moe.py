@@ -232,7 +232,8 @@ def to_theirs(state: Mapping[str, Tensor]) -> tuple[State, list[str]]:
     Raises:
         UserError: there are no experts that are networks of their own.
     """
-    found, notes, experts = State(), list[str](), dict[str, dict[str, dict[int, Tensor]]]()
+    found, notes = dict[str, Tensor](), list[str]()
+    experts = dict[str, dict[str, dict[int, Tensor]]]()
     for key, x in state.items():
         if match := _OURS.fullmatch(key):
             experts.setdefault(match[1], {}).setdefault(match[3], {})[int(match[2])] = x

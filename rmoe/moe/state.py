@@ -58,9 +58,9 @@ def residual_norms(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for name, layer in moe_layers(model).items():
-        if layer.config.kind.has_core:
-            core, local = layer.core, type(layer.residuals())(*(x.float() for x in layer.residuals()))
-            core_norm = _norm(core.fc1.weight, core.fc2.weight)  # type: ignore[union-attr,arg-type]
+        if (core := layer.theta()) is not None:
+            local = type(layer.residuals())(*(x.float() for x in layer.residuals()))
+            core_norm = _norm(core.w1_HC, core.w2_CH)
             deltas = [local.delta(e) for e in range(layer.num_local_experts)]
             found[name] = torch.stack([_norm(one.w1_HC, one.w2_CH) for one in deltas]).mean() / core_norm
     if found and any(layer.ep_size > 1 for layer in moe_layers(model).values()):
