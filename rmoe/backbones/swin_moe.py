@@ -194,10 +194,10 @@ def to_ours(state: Mapping[str, Tensor]) -> tuple[State, Converted]:
         found[f"{attn}relative_position_bias_table"] = _position_table(attn, found)
         converted.setdefault("position biases computed", []).append(attn.rstrip("."))
     for key in [key for key in found if key.endswith(".mlp.fc2.weight")]:
-        bias = f"{key.removesuffix('weight')}bias"
-        if bias not in found:
-            found[bias] = found[key].new_zeros(len(found[key]))
-            converted.setdefault("zeros for biases that it lacks", []).append(bias)
+        lacking = f"{key.removesuffix('weight')}bias"
+        if lacking not in found:
+            found[lacking] = found[key].new_zeros(len(found[key]))
+            converted.setdefault("zeros for biases that it lacks", []).append(lacking)
     return found, converted
 
 

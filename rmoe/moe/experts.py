@@ -189,7 +189,7 @@ def reference(
         return x_TC.clone()
     if not mixes_weights:
         slots = [network([every[e + 1 if e < num_experts else 0] for e in one]) for one in expert_TK.T.tolist()]
-        return sum(gate_T[:, None] * y_TC for gate_T, y_TC in zip(gate_TK.T, slots, strict=True))  # type: ignore[return-value]
+        return sum(gate_T[:, None] * y_TC for gate_T, y_TC in zip(gate_TK.T, slots, strict=True))
     thetas = []
     for experts, gates_K in zip(expert_TK.tolist(), gate_TK, strict=True):
         theta = core

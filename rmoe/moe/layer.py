@@ -220,7 +220,7 @@ def _checked_form(core: nn.Module, config: ResidualMoEConfig) -> Form:
 def _lack(core: nn.Module) -> str:
     """Says what a module lacks to be a feed-forward network."""
     wanted = "it has linear layers fc1 (or fc1_g and fc1_x) and fc2 and an activation act, as timm's Mlp and SwiGLU"
-    kinds = {"fc1": (nn.Linear, nn.Conv2d), "act": nn.Module, "fc2": (nn.Linear, nn.Conv2d)}
+    kinds: dict[str, Any] = {"fc1": (nn.Linear, nn.Conv2d), "act": nn.Module, "fc2": (nn.Linear, nn.Conv2d)}
     if lacking := [name for name, kind in kinds.items() if not isinstance(getattr(core, name, None), kind)]:
         return f"without {lacking[0]}; {wanted}"
     return f"of {core.fc1} and {core.fc2}; fc2 must lead back from fc1's outputs, or half of them, to its inputs"
