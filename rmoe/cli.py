@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_configs,
         _add_data,
         _add_import,
+        _add_split,
         add_predict,
         add_test,
         _add_estimate,
@@ -208,12 +209,16 @@ def _check(arguments: argparse.Namespace) -> int:
 
 def _add_import(groups: argparse._SubParsersAction) -> None:
     text = (
-        "Writes an official dense checkpoint (Swin, CvT or ViT of Microsoft, mmseg, mmdet, Hugging Face or timm) under "
-        "timm's names and says what became of every key. `core=` in a config reads such files as they are, too."
+        "Writes an official checkpoint (Swin, CvT or ViT of Microsoft, mmseg, mmdet, Hugging Face or timm; Swin-MoE of "
+        "any number of processes) under timm's names and says what became of every key. `core=` in a config reads such "
+        "files as they are, too."
     )
-    parser = groups.add_parser("import", help="bring a dense checkpoint to timm's names", description=text)
+    parser = groups.add_parser("import", help="bring a checkpoint to timm's names", description=text)
     parser.add_argument(
-        "source", type=Path, metavar="SRC", help=".pth or .safetensors file, or a folder with model.safetensors"
+        "source",
+        type=Path,
+        metavar="SRC",
+        help=".pth or .safetensors file, a folder with model.safetensors, or NAME.pth for NAME.pth.rank0, …",
     )
     parser.add_argument("model", metavar="MODEL", help="timm's name of the model, such as cvt_13")
     parser.add_argument("out", type=Path, metavar="OUT", help=".safetensors file to write; must not exist")
@@ -225,6 +230,28 @@ def _import_core(arguments: argparse.Namespace) -> None:
 
     print(import_core(arguments.source, arguments.model, arguments.out))
     print(f"{arguments.out}: written")
+
+
+def _add_split(groups: argparse._SubParsersAction) -> None:
+    text = (
+        "Writes a Swin mixture whose experts are networks of their own in the layout of Swin-MoE (Tutel): OUT.rank0, "
+        "OUT.rank1, … with the experts of each process, and OUT.master with all else."
+    )
+    parser = groups.add_parser("split", help="write a mixture as Swin-MoE's files", description=text)
+    parser.add_argument(
+        "source", type=Path, metavar="SRC", help="as for `rmoe import`, or the work dir of a run with residual=experts"
+    )
+    parser.add_argument("out", type=Path, metavar="OUT", help="NAME.pth; no such files may exist")
+    parser.add_argument("--ranks", type=int, required=True, metavar="N", help="processes")
+    parser.set_defaults(run=_split)
+
+
+def _split(arguments: argparse.Namespace) -> None:
+    from rmoe.backbones.build import split_experts
+
+    for note in split_experts(arguments.source, arguments.out, arguments.ranks):
+        print(f"note: {note}")
+    print(f"{arguments.out}.master and .rank0 to .rank{arguments.ranks - 1}: written")
 
 
 def _add_estimate(groups: argparse._SubParsersAction) -> None:

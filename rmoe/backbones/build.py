@@ -6,25 +6,31 @@ Nothing here needs mmengine; where it is loaded, the reports go to the log of it
 from __future__ import annotations
 
 import difflib
+import glob
 import logging
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
-from rmoe.backbones.checkpoint_formats import translate
+from rmoe.backbones import swin_moe
+from rmoe.backbones.checkpoint_formats import SWIN_MOE, translate
 from rmoe.backbones.load_core import CoreReport, checked_path, level_keys, load_core, read_checkpoint
 from rmoe.backbones.networks import one_line
 from rmoe.backbones.upcycle import upcycle
 from rmoe.backbones.windows import fuse_attention
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.moe.state import holds_experts, save_tensors
+from rmoe.moe.state import experts_of, global_state_dict, holds_experts, save_tensors
+
+_MOST_RANKS = 65536
 
 
 def timm_model(name: str, kwargs: Mapping[str, Any]) -> nn.Module:
@@ -97,7 +103,7 @@ def add_weights(
     if core is None and config is not None and not allow_random_core:
         _check_trained(config)
     state = None if core is None else read_checkpoint(checked_path(core, "core"))
-    mixture = state is not None and holds_experts(state)
+    mixture = state is not None and holds_experts(translate(state).state)
     if mixture and config is None:
         raise UserError(
             f"{core} is the checkpoint of a mixture of experts, and moe is None; give the moe of the run that wrote it "
@@ -135,7 +141,9 @@ def _run_log() -> logging.Logger:
 
 
 def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
-    """Writes an official dense checkpoint under timm's names, for `core=` or any other user of timm.
+    """Writes an official checkpoint under timm's names, for `core=` or any other user of timm.
+
+    Swin-MoE's becomes, from the files of any number of processes, one mixture whose experts have global ids.
 
     Args:
         source: the checkpoint; see `load_core`.
@@ -159,6 +167,8 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
     raw = read_checkpoint(source)
     state = translate(raw).state
     net: Any = timm_model(model, {"num_classes": _num_classes(state)})
+    if holds_experts(state):
+        net = upcycle(net, _mixture_of(state)).model
     norms = {
         int(match[1]): nn.LayerNorm(len(state[key]))
         for key in state
@@ -166,15 +176,64 @@ def import_core(source: str | Path, model: str, out: str | Path) -> CoreReport:
     }
     report = load_core(net, source, norms, raw)
     absent = {key for keys in report.left_out.values() for key in keys}
-    written = {key: x for key, x in (net.state_dict() | level_keys(norms)).items() if key not in absent}
-    partial = out.with_name(f"{out.name}.{os.getpid()}.partial")
-    try:
-        save_tensors(partial, written)
-        partial.replace(out)
-    except Exception as error:  # safetensors and the system raise errors of many types
-        partial.unlink(missing_ok=True)
-        raise UserError(f"{out} cannot be written ({error}); give another place") from error
+    written = {key: x for key, x in (global_state_dict(net) | level_keys(norms)).items() if key not in absent}
+    _write(out, lambda begun: save_tensors(begun, written))
     return report
+
+
+def _write(out: Path, write: Callable[[Path], None]) -> None:
+    begun = out.with_name(f"{out.name}.{os.getpid()}.partial")
+    try:
+        write(begun)
+        begun.replace(out)
+    except Exception as error:  # torch, safetensors and the system raise errors of many types
+        begun.unlink(missing_ok=True)
+        raise UserError(f"{out} cannot be written ({error}); give another place") from error
+
+
+def _mixture_of(state: Mapping[str, Tensor]) -> ResidualMoEConfig:
+    """Returns the mixture of a checkpoint whose experts are networks of their own: how many, and in which blocks."""
+    blocks, many = experts_of(state)
+    return ResidualMoEConfig(num_experts=many, residual="experts", combine="softmax", blocks=blocks)
+
+
+def split_experts(source: str | Path, out: str | Path, ranks: int) -> list[str]:
+    """Writes a Swin mixture as Swin-MoE's files of `ranks` processes: OUT.rank0, OUT.rank1, … and OUT.master.
+
+    Args:
+        source: Swin-MoE's checkpoint of any number of processes, whose weights stay as they are; or one of ours with
+            residual="experts". See `load_core`.
+        out: `NAME.pth`, of which there must be no such files.
+        ranks: how many processes; the number of experts is a multiple of it, or it is one of theirs.
+
+    Returns:
+        What a user must know.
+
+    Raises:
+        UserError: there are such files, they cannot be written, or what `read_checkpoint` and `swin_moe` raise.
+    """
+    source, out = checked_path(source, "source"), checked_path(out, "out")
+    if not 1 <= ranks <= _MOST_RANKS:
+        raise UserError(f"--ranks is {ranks}; it is 1 to {_MOST_RANKS}")
+    if out.suffix != ".pth" or not out.parent.is_dir():
+        raise UserError(f"{out} cannot be written; give NAME.pth in a folder that exists")
+    if there := sorted(out.parent.glob(f"{glob.escape(out.name)}*")):
+        raise UserError(f"{there[0]} exists; remove it or give another name")
+    state = read_checkpoint(source)
+    notes = list[str]()
+    if translate(state).source != SWIN_MOE:
+        blocks, _ = experts_of(state)
+        prefix = re.match(r"(.*?)(?:layers\.|$)", blocks[0])[1] if blocks else ""  # type: ignore[index]
+        if left := [key for key in state if not key.startswith(prefix)]:
+            notes.append(f"{len(left)} weights outside the backbone are left out, such as '{left[0]}'")
+        own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+        state, more = swin_moe.to_theirs(own)
+        notes += more
+    parts, shared = swin_moe.split(state, ranks)
+    for rank, part in enumerate(parts):
+        _write(out.with_name(f"{out.name}.rank{rank}"), partial(torch.save, {"model": part}))
+    _write(out.with_name(f"{out.name}.master"), partial(torch.save, {"model": shared}))
+    return notes
 
 
 def _num_classes(state: Mapping[str, Tensor]) -> int:

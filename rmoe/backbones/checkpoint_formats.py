@@ -1,4 +1,4 @@
-"""Translates the dense checkpoints of other code bases to timm's names and layouts.
+"""Translates the checkpoints of other code bases to timm's names and layouts.
 
 The rules are data, one `Format` for each code base. A file is recognised by its keys. A key that no rule covers is
 passed on as it is, and `rmoe.backbones.load_core` then refuses it by name.
@@ -14,11 +14,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from rmoe.backbones import swin_moe
 from rmoe.errors import UserError
 
 Names = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 NOT_BACKBONE = "not part of the backbone"
+SWIN_MOE = "Microsoft Swin-MoE"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Format:
             weight get numbers at the end, as in "attn.qkv.weight.0", and are then joined.
         left_out: pairs (pattern, reason) for keys that timm's model does not have.
         reordered: triples (pattern of timm's key, what is done, function of the value).
+        whole: what is done last, with all values under timm's names; returns them, and the keys of those that it made,
+            by what was done.
         note: what a user must know besides.
     """
 
@@ -41,6 +45,7 @@ class Format:
     names: Names
     left_out: tuple[tuple[str, str], ...] = ()
     reordered: tuple[tuple[str, str, Callable[[Tensor], Tensor]], ...] = ()
+    whole: Callable[[Mapping[str, Tensor]], tuple[dict[str, Tensor], dict[str, list[str]]]] | None = None
     note: str = ""
 
 
@@ -99,6 +104,9 @@ def _translated(form: Format, prefix: str, state: Mapping[str, Tensor]) -> Trans
         for name in (name for name in joined if re.search(pattern, name)):
             joined[name] = function(joined[name])
             converted[done].append(name)
+    if form.whole:
+        joined, done_besides = form.whole(joined)
+        converted |= done_besides
     return Translation(joined, form.source, dict(converted), dict(left_out), form.note)
 
 
@@ -224,6 +232,13 @@ FORMATS = (
         sign=r"stage0\.patch_embed\.proj\.",
         names=((r"^stage(\d)\.", r"stages.\1."),),
         note="trained with another activation: build the model with act_layer='quick_gelu'",
+    ),
+    Format(
+        source=SWIN_MOE,
+        sign=r"layers\.\d+\.blocks\.\d+\.mlp\._moe_layer\.",
+        names=(_MERGING, (r"^head\.", "head.fc.")),
+        whole=swin_moe.to_ours,
+        note="its gates weigh experts by their probability: use residual='experts', combine='softmax', top_k=1",
     ),
     Format(
         source="Microsoft Swin",

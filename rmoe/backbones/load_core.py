@@ -23,10 +23,11 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, translate
+from rmoe.backbones.swin_moe import merge, rank_files
 from rmoe.errors import UserError
 from rmoe.moe.experts import WEIGHTS, described, is_weight
 from rmoe.moe.gate import absent_of_gates
-from rmoe.moe.state import global_state_dict, holds_experts, load_global_state_dict
+from rmoe.moe.state import experts_of, global_state_dict, holds_experts, load_global_state_dict
 
 # (pattern, reason). LEFT_OUT: keys that the file may hold and the model lack. ABSENT: keys that the file may lack.
 CLASSIFIER = ((r"^(head|head_dist|fc|classifier)\.", "classifier"),)
@@ -94,9 +95,9 @@ def load_core(
     Args:
         model: a dense model as `timm.create_model` makes it; for a mixture's checkpoint, the upcycled model. Where its
             experts are spread over processes, all processes call this, and each takes its own experts.
-        path: a `.pth` file (a state dict, bare or under "model" or "state_dict"), a `.safetensors` file, or a folder
-            with a model.safetensors, such as the work dir of a finished run. Its names are timm's or those of a format
-            in `rmoe.backbones.checkpoint_formats`.
+        path: a `.pth` file (a state dict, bare or under "model" or "state_dict"), a `.safetensors` file, a folder with
+            a model.safetensors, such as the work dir of a finished run, or NAME.pth for Swin-MoE's NAME.pth.rank0 etc.
+            Its names are timm's or those of a format in `rmoe.backbones.checkpoint_formats`.
         level_norms: a norm for each output level, not part of `model`, which is loaded where the file has it.
         state: what `read_checkpoint` returned for `path`, if it has been read already.
 
@@ -123,6 +124,11 @@ def load_core(
     wanted = own | level_keys(level_norms)
     found = _without_prefix(foreign.state, wanted, report)
     advice = _MIXTURE if holds_experts(found) or holds_experts(own) else _ADVICE
+    theirs, ours = experts_of(found)[1], experts_of(own)[1]
+    if theirs != ours and theirs and ours:
+        raise UserError(
+            f"{path} holds {theirs} experts in a layer, and the model's moe has num_experts={ours}; {advice}"
+        )
     if surplus := _unexplained(LEFT_OUT, [key for key in found if key not in wanted], report):
         raise UserError(f"{path} holds {_counted(surplus)} that the model has no place for; {advice}")
     gates = absent_of_gates(found, own)
@@ -174,8 +180,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
         UserError: the file is missing, was cut short, or holds something else; see `load_core`.
     """
     path = checked_path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
+    if files := rank_files(path):
+        ranks, master = files
+        shared = None if master is None else read_file(master)
+        return merge(path, [read_file(file) for file in ranks.values()], shared)
+    return read_file(path / "model.safetensors" if path.is_dir() else path)
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """Reads the tensors of one file; see `read_checkpoint`."""
     if not path.is_file():
         raise UserError(
             f"there is no checkpoint {path}; give a .pth or .safetensors file or the folder of a finished run"

@@ -1,13 +1,13 @@
 """Finds the feed-forward networks of a model and checks that a mixture of experts can replace them.
 
-A mixture computes fc2(act(fc1(x))) with its own arithmetic; whatever else a network computes would be lost silently.
-So `check_networks` refuses such a network by name: it looks at the network's parts, then runs it.
+A mixture computes what the forms of `rmoe.moe.forms` are made of; whatever else a network computes would be lost
+silently. So `check_networks` refuses such a network by name: it looks at the network's parts, then runs it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,11 +18,12 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from rmoe.errors import UserError
 from rmoe.moe.experts import WEIGHTS, described, is_weight
+from rmoe.moe.forms import Form, form_of
 from rmoe.moe.layer import ResidualMoE, keep_input
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # The classes of timm whose names begin so give one token for a whole image.
-_POOLING = ("ClassAtt", "AttentionPool")
+_POOLING = ("ClassAtt", "AttentionPool", "GlobalContext")
 _IDENTITIES = (nn.Identity, nn.Dropout, DropPath)  # those that drop something are refused before
 _ELSEWHERE = "leave it dense by naming other blocks"
 
@@ -48,23 +49,23 @@ def find_networks(model: nn.Module) -> dict[str, nn.Module]:
         )
     if not found:
         raise UserError(
-            f"no feed-forward network found in {type(model).__name__}: looked for modules with linear layers 'fc1' and "
-            "'fc2' (fc1's outputs being fc2's inputs) and an activation 'act', as timm's Mlp; use a Swin, ViT or CvT"
+            f"no feed-forward network found in {type(model).__name__}: looked for modules with linear layers 'fc1' (or "
+            "'fc1_g' and 'fc1_x') and 'fc2' and an activation 'act', as timm's Mlp and SwiGLU; use a Swin, ViT or CvT"
         )
     return found
 
 
 def _is_network(module: nn.Module) -> bool:
-    fc1, fc2 = getattr(module, "fc1", None), getattr(module, "fc2", None)
-    if not (
-        isinstance(fc1, nn.Linear)
-        and isinstance(fc2, nn.Linear)
-        and isinstance(getattr(module, "act", None), nn.Module)
-    ):
-        return False
-    # A gated network (GLU) splits fc1's outputs, and one with a norm inside computes more: neither is FFN(x; θ).
-    plain_inside = isinstance(getattr(module, "norm", nn.Identity()), nn.Identity)
-    return fc1.out_features == fc2.in_features and fc1.in_features == fc2.out_features and plain_inside
+    form = form_of(module)
+    # Squeeze-and-excitation is made of two convolutions as well, and has more in it.
+    return form is not None and (form.channels == -1 or not any(_surplus(module, form)))
+
+
+def _surplus(network: nn.Module, form: Form) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules of a network that its form does not have, by name."""
+    for child, part in network.named_children():
+        if child not in form.parts and type(part) not in _IDENTITIES:
+            yield child, part
 
 
 def _gets_one_token(modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -74,19 +75,26 @@ def _gets_one_token(modules: Mapping[str, nn.Module], name: str) -> bool:
 
 @torch.no_grad()
 def check_networks(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
-    """Checks that each of `networks` of `model` computes fc2(act(fc1(x))) and nothing else, with weights of its own.
+    """Checks that each of `networks` of `model` computes what its form says and nothing else, with weights of its own.
 
     Raises:
         UserError: a network stands in the model twice or shares a weight; it has dropout, a hook, a parametrization or
-            any part besides fc1, act and fc2, or its forward computes more; its weights are not dense floating-point
+            any part that its form does not have, or its forward computes more; its weights are not dense floating-point
             tensors of one dtype on one device; its activation is not elementwise.
     """
     _check_shared(model, networks)
     for name, network in networks.items():
-        _check_parts(name, network)
+        form = _form(network)
+        _check_parts(name, network, form)
         _check_weights(name, network)
-        _check_act(f"{name}.act", network)
-        _check_forward(name, network)
+        _check_act(f"{name}.act", network, form)
+        _check_forward(name, network, form)
+
+
+def _form(network: nn.Module) -> Form:
+    form = form_of(network)
+    assert form is not None, "find_networks returns what has a form"
+    return form
 
 
 def _check_shared(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
@@ -109,7 +117,7 @@ def _place(x: Tensor) -> Any:
     return (x.device, x.data_ptr()) if x.layout == torch.strided and not x.is_meta and x.numel() else id(x)
 
 
-def _check_parts(name: str, network: nn.Module) -> None:
+def _check_parts(name: str, network: nn.Module, form: Form) -> None:
     for where, part in network.named_modules(prefix=name):
         if (isinstance(part, _DropoutNd) and part.p) or (isinstance(part, DropPath) and part.drop_prob):
             raise UserError(f"'{name}' has dropout inside, which experts do not have; build the model with proj_drop=0")
@@ -121,10 +129,16 @@ def _check_parts(name: str, network: nn.Module) -> None:
             raise UserError(f"'{where}' has another forward than its class, which a mixture would drop; remove it")
     for child, part in network.named_children():
         kind = type(part).__name__
-        if child in ("fc1", "fc2") and type(part) is not nn.Linear:
+        if child in (*form.firsts, "fc2") and type(part) not in (nn.Linear, nn.Conv2d):
             raise UserError(f"'{name}.{child}' is a {kind}; a mixture computes torch.nn.Linear alone: {_ELSEWHERE}")
-        if child not in ("fc1", "fc2", "act") and type(part) not in _IDENTITIES:
-            raise UserError(f"'{name}' has '{child}' ({kind}) inside, which experts do not have; {_ELSEWHERE}")
+        if child in form.between and any(True for _ in part.buffers()):
+            raise UserError(
+                f"'{name}.{child}' ({kind}) counts statistics, which each expert would need of its own; {_ELSEWHERE}"
+            )
+    for child, part in _surplus(network, form):
+        raise UserError(
+            f"'{name}' has '{child}' ({type(part).__name__}) inside, which experts do not have; {_ELSEWHERE}"
+        )
     for own, _ in (*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)):
         raise UserError(f"'{name}' has a tensor '{own}' of its own, which experts do not have; {_ELSEWHERE}")
 
@@ -139,30 +153,31 @@ def _check_weights(name: str, network: nn.Module) -> None:
         raise UserError(f"'{name}' has weights of {' and '.join(kinds)}; bring them to one dtype and device")
 
 
-def _check_act(name: str, network: nn.Module) -> None:
+def _check_act(name: str, network: nn.Module, form: Form) -> None:
     act: Any = _randomised(name, network.act)  # type: ignore[arg-type]
     keep_input(act)  # as the mixture does
     for training in (True, False):
         act.train(training)
-        h_BTH = random_tokens(8, network.fc1.weight)  # type: ignore[union-attr,arg-type]
-        whole = _output(name, act, given := h_BTH.clone())
-        if not torch.equal(given, h_BTH):
+        h = example(network, form, 8)
+        whole = _output(name, act, given := h.clone())
+        if not torch.equal(given, h):
             raise UserError(f"'{name}' ({type(act).__name__}) overwrites its input; use one that returns a new tensor")
-        if not agree(whole[:1, :1, :1], _output(name, act, given[:1, :1, :1])):
+        one = (slice(1),) * h.ndim
+        if not agree(whole[one], _output(name, act, given[one])):
             raise UserError(f"'{name}' ({type(act).__name__}) is not elementwise; use a model with another activation")
 
 
-def _check_forward(name: str, network: nn.Module) -> None:
+def _check_forward(name: str, network: nn.Module, form: Form) -> None:
     """Runs a copy with random weights in both modes; weights that start at zero could hide what a part computes."""
     kind: Any = type(network)
-    if kind.forward is Mlp.forward and kind.__call__ is nn.Module.__call__:
+    if form.plain and kind.forward is Mlp.forward and kind.__call__ is nn.Module.__call__:
         return
     twin = _randomised(name, network)
     for training in (True, False):
-        x_BTC = random_tokens(network.fc1.in_features, network.fc1.weight)  # type: ignore[union-attr,arg-type]
-        if not agree(_output(name, twin.train(training), x_BTC.clone()), plain_forward(twin, x_BTC)):
+        x = example(twin, form)
+        if not agree(_output(name, twin.train(training), x.clone()), form.dense(twin, x)):
             raise UserError(
-                f"'{name}' ({kind.__name__}) computes more than fc2(act(fc1(x))), which a mixture would drop; "
+                f"'{name}' ({kind.__name__}) computes more than {form}, which a mixture would drop; "
                 f"{_ELSEWHERE}, or use a model with timm's Mlp"
             )
 
@@ -196,15 +211,18 @@ def one_line(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
-def plain_forward(network: nn.Module, x: Tensor) -> Tensor:
-    """Returns fc2(act(fc1(x))): what a mixture computes, and nothing else that the network may do."""
-    return network.fc2(network.act(network.fc1(x)))  # type: ignore[operator]
+def example(network: nn.Module, form: Form, channels: int | None = None) -> Tensor:
+    """Returns the same random input for a network every time, of its weights' dtype and device (CPU for meta).
 
-
-def random_tokens(width: int, like: Tensor) -> Tensor:
-    """Returns the same random tokens [2, 3, width] every time, with dtype and device of `like` (CPU for meta)."""
-    x = torch.randn(2, 3, width, generator=torch.Generator("cpu").manual_seed(0), device="cpu")
-    return x.to("cpu" if like.is_meta else like.device, like.dtype)
+    Args:
+        channels: of the input; None: as many as the network reads.
+    """
+    theta = form.network(network)
+    shape = (2, 3) if form.plain else (2, 2, 3)  # a norm over the tokens of an image has to see rows and columns
+    generator = torch.Generator("cpu").manual_seed(0)
+    x = torch.randn(*shape, channels or theta.w1_HC.shape[1], generator=generator, device="cpu")
+    x = x.to("cpu" if theta.w1_HC.is_meta else theta.w1_HC.device, theta.w1_HC.dtype)
+    return x if form.channels == -1 else x.movedim(-1, 1).contiguous()
 
 
 def agree(y: Any, expected: Tensor) -> bool:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from rmoe.backbones.networks import agree, check_networks, find_networks, plain_forward, random_tokens
+from rmoe.backbones.networks import agree, check_networks, example, find_networks
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError, nearest
 from rmoe.moe.layer import ResidualMoE
@@ -56,8 +56,8 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
     The states of the random generators are left as they were. Either all selected networks are replaced or none.
 
     Args:
-        model: any model whose blocks hold timm-style `Mlp`s (linear `fc1`, activation `act`, linear `fc2`): timm's
-            Swin and ViT, bare or inside a larger model.
+        model: any model whose blocks hold timm-style networks (linear `fc1`, activation `act`, linear `fc2`; gated,
+            with a norm or of convolutions: `rmoe.moe.forms`): timm's Swin and ViT, bare or inside a larger model.
         config: which blocks, how many experts, what kind of residual.
         copy: leave `model` as it is and upcycle a copy.
 
@@ -103,15 +103,15 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def _mixture(name: str, network: Any, config: ResidualMoEConfig) -> ResidualMoE:
     layer = ResidualMoE(network, config)
-    if config.preserves and config.ep_size == 1 and not network.fc1.weight.is_meta:
-        _compare(name, network, layer, random_tokens(network.fc1.in_features, network.fc1.weight))
+    if config.preserves and config.ep_size == 1 and not network.fc2.weight.is_meta:
+        _compare(name, network, layer, example(network, layer.form))
     return layer
 
 
 @torch.no_grad()
 def _compare(name: str, network: nn.Module, layer: ResidualMoE, x: torch.Tensor) -> None:
     modes = {module: module.training for module in layer.modules()}
-    same = agree(layer.eval()(x), plain_forward(network, x))
+    same = agree(layer.eval()(x), layer.form.dense(network, x))
     for module, training in modes.items():
         module.training = training
     if not same:

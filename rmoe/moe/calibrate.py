@@ -95,6 +95,10 @@ def calibrate(
         raise UserError("the model has no mixture whose gate could be calibrated; upcycle it first")
     for layer in layers.values():
         config.check(layer.config)
+        if config.subspaces and not layer.form.plain:
+            raise UserError(
+                f"calibrate's subspaces are for networks fc2(act(fc1(x))), not {layer.form}: leave them out"
+            )
     samples = {name: _Sample(layer.gate, config, _seed(seed, name)) for name, layer in layers.items()}
     with local_experts(model), _in_evaluation(model):
         for name, layer in layers.items():
@@ -322,13 +326,16 @@ def _set_subspaces(layer: ResidualMoE, x_NC: Tensor) -> None:
     """Sets A_e of low-rank residuals to the principal directions of what the core's two layers read in each cluster."""
     residuals = layer.residuals()
     assert isinstance(residuals, LowRank)
-    fc1, act = layer.core.fc1, layer.core.act
+    core = layer.core
     cluster_N = layer.gate.logits(x_NC).argmax(0)
     first = layer.expert_rank() * layer.num_local_experts
     for e in range(len(residuals.a1_ERC)):
         rows_NC = x_NC if layer.config.shared_a else x_NC[cluster_N == first + e]
         rows_NC = rows_NC.to(residuals.a1_ERC.dtype)
-        for a_RC, read in ((residuals.a1_ERC[e], rows_NC), (residuals.a2_ERH[e], act(fc1(rows_NC)))):
+        for a_RC, read in (
+            (residuals.a1_ERC[e], rows_NC),
+            (residuals.a2_ERH[e], layer.form.inside(core, layer.form.first(core, rows_NC))),
+        ):
             direction_RC = principal_directions(read, len(a_RC))
             a_RC[: len(direction_RC)] = direction_RC.to(a_RC)
     if dist.is_initialized() and dist.get_world_size() > 1 and layer.ep_size == 1:

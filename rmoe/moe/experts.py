@@ -29,7 +29,10 @@ WEIGHTS = "a core's weights are dense tensors of float64, float32, float16 or bf
 
 
 class Network(NamedTuple):
-    """Holds θ of a two-layer network, y = W2 act(W1 x + b1) + b2, in the layout of `torch.nn.Linear`."""
+    """Holds θ of a two-layer network, y = W2 act(W1 x + b1) + b2, in the layout of `torch.nn.Linear`.
+
+    W1 has twice as many outputs as W2 has inputs where the network is gated (forms.py).
+    """
 
     w1_HC: Tensor
     b1_H: Tensor | None
@@ -65,10 +68,10 @@ class LowRank(NamedTuple):
     @classmethod
     def initial(cls, config: ResidualMoEConfig, core: Network) -> LowRank:
         """Returns residuals of zero effect, B = 0 beside a random A (as LoRA, arXiv 2106.09685)."""
-        (hidden, width), many, rank = core.w1_HC.shape, config.num_experts, config.rank
+        (first, width), many, rank = core.w1_HC.shape, config.num_experts, config.rank
         zeros, of_a = core.w1_HC.new_zeros, 1 if config.shared_a else many
-        a1_ERC, a2_ERH = (_random(core, of_a, rank, inputs) for inputs in (width, hidden))
-        return cls(a1_ERC, zeros(many, rank, hidden), a2_ERH, zeros(many, rank, width))
+        a1_ERC, a2_ERH = (_random(core, of_a, rank, inputs) for inputs in (width, core.w2_CH.shape[1]))
+        return cls(a1_ERC, zeros(many, rank, first), a2_ERH, zeros(many, rank, width))
 
     def scaled(self, scale: float) -> LowRank:
         """Returns residuals that are `scale` times these."""
@@ -114,8 +117,9 @@ class Full(NamedTuple):
     @classmethod
     def initial(cls, config: ResidualMoEConfig, core: Network) -> Full:
         """Returns residuals that are zero."""
-        (hidden, width), many, zeros = core.w1_HC.shape, config.num_experts, core.w1_HC.new_zeros
-        return cls(zeros(many, hidden, width), zeros(many, hidden), zeros(many, width, hidden), zeros(many, width))
+        (first, width), (_, hidden), many = core.w1_HC.shape, core.w2_CH.shape, config.num_experts
+        zeros = core.w1_HC.new_zeros
+        return cls(zeros(many, first, width), zeros(many, first), zeros(many, width, hidden), zeros(many, width))
 
     def scaled(self, scale: float) -> Full:
         """Returns residuals that are `scale` times these: no configuration asks for another scale than 1."""
@@ -149,8 +153,8 @@ class Own(Full):
         if config.expert_init == "core":
             copies = (zeros if x is None else zeros + x for zeros, x in zip(zero, core, strict=True))
             return cls(*copies)
-        (hidden, width), many = core.w1_HC.shape, config.num_experts
-        w1_EHC, w2_ECH = _random(core, many, hidden, width), _random(core, many, width, hidden)
+        many = config.num_experts
+        w1_EHC, w2_ECH = _random(core, many, *core.w1_HC.shape), _random(core, many, *core.w2_CH.shape)
         return cls(w1_EHC, zero.b1_EH, w2_ECH, zero.b2_EC)
 
 
@@ -169,21 +173,30 @@ def reference(
     act: Activation,
     mixes_weights: bool,
 ) -> Tensor:
-    """Computes what the layer means, token by token; the fast paths are compared with it. Arguments as `mix`."""
+    """Computes what the layer means, token by token; the fast paths are compared with it. Arguments as `mix`.
+
+    `act` gets all tokens' hidden values of one network, [T, H], and may change their number and mix tokens (forms.py).
+    """
     num_experts = residuals.num_experts
     core = core or nothing(residuals)
-    rows = []
-    for x_C, experts, gates_K in zip(x_TC, expert_TK.tolist(), gate_TK, strict=True):
-        pairs = [(e, g) for e, g in zip(experts, gates_K, strict=True)]
-        if mixes_weights:
-            theta = core
-            for e, g in pairs:
-                theta = _add(theta, residuals.delta(e), g) if e < num_experts else theta
-            rows.append(theta(x_C, act))
-        else:
-            thetas = [_add(core, residuals.delta(e), 1.0) if e < num_experts else core for e, _ in pairs]
-            rows.append(sum(g * theta(x_C, act) for theta, (_, g) in zip(thetas, pairs, strict=True)))
-    return torch.stack(rows) if rows else x_TC.clone()
+    every = [core, *(_add(core, residuals.delta(e), 1.0) for e in range(num_experts))]
+
+    def network(thetas: list[Network]) -> Tensor:
+        h_TH = torch.stack([F.linear(x_C, one.w1_HC, one.b1_H) for x_C, one in zip(x_TC, thetas, strict=True)])
+        return torch.stack([F.linear(a_H, one.w2_CH, one.b2_C) for a_H, one in zip(act(h_TH), thetas, strict=True)])
+
+    if not len(x_TC):
+        return x_TC.clone()
+    if not mixes_weights:
+        slots = [network([every[e + 1 if e < num_experts else 0] for e in one]) for one in expert_TK.T.tolist()]
+        return sum(gate_T[:, None] * y_TC for gate_T, y_TC in zip(gate_TK.T, slots, strict=True))
+    thetas = []
+    for experts, gates_K in zip(expert_TK.tolist(), gate_TK, strict=True):
+        theta = core
+        for e, g in zip(experts, gates_K, strict=True):
+            theta = _add(theta, residuals.delta(e), g) if e < num_experts else theta
+        thetas.append(theta)
+    return network(thetas)
 
 
 def nothing(residuals: Residuals) -> Network:

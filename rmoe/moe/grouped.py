@@ -13,6 +13,7 @@ those; J = C + the columns of ones; I and O the inputs and outputs of either lin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -180,22 +181,38 @@ def mix_weights(
     x_TC: Tensor, expert_TK: Tensor, gate_TK: Tensor, core: Network, residuals: Residuals, act: Activation
 ) -> Tensor:
     """Computes residuals that meet inside one network, or whose weight differs from row to row."""
-    num_experts, k = residuals[0].shape[0], expert_TK.shape[1]
+    first, second = sorted_products(expert_TK, gate_TK, residuals, has_grouped_gemm(x_TC, residuals, x_TC.dtype))
+
+    def linear(x_TI: Tensor, w_OI: Tensor | None, b_O: Tensor | None, product: Callable[[Tensor], Tensor]) -> Tensor:
+        y_TO = product(x_TI)
+        return y_TO if w_OI is None else F.linear(x_TI, w_OI, b_O) + y_TO
+
+    a_TH = act(linear(x_TC, core.w1_HC, core.b1_H, first))
+    return linear(a_TH, core.w2_CH, core.b2_C, second)
+
+
+def sorted_products(
+    expert_TK: Tensor, gate_TK: Tensor, residuals: Residuals, grouped: bool
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Returns the functions x_TI → Σ_k g_k Δ_e x of the two linear layers, over rows sorted by expert.
+
+    Args:
+        expert_TK: E for a choice that the capacity dropped, which adds nothing.
+        gate_TK: of the residuals' dtype.
+        grouped: whether `has_grouped_gemm`.
+    """
+    num_experts, k = residuals.num_experts, expert_TK.shape[1]
     gate_TK = gate_TK.where(expert_TK < num_experts, 0.0)
     expert_TK = expert_TK.clamp(max=num_experts - 1)
     order = _sort_pairs(expert_TK, num_experts)
     expert_N, gate_N1 = expert_TK.flatten()[order.pair_N], gate_TK.reshape(-1, 1)[order.pair_N]
-    grouped = has_grouped_gemm(x_TC, residuals, x_TC.dtype)
     sizes = None if grouped else torch.bincount(expert_N, minlength=num_experts).tolist()
     groups = Groups(expert_N, order.end_G, sizes)
 
-    def linear(x_TI: Tensor, w_OI: Tensor | None, b_O: Tensor | None, residual: Any) -> Tensor:
-        y_NO = gate_N1 * residual(_ToExperts.apply(x_TI, order, k), groups)
-        y_TO = _FromExperts.apply(y_NO, order, k)
-        return y_TO if w_OI is None else F.linear(x_TI, w_OI, b_O) + y_TO
+    def of(residual: Callable[[Tensor, Groups], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x_TI: _FromExperts.apply(gate_N1 * residual(_ToExperts.apply(x_TI, order, k), groups), order, k)
 
-    a_TH = act(linear(x_TC, core.w1_HC, core.b1_H, residuals.first))
-    return linear(a_TH, core.w2_CH, core.b2_C, residuals.second)
+    return of(residuals.first), of(residuals.second)
 
 
 class _ToExperts(Function):

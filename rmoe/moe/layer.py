@@ -10,6 +10,7 @@ others are ordinary modules. The gate, the arithmetic and the exchange are not D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,8 +23,9 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe.exchange import exchange_tokens, expert_group, gather_experts, make_expert_groups
 from rmoe.moe.experts import WEIGHTS, Network, Residuals, described, is_weight
+from rmoe.moe.forms import Form, form_of
 from rmoe.moe.gate import Routing
-from rmoe.moe.mix import compute_dtype, mix
+from rmoe.moe.mix import compute_dtype
 from rmoe.moe.records import record
 from rmoe.moe.routers import ROUTERS
 from rmoe.moe.stacked import StackedExperts
@@ -33,10 +35,11 @@ class ResidualMoE(nn.Module):
     """Computes y = FFN(x; θ0 + Σ g_e(x) Δ_e) in place of y = FFN(x; θ0); see `rmoe.config.ResidualMoEConfig`.
 
     Right after construction it computes what `core` computed, for every routing (but not with combine="softmax", nor
-    with experts drawn anew). With residual="experts" only the activation of `core` stays: there is no θ0.
+    with experts drawn anew). With residual="experts" only what `core` has between its linear layers stays.
 
     Args:
-        core: a module with linear layers `fc1` and `fc2` and an activation `act`, as timm's `Mlp`; it becomes θ0.
+        core: a network of one of the forms in `rmoe.moe.forms`: with linear layers `fc1` and `fc2` and an activation
+            `act`, as timm's `Mlp`, perhaps gated, with a norm inside, or of 1×1 convolutions; it becomes θ0.
         config: with ep_size > 1, torch.distributed must be initialised.
 
     Raises:
@@ -50,8 +53,8 @@ class ResidualMoE(nn.Module):
     def __init__(self, core: nn.Module, config: ResidualMoEConfig) -> None:
         # Not MoE's constructor, which would build a gate of its own and a copy of the core for each expert.
         nn.Module.__init__(self)
-        _check_core(core, config)
-        self.config = config
+        form = _checked_form(core, config)
+        self.config, self.form = config, form
         self.num_experts, self.ep_size = config.num_experts, config.ep_size
         self.num_local_experts = config.num_experts // config.ep_size
         self.expert_group_name = f"ep_size_{config.ep_size}"
@@ -59,13 +62,13 @@ class ResidualMoE(nn.Module):
             _check_processes(config.ep_size)
             make_expert_groups(config.ep_size)
 
-        self.core = core if config.kind.has_core else nn.ModuleDict({"act": core.act})  # type: ignore[dict-item]
-        network = _network(core)
+        self.core = core if config.kind.has_core else form.rest(core)
+        network = form.network(core)
         self.gate = ROUTERS[config.router](network.w1_HC.shape[1], config).to(network.w1_HC.device)
         self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
         self.deepspeed_moe.experts = StackedExperts(config, network, self.expert_rank() * self.num_local_experts)
         self.every_expert_here: Residuals | None = None
-        self.core.requires_grad_(config.train_core)
+        self.core.requires_grad_(config.train_core if config.kind.has_core else config.train_residual)
         if not config.train_residual:
             self.deepspeed_moe.requires_grad_(False)
         if config.ep_size > 1:
@@ -75,27 +78,29 @@ class ResidualMoE(nn.Module):
         self.train(core.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns y [..., C] of x [..., C]. In training, every process of the expert group must call it.
+        """Returns y of x [..., C], or of [B, C, ...] where the core has convolutions, in the shape of x.
+
+        In training, every process of the expert group must call it.
 
         Raises:
             UserError: fewer tokens than experts in a training batch; with gate_input="image", x is [T, C].
         """
-        x_TC = x.reshape(-1, x.shape[-1])
-        self._check_tokens(x_TC.shape[0])  # not len, which an exporter takes for a constant
-        routing = self.gate(x)
+        tokens = self.form.tokens(x)
+        self._check_tokens(math.prod(tokens.shape[:-1]))  # not numel, which an exporter takes for a constant
+        routing = self.gate(tokens)
         record(self, routing)
         if self.config.recompute and torch.is_grad_enabled():
-            return checkpoint(self._experts, x_TC, routing, use_reentrant=False).reshape(x.shape)
-        return self._experts(x_TC, routing).reshape(x.shape)
+            return checkpoint(self._experts, x, routing, use_reentrant=False)
+        return self._experts(x, routing)
 
-    def _experts(self, x_TC: Tensor, routing: Routing) -> Tensor:
+    def _experts(self, x: Tensor, routing: Routing) -> Tensor:
         if self.ep_size == 1:
-            return self._mix(x_TC, routing.expert_TK, routing.gate_TK, self.residuals())
+            return self._mix(x, routing.expert_TK, routing.gate_TK, self.residuals())
         if self.every_expert_here is not None:
-            return self._mix(x_TC, routing.expert_TK, routing.gate_TK, self.every_expert_here)
+            return self._mix(x, routing.expert_TK, routing.gate_TK, self.every_expert_here)
         if self.config.sends_tokens:
-            return self._send_tokens(x_TC, routing)
-        return self._mix(x_TC, routing.expert_TK, routing.gate_TK, *self._gather(compute_dtype(x_TC)))
+            return self._send_tokens(x.reshape(-1, x.shape[-1]), routing).reshape(x.shape)
+        return self._mix(x, routing.expert_TK, routing.gate_TK, *self._gather(compute_dtype(x)))
 
     def _send_tokens(self, x_TC: Tensor, routing: Routing) -> Tensor:
         """Sends tokens to their experts; a choice that the capacity dropped stays and gets the core."""
@@ -123,16 +128,27 @@ class ResidualMoE(nn.Module):
 
     def _mix(
         self,
-        x_TC: Tensor,
+        x: Tensor,
         expert_TK: Tensor,
         gate_TK: Tensor,
         residuals: Residuals,
         ready: Callable[[], object] | None = None,
     ) -> Tensor:
-        theta = _network(self.core) if self.config.kind.has_core else None
-        act: Any = self.core.act
-        drops = self.training and self.config.capacity_factor is not None
-        return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready, drops)
+        return self.form.mix(
+            self.core,
+            x,
+            expert_TK,
+            gate_TK,
+            residuals,
+            has_core=self.config.kind.has_core,
+            mixes_weights=self.config.mixes_weights,
+            ready=ready,
+            drops=self.training and self.config.capacity_factor is not None,
+        )
+
+    def theta(self) -> Network | None:
+        """Returns the core's θ0; None where the experts are networks of their own."""
+        return self.form.network(self.core) if self.config.kind.has_core else None
 
     def residuals(self) -> Residuals:
         """Returns Δ of the experts of this process, stacked."""
@@ -176,36 +192,39 @@ class ResidualMoE(nn.Module):
             )
 
 
-def _network(core: nn.Module) -> Network:
-    fc1, fc2 = core.fc1, core.fc2
-    return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
-
-
-def _check_core(core: nn.Module, config: ResidualMoEConfig) -> None:
-    """Refuses what the layer would compute wrongly, and prepares the activation.
+def _checked_form(core: nn.Module, config: ResidualMoEConfig) -> Form:
+    """Returns what a core is made of; refuses what the layer would compute wrongly, and prepares the activation.
 
     Raises:
         UserError: see `ResidualMoE`.
     """
     if not isinstance(config, ResidualMoEConfig):
         raise UserError(f"the config is {config!r}; build it by ResidualMoEConfig(...) or ResidualMoEConfig.from_dict")
-    kinds = {"fc1": nn.Linear, "act": nn.Module, "fc2": nn.Linear}
-    if lacking := [name for name, kind in kinds.items() if not isinstance(getattr(core, name, None), kind)]:
-        raise UserError(
-            f"the core is a {type(core).__name__} without {lacking[0]}; it has linear layers fc1 and fc2 and an "
-            "activation act, as timm's Mlp"
-        )
-    fc1, fc2, act = core.fc1, core.fc2, core.act
-    if (fc1.in_features, fc1.out_features) != (fc2.out_features, fc2.in_features):  # type: ignore[union-attr]
-        raise UserError(f"the core maps {fc1} and {fc2}; fc2 must lead back from fc1's outputs to its inputs")
+    form = form_of(core)
+    if form is None:
+        raise UserError(f"the core is a {type(core).__name__} {_lack(core)}")
     for name, parameter in core.named_parameters():
         if not is_weight(parameter):
             raise UserError(f"the core's {name} is {described(parameter)}; {WEIGHTS}: convert it first")
-    if any(True for _ in act.parameters()) or isinstance(act, nn.RReLU):  # type: ignore[union-attr]
+    act: Any = core.act
+    if isinstance(act, nn.RReLU):
+        raise UserError(f"the core's activation is {act}; use one without chance: every expert computes the same one")
+    if config.ep_size > 1 and config.sends_tokens and not form.plain:
         raise UserError(
-            f"the core's activation is {act}; use one without parameters and chance: its backward pass is the layer's"
+            f"ep_size is {config.ep_size} and tokens travel to their experts, but a {type(core).__name__} computes "
+            "more between its linear layers than an activation: use exchange='weights', or ep_size=1"
         )
-    keep_input(act)  # type: ignore[arg-type]
+    keep_input(act)
+    return form
+
+
+def _lack(core: nn.Module) -> str:
+    """Says what a module lacks to be a feed-forward network."""
+    wanted = "it has linear layers fc1 (or fc1_g and fc1_x) and fc2 and an activation act, as timm's Mlp and SwiGLU"
+    kinds: dict[str, Any] = {"fc1": (nn.Linear, nn.Conv2d), "act": nn.Module, "fc2": (nn.Linear, nn.Conv2d)}
+    if lacking := [name for name, kind in kinds.items() if not isinstance(getattr(core, name, None), kind)]:
+        return f"without {lacking[0]}; {wanted}"
+    return f"of {core.fc1} and {core.fc2}; fc2 must lead back from fc1's outputs, or half of them, to its inputs"
 
 
 def keep_input(act: nn.Module) -> None:

@@ -45,6 +45,23 @@ def masked_low_rank(
     return _Masked.apply(x_TC, gate_TK, expert_TK, act, ready, torch.is_grad_enabled(), *core, *low)
 
 
+def masked_products(
+    expert_TK: Tensor, gate_TK: Tensor, low: LowRank
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Returns the functions x_TI → Σ_e g_e B_eᵀ (A_e x) of the two linear layers, for autograd to follow.
+
+    Args:
+        expert_TK: E for a choice that the capacity dropped, which adds nothing.
+        gate_TK: of the residuals' dtype.
+    """
+    gate_ET = _by_expert(expert_TK, gate_TK, low.num_experts)
+
+    def of(a_ERI: Tensor, b_ERO: Tensor) -> Callable[[Tensor], Tensor]:
+        return lambda x_TI: _weighed(_rank_first(a_ERI, x_TI), gate_ET, b_ERO).T @ b_ERO.flatten(0, 1)
+
+    return of(low.a1_ERC, low.b1_ERH), of(low.a2_ERH, low.b2_ERC)
+
+
 class _Masked(Function):
     """Computes all tokens, tile by tile; of each it keeps h, a, A1 x and A2 a."""
 

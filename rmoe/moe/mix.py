@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from rmoe.moe.cpu_kernels import rows_of_one_expert
-from rmoe.moe.experts import Activation, Full, Network, Residuals
+from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals
 from rmoe.moe.folded import folded_low_rank
-from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_networks, mix_weights
-from rmoe.moe.masked import masked_low_rank
+from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_networks, mix_weights, sorted_products
+from rmoe.moe.masked import masked_low_rank, masked_products
 
 # Rows E·R of all experts' A beyond which the products of those that are not chosen cost more than sorting does.
 _MOST_ROWS = 512
@@ -89,6 +89,20 @@ def mix(
     else:
         y_NC = rows_of_one_expert(x_NC, expert_N, scale_N, theta, residuals, act, ready)
     return y_NC if mixes_weights else torch.einsum("tkc,tk->tc", y_NC.view(-1, k, x_TC.shape[1]), gate_TK.to(dtype))
+
+
+def residual_products(
+    expert_TK: Tensor, gate_TK: Tensor, residuals: Residuals
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """Returns the functions x_TI → Σ_k g_k Δ_e x of the two linear layers of a network; autograd follows them.
+
+    Args:
+        expert_TK: as in `mix`.
+        gate_TK: of the residuals' dtype.
+    """
+    if isinstance(residuals, LowRank):
+        return masked_products(expert_TK, gate_TK, residuals)
+    return sorted_products(expert_TK, gate_TK, residuals, has_grouped_gemm(gate_TK, residuals, gate_TK.dtype))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -58,9 +58,9 @@ def residual_norms(model: nn.Module) -> dict[str, Tensor]:
     """
     found = {}
     for name, layer in moe_layers(model).items():
-        if layer.config.kind.has_core:
-            core, local = layer.core, type(layer.residuals())(*(x.float() for x in layer.residuals()))
-            core_norm = _norm(core.fc1.weight, core.fc2.weight)  # type: ignore[union-attr,arg-type]
+        if (core := layer.theta()) is not None:
+            local = type(layer.residuals())(*(x.float() for x in layer.residuals()))
+            core_norm = _norm(core.w1_HC, core.w2_CH)
             deltas = [local.delta(e) for e in range(layer.num_local_experts)]
             found[name] = torch.stack([_norm(one.w1_HC, one.w2_CH) for one in deltas]).mean() / core_norm
     if found and any(layer.ep_size > 1 for layer in moe_layers(model).values()):
@@ -77,6 +77,14 @@ def _norm(*matrices: Tensor) -> Tensor:
 def holds_experts(state: Mapping[str, Tensor]) -> bool:
     """Says whether a state dict is a mixture's, so that it fits an upcycled model only."""
     return any(EXPERT_KEY in key for key in state)
+
+
+def experts_of(state: Mapping[str, Tensor]) -> tuple[tuple[str, ...], int]:
+    """Returns the names of a mixture's layers in a state dict, in its order, and how many experts they have."""
+    mark = f".deepspeed_moe.experts.{EXPERT_KEY}"
+    places = [key.partition(mark)[::2] for key in state if mark in key]
+    numbers = {int(rest.partition(".")[0]) for _, rest in places}
+    return tuple(dict.fromkeys(layer for layer, _ in places)), len(numbers)
 
 
 def global_state_dict(model: nn.Module) -> dict[str, Tensor]:

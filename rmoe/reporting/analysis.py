@@ -303,9 +303,8 @@ def _factored(layer: ResidualMoE) -> tuple[Tensor, list[Network]]:
     """Returns the core's weight matrices in one vector, and Δ of each expert; float64."""
     residuals = type(layer.residuals())(*(x.double() for x in layer.residuals()))
     deltas = [residuals.delta(e) for e in range(layer.num_experts)]
-    if layer.config.kind.has_core:
-        core: Any = layer.core
-        return _flat(Network(core.fc1.weight.double(), None, core.fc2.weight.double(), None)), deltas
+    if (core := layer.theta()) is not None:
+        return _flat(Network(core.w1_HC.double(), None, core.w2_CH.double(), None)), deltas
     w1, w2 = (torch.stack(parts).mean(0) for parts in zip(*((d.w1_HC, d.w2_CH) for d in deltas), strict=True))
     rest = [Network(d.w1_HC - w1, None, d.w2_CH - w2, None) for d in deltas]
     return _flat(Network(w1, None, w2, None)), rest
@@ -313,9 +312,10 @@ def _factored(layer: ResidualMoE) -> tuple[Tensor, list[Network]]:
 
 @torch.no_grad()
 def _units(layer: ResidualMoE) -> Tensor:
-    """Returns the weights of each expert's hidden units, [E, H, 2C]; float64."""
-    w1_EHC, _, w2_ECH, _ = layer.residuals()
-    return torch.cat([w1_EHC, w2_ECH.mT], -1).double()
+    """Returns the weights of each expert's hidden units, [E, H, 2C], or 3C where they are gated; float64."""
+    w1_EFC, _, w2_ECH, _ = layer.residuals()
+    first_EHC = w1_EFC.unflatten(1, (-1, w2_ECH.shape[2])).unbind(1)
+    return torch.cat([*first_EHC, w2_ECH.mT], -1).double()
 
 
 def _flat(network: Network) -> Tensor:

@@ -196,7 +196,7 @@ def _tokens_of(layers: Sequence[ResidualMoE]) -> dict[ResidualMoE, int]:
     tokens: dict[ResidualMoE, int] = {}
 
     def note(layer: Any, inputs: tuple[Tensor]) -> None:
-        tokens[layer] = inputs[0].shape[:-1].numel()
+        tokens[layer] = layer.form.tokens(inputs[0]).shape[:-1].numel()
 
     for layer in layers:
         layer.register_forward_pre_hook(note)

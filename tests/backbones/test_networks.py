@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, GlobalResponseNormMlp, Mlp
+from timm.layers import DropPath, GatedMlp, GluMlp, Mlp, SqueezeExcite
+from timm.models.mlp_mixer import SpatialGatingUnit
 from timm.models.volo import VOLO
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
@@ -46,6 +48,11 @@ class Own(Mlp):
 
 
 class Scaled(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2.0 * super().forward(x)
+
+
+class ScaledGlu(GluMlp):
     def forward(self, x: Tensor) -> Tensor:
         return 2.0 * super().forward(x)
 
@@ -142,7 +149,12 @@ def sparse(network: Any) -> None:
 
 
 REFUSED: dict[str, tuple[nn.Module, str]] = {
-    "GRN at its start": (GlobalResponseNormMlp(4, 8), r"'0.mlp' .*'grn' \(GlobalResponseNorm\)"),
+    "batch norm": (changed(lambda m: setattr(m, "norm", nn.BatchNorm1d(8))), r"'0.mlp.norm' \(BatchNorm1d\) counts"),
+    "gMLP": (
+        GatedMlp(4, 8, gate_layer=partial(SpatialGatingUnit, seq_len=3)),
+        r"'0.mlp' .*'gate' \(SpatialGatingUnit\)",
+    ),
+    "subclass of a gated one": (ScaledGlu(4, 8), r"'0.mlp' \(ScaledGlu\) computes more than fc2\(act\(fc1\(x\)\) \*"),
     "depthwise convolution": (changed(depthwise), r"'0.mlp' .*'dwconv' \(Conv2d\)"),
     "an identity that is none": (changed(lambda m: setattr(m, "norm", Doubling())), r"'0.mlp' .*'norm' \(Doubling\)"),
     "parameter of its own": (changed(scale_gamma), "'0.mlp' .*'gamma'"),
@@ -210,11 +222,14 @@ def test_old_weight_norm_is_refused() -> None:
         rmoe.upcycle(model(network), CONFIG)
 
 
-@pytest.mark.parametrize("name", ["convnextv2_tiny", "pvt_v2_b0"])
-def test_models_of_timm_with_more_inside(name: str) -> None:
-    small = {"depths": (1, 1, 1, 1)} | ({"dims": (8, 8, 8, 8)} if "convnext" in name else {})
-    with pytest.raises(UserError, match=r"'grn'|'dwconv'"):
-        rmoe.upcycle(timm.create_model(name, **small), CONFIG)
+def test_squeeze_and_excitation_is_no_network() -> None:
+    network = nn.Sequential(nn.ModuleDict({"se": SqueezeExcite(8), "mlp": Mlp(8, 16, use_conv=True)}))
+    assert [*find_networks(network)] == ["0.mlp"]
+
+
+def test_a_model_of_timm_with_more_inside() -> None:
+    with pytest.raises(UserError, match="'dwconv'"):
+        rmoe.upcycle(timm.create_model("pvt_v2_b0", depths=(1, 1, 1, 1)), CONFIG)
 
 
 def test_a_forward_of_its_own_that_computes_the_same_is_taken() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import DropPath, Mlp
+from timm.layers import DropPath, Mlp, SwiGLU
 from torch import Tensor, nn
 
 import rmoe
@@ -268,6 +268,12 @@ def test_there_are_no_more_principal_directions_than_the_inputs_span(shape: tupl
 def test_subspaces_of_what_has_none_are_refused(config: dict[str, object]) -> None:
     with pytest.raises(UserError, match="subspaces are for residual='low_rank' with gate_input='token'"):
         calibrate(bare(**config), [clouds()], Calibration(subspaces=True))
+
+
+def test_subspaces_of_a_gated_network_are_refused() -> None:
+    moe = ResidualMoE(SwiGLU(WIDTH, 2 * WIDTH), ResidualMoEConfig(num_experts=EXPERTS, rank=2))
+    with pytest.raises(UserError, match=r"subspaces are for networks fc2\(act\(fc1\(x\)\)\), not fc2"):
+        calibrate(moe, [clouds()], Calibration(subspaces=True))
 
 
 @pytest.mark.parametrize(

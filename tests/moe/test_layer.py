@@ -312,7 +312,6 @@ class OtherWeights(nn.Linear):
 @pytest.mark.parametrize(
     ("core", "message"),
     [
-        (lambda: mlp(nn.PReLU), "activation is PReLU.*without parameters"),
         (lambda: mlp(nn.RReLU), "activation is RReLU.*chance"),
         (lambda: mlp(fc1=OtherWeights(torch.int8)), "fc1.weight is int8; .*dense tensors"),
         (lambda: mlp(fc1=OtherWeights(torch.bool)), "fc1.weight is bool"),
