@@ -59,7 +59,7 @@ class ResidualMoE(nn.Module):
             make_expert_groups(config.ep_size)
 
         self.core = core if config.kind.has_core else nn.ModuleDict({"act": core.act})  # type: ignore[dict-item]
-        network = _network(core)
+        network = network_of(core)
         self.gate = Gate(network.w1_HC.shape[1], config).to(network.w1_HC.device)
         self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
         self.deepspeed_moe.experts = StackedExperts(config, network, self.expert_rank() * self.num_local_experts)
@@ -128,7 +128,7 @@ class ResidualMoE(nn.Module):
         residuals: Residuals,
         ready: Callable[[], object] | None = None,
     ) -> Tensor:
-        theta = _network(self.core) if self.config.kind.has_core else None
+        theta = network_of(self.core) if self.config.kind.has_core else None
         act: Any = self.core.act
         drops = self.training and self.config.capacity_factor is not None
         return mix(x_TC, expert_TK, gate_TK, theta, residuals, act, self.config.mixes_weights, ready, drops)
@@ -175,7 +175,8 @@ class ResidualMoE(nn.Module):
             )
 
 
-def _network(core: nn.Module) -> Network:
+def network_of(core: nn.Module) -> Network:
+    """Returns the weights of a dense network with linear layers `fc1` and `fc2`."""
     fc1, fc2 = core.fc1, core.fc2
     return Network(fc1.weight, fc1.bias, fc2.weight, fc2.bias)  # type: ignore[union-attr,arg-type]
 
