@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import common, forecast, layer, scaling, step, targets, training_cost
+from benchmarks import common, forecast, inference, layer, scaling, step, targets, training_cost
 from benchmarks.claims import method_verdicts, verdicts
 from benchmarks.gpu import layer as gpu_layer
 from benchmarks.gpu import parity as gpu_parity
@@ -20,7 +20,7 @@ from benchmarks.gpu import step as gpu_step
 DOCS = common.ROOT / "docs"
 MARKS = ("<!-- table -->\n", "<!-- end of table -->\n")
 _BENCHMARKS = {"layer": layer, "layer_balance": layer, "step": step, "step_real": step, "forecast": forecast}
-_BENCHMARKS |= {"training_cost": training_cost, "scaling": scaling}
+_BENCHMARKS |= {"training_cost": training_cost, "scaling": scaling, "inference": inference}
 _BENCHMARKS |= {"gpu_parity": gpu_parity, "gpu_layer": gpu_layer, "gpu_step": gpu_step}
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import rmoe
+from rmoe.deploy.command import add_deploy, add_merge
 from rmoe.engine import command
 from rmoe.errors import UserError, exit_code
 from rmoe.inference.command import add_predict, add_test
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_split,
         add_predict,
         add_test,
+        add_deploy,
+        add_merge,
         _add_estimate,
         _add_report,
         _add_analyze,

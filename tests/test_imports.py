@@ -10,7 +10,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "rmoe"
-ORDER = ["errors", "config", "registry", "moe", "backbones", "tasks", "engine", "inference", "reporting", "pipelines"]
+ORDER = [
+    "errors",
+    "config",
+    "registry",
+    "moe",
+    "backbones",
+    "tasks",
+    "engine",
+    "inference",
+    "deploy",
+    "reporting",
+    "pipelines",
+]
 ORDER += ["cli", "__init__"]  # of rmoe itself
 BESIDE = {"data": ["errors", "config"], "registry": []}  # what they may import; the others may import them
 MODULES = sorted(path for path in ROOT.rglob("*.py") if "configs" not in path.parts)

@@ -196,7 +196,7 @@ class Stage(nn.Module):
         size = x.shape[2:]
         tokens = _tokens(x)
         if self.cls_token is not None:
-            tokens = torch.cat([self.cls_token.expand(len(x), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.cls_token.expand(x.shape[0], -1, -1), tokens], dim=1)
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 tokens = _recomputed(block, tokens, size)

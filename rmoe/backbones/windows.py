@@ -53,10 +53,23 @@ class _KeepsMasks:
     """Has the masks of shifted windows made once for all blocks and passes, not by each block in each pass."""
 
     def get_attn_mask(self: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor | None:
+        if x is not None and any(self.shift_size) and torch.compiler.is_exporting():
+            return _mask_in_a_graph(x, self.window_size, self.shift_size)
         if type(x) is not Tensor or not any(self.shift_size):  # a tensor without values keeps nothing
             return super().get_attn_mask(x, *args, **kwargs)  # type: ignore[misc]
         block = type(self).__mro__[2]
         return _mask(block, tuple(x.shape[1:3]), tuple(self.window_size), tuple(self.shift_size), x.dtype, x.device)
+
+
+def _mask_in_a_graph(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """Returns timm's mask for the map x [B, H, W, C] by a few operations without branches."""
+    of_rows, of_columns = (
+        sum((torch.arange(side, device=x.device) >= side - edge).int() for edge in (window[axis], shift[axis]))
+        for axis, side in enumerate(x.shape[1:3])
+    )
+    region = (3 * of_rows[:, None] + of_columns).unflatten(0, (-1, window[0])).unflatten(2, (-1, window[1]))
+    region = region.transpose(1, 2).reshape(-1, prod(window))
+    return (region[:, None] != region[:, :, None]).to(x.dtype) * -100.0
 
 
 @lru_cache(_KEPT)

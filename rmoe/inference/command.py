@@ -58,8 +58,14 @@ def add_test(groups: argparse._SubParsersAction) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="work dir of a finished run, or a file or checkpoint in it")
+    parser.add_argument("--precision", help="of the weights: bfloat16, or on a CPU int8 (default: float32)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16, by autocast (default: float32)")
+    add_modules(parser)
+
+
+def add_modules(parser: argparse.ArgumentParser) -> None:
+    """Adds `--import`, whose modules `import_modules` imports."""
     parser.add_argument(
         "--import", dest="modules", action="append", default=[], metavar="MODULE", help="code of yours that it needs"
     )
@@ -67,12 +73,16 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _predict(arguments: argparse.Namespace) -> int:
     keep_warnings()
-    _import(arguments.modules)
+    import_modules(arguments.modules)
     from rmoe.inference.files import predict
     from rmoe.inference.load import load
+    from rmoe.inference.precision import share_in_int8
 
     say(f"loading {arguments.folder}")
-    predictor = load(arguments.folder, device=arguments.device, dtype=arguments.dtype)
+    chosen = {"dtype": arguments.dtype, "precision": arguments.precision}
+    predictor = load(arguments.folder, device=arguments.device, **chosen)
+    if predictor.precision == "int8":
+        print(f"weights that are 8-bit integers: {share_in_int8(predictor.model):.0%}")
     print(f"weights: {predictor.source}", flush=True)
     done, failed = predict(
         predictor,
@@ -88,7 +98,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _test(arguments: argparse.Namespace) -> None:
     keep_warnings()
-    _import(arguments.modules)
+    import_modules(arguments.modules)
     from rmoe.engine.checkpoint.files import write_json
     from rmoe.inference.evaluate import evaluate, show
 
@@ -104,13 +114,14 @@ def _test(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         device=arguments.device,
         dtype=arguments.dtype,
+        precision=arguments.precision,
     )
     show(found)
     if arguments.json is not None:
         write_json(arguments.json, found.content())
 
 
-def _import(modules: Sequence[str]) -> None:
+def import_modules(modules: Sequence[str]) -> None:
     """Imports the user's own modules, which lie in the working directory or are installed."""
     if modules:
         sys.path.insert(0, os.getcwd())

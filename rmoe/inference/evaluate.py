@@ -76,6 +76,7 @@ def evaluate(
     batch_size: int | None = None,
     device: Any = None,
     dtype: Any = None,
+    precision: Any = None,
 ) -> Evaluation:
     """Evaluates a run in this process, as its training did.
 
@@ -89,6 +90,7 @@ def evaluate(
         batch_size: the config's by default.
         device: see `rmoe.load`.
         dtype: see `rmoe.load`.
+        precision: see `rmoe.load`.
 
     Raises:
         UserError: what `rmoe.load` raises; the config has no such data set, or that has other classes; a scale out of
@@ -98,7 +100,7 @@ def evaluate(
         raise UserError(f"the scale {wrong[0]} is out of range; it is more than 0 and at most {_LARGEST:g}")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"the batch size is {batch_size}; it is at least 1")
-    predictor = load(path, device=device, dtype=dtype)
+    predictor = load(path, device=device, dtype=dtype, precision=precision)
     config = run_config(predictor.source.parent, options)
     where = f"{predictor.source.parent}: val_dataloader and val_evaluator"
     if not config.get("val_dataloader") or not config.get("val_evaluator"):

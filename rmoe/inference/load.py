@@ -32,6 +32,7 @@ from rmoe.engine.model_config import for_one_process
 from rmoe.engine.terminal import without_noise
 from rmoe.errors import UserError
 from rmoe.inference.inputs import Inputs
+from rmoe.inference.precision import check_precision, lowered
 from rmoe.inference.predictor import Predictor
 
 _BEST = "best_*.pth"
@@ -39,7 +40,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 _GIVE = "give the work dir of a finished run, or a file of it"
 
 
-def load(path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None) -> Predictor:
+def load(
+    path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None, precision: Any = None
+) -> Predictor:
     """Loads a finished run.
 
     Args:
@@ -48,21 +51,25 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
             the average. A folder with `model.safetensors` alone, or that file, will do.
         device: such as "cpu" or "cuda:1"; a GPU if there is one.
         dtype: what is computed in, "bfloat16" or "float16" by autocast; float32 by default. Weights stay as they are.
+        precision: what weights become, "bfloat16" or, on a CPU, "int8"; see `rmoe.inference.precision.lowered`.
 
     Returns:
         The model in evaluation mode, with what belongs to it; see `Predictor`.
 
     Raises:
         UserError: no such run, an unfinished one, one of a newer rmoe, weights of another model, a model that names
-            what neither we nor OpenMMLab register, or a device or dtype that is not there.
+            what neither we nor OpenMMLab register, or a device, dtype or precision that is not there.
     """
     where = _found(checked_path(path, "the run"))
     metadata = read_description(where if where.suffix == ".safetensors" else where.parent / MODEL)
     device, dtype = _device(device), _dtype(dtype)
+    precision = check_precision(precision, device, dtype)
     inputs = metadata.get("inputs")
     with user_errors(f"{where}: the model that it describes"):
         model = build_model(metadata, where)
         fill(model, read_weights(where), where)
+        if precision is not None:
+            model = lowered(model, precision)
         classes = tuple(metadata.get("classes") or ())
         colours = metadata.get("palette") or palette(len(classes))
         return Predictor(
@@ -72,7 +79,8 @@ def load(path: str | Path, *, device: str | torch.device | None = None, dtype: A
             palette=tuple((int(r), int(g), int(b)) for r, g, b in colours),
             source=where,
             metadata=metadata,
-            dtype=dtype,
+            dtype=torch.bfloat16 if precision == "bfloat16" else dtype,
+            precision=precision,
         )
 
 

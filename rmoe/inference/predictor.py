@@ -18,6 +18,7 @@ from rmoe.data.images import read_image, upright
 from rmoe.engine.building import described
 from rmoe.errors import UserError
 from rmoe.inference.inputs import Inputs, Item
+from rmoe.inference.precision import Precision
 from rmoe.tasks.classification import TimmClassifier
 
 Picture = str | Path | Image.Image | np.ndarray
@@ -77,6 +78,7 @@ class Predictor:
         source: the file whose weights these are.
         metadata: of the run's `model.safetensors`.
         dtype: what is computed in.
+        precision: what weights were brought to, if they were; see `rmoe.inference.precision`.
     """
 
     model: nn.Module
@@ -86,6 +88,7 @@ class Predictor:
     source: Path
     metadata: Mapping[str, Any]
     dtype: torch.dtype = torch.float32
+    precision: Precision | None = None
 
     @property
     def task(self) -> str | None:

@@ -41,7 +41,7 @@ def masked_low_rank(
     """Computes y_TC = FFN(x; θ0 + Σ g_e Δ_e); arguments as `rmoe.moe.mix.mix`, all of one dtype."""
     if torch.compiler.is_compiling():
         # Plain operations, for a compiler or an exporter to follow; it makes a backward pass of its own.
-        return _forward(x_TC, _by_expert(expert_TK, gate_TK, low.num_experts), core, low, act, ready)[0]
+        return _forward(x_TC, by_expert(expert_TK, gate_TK, low.num_experts), core, low, act, ready)[0]
     return _Masked.apply(x_TC, gate_TK, expert_TK, act, ready, torch.is_grad_enabled(), *core, *low)
 
 
@@ -54,7 +54,7 @@ def masked_products(
         expert_TK: E for a choice that the capacity dropped, which adds nothing.
         gate_TK: of the residuals' dtype.
     """
-    gate_ET = _by_expert(expert_TK, gate_TK, low.num_experts)
+    gate_ET = by_expert(expert_TK, gate_TK, low.num_experts)
 
     def of(a_ERI: Tensor, b_ERO: Tensor) -> Callable[[Tensor], Tensor]:
         return lambda x_TI: _weighed(_rank_first(a_ERI, x_TI), gate_ET, b_ERO).T @ b_ERO.flatten(0, 1)
@@ -77,7 +77,7 @@ class _Masked(Function):
         *weights: Tensor,
     ) -> Tensor:
         core, low = Network(*weights[:4]), LowRank(*weights[4:])
-        gate_ET = _by_expert(expert_TK, gate_TK, low.num_experts)
+        gate_ET = by_expert(expert_TK, gate_TK, low.num_experts)
         found, kept = list[Tensor](), list[Tensor]()
         for x_nC, gate_En in zip(*_in_tiles([x_TC], [gate_ET]), strict=True):
             y_nC, h_nH, a_nH, u1_Pn, u2_Pn = _forward(x_nC, gate_En, core, low, act, ready)
@@ -145,7 +145,7 @@ class _Sum:
             self.total = x.sum(0) if self.total is None else self.total.add_(x.sum(0))
 
 
-def _by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int) -> Tensor:
+def by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int) -> Tensor:
     """Returns gate values as gate_ET, 0 where an expert is not chosen."""
     zeros = gate_TK.new_zeros(num_experts + 1, gate_TK.shape[0])
     return zeros.scatter_add(0, expert_TK.T, gate_TK.T)[:-1]

@@ -17,6 +17,7 @@ from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals
 from rmoe.moe.folded import folded_low_rank
 from rmoe.moe.grouped import grouped_rows, has_grouped_gemm, mix_networks, mix_weights, sorted_products
 from rmoe.moe.masked import masked_low_rank, masked_products
+from rmoe.moe.unsorted import unsorted_networks, unsorted_products
 
 # Rows E·R of all experts' A beyond which the products of those that are not chosen cost more than sorting does.
 _MOST_ROWS = 512
@@ -72,6 +73,8 @@ def mix(
         weights = (None,) * 4 if core is None else core
         theta = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
         residuals = type(residuals)(*(w.to(dtype) for w in residuals))
+    if isinstance(residuals, Full) and not drops and torch.compiler.is_exporting():
+        return unsorted_networks(x_TC, expert_TK, gate_TK, theta, residuals, act, mixes_weights)
     if mixes_weights and masked:
         return low_rank(x_TC, expert_TK, gate_TK, theta, residuals, act, ready=ready)
     if not masked:
@@ -102,6 +105,8 @@ def residual_products(
     """
     if isinstance(residuals, LowRank):
         return masked_products(expert_TK, gate_TK, residuals)
+    if torch.compiler.is_compiling():
+        return unsorted_products(expert_TK, gate_TK, residuals)
     return sorted_products(expert_TK, gate_TK, residuals, has_grouped_gemm(gate_TK, residuals, gate_TK.dtype))
 
 

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from mmseg.datasets import ADE20KDataset, BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 from mmseg.evaluation import IoUMetric
+from torch import Tensor
 
 from rmoe.data.arguments import check_arguments, require_count
 from rmoe.data.classes import class_list
@@ -175,3 +177,41 @@ def label_maps(dataset: BaseSegDataset) -> Iterator[np.ndarray]:
     load = next(step for step in dataset.pipeline.transforms if isinstance(step, LoadAnnotations))
     for index in range(len(dataset)):
         yield load(dataset.get_data_info(index))["gt_seg_map"]
+
+
+def check_plain(model: Any) -> None:
+    """Checks that a segmentor's logits are a function of its images alone, by mmseg's own way from maps to pixels.
+
+    Raises:
+        UserError: it is another kind of segmentor, or its head decides in a way of its own.
+    """
+    from mmseg.models.decode_heads.decode_head import BaseDecodeHead  # with all models, which data sets do not need
+    from mmseg.models.segmentors import EncoderDecoder
+
+    head = getattr(model, "decode_head", None)
+    methods = ("predict", "predict_by_feat")
+    plain = isinstance(head, BaseDecodeHead) and all(
+        getattr(type(head), name) is getattr(BaseDecodeHead, name) for name in methods
+    )
+    if type(model) is not EncoderDecoder or not plain:
+        raise UserError(
+            f"a {type(model).__name__} with a {type(head).__name__} goes from maps to pixels in a way of its own; "
+            "known is an EncoderDecoder with one head that leaves that to mmseg: give --part backbone"
+        )
+    test = getattr(model.data_preprocessor, "test_cfg", None)
+    if test:
+        raise UserError(
+            f"the preprocessor pads images in evaluation ({dict(test)}), which a graph does not: leave that out"
+        )
+
+
+def whole_logits(model: Any, images: Tensor) -> Tensor:
+    """Returns a segmentor's logits at the size of the images, [B, classes, H, W], as mmseg computes them of a whole
+    image that needs no padding.
+
+    Args:
+        model: that `check_plain` lets pass.
+        images: [B, 3, H, W], normalised.
+    """
+    small = model.decode_head(model.extract_feat(images))
+    return F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=model.align_corners)

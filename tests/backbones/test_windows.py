@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,3 +98,12 @@ def test_blocks_are_found_by_their_class() -> None:
     windows.pad_before_shift(net)
     blocks = [module for module in net.modules() if isinstance(module, SwinTransformerBlock)]
     assert {type(block) for block in blocks} == {windows._PaddedSwin}
+
+
+@pytest.mark.parametrize("shift", [(2, 2), (0, 2), (3, 1)])
+@pytest.mark.parametrize("size", [(8, 12), (4, 4)])
+def test_the_mask_of_a_graph_is_timms(size: tuple[int, int], shift: tuple[int, int]) -> None:
+    block = SimpleNamespace(window_size=(4, 4), shift_size=shift, window_area=16)
+    x = torch.zeros(1, *size, 2)
+    found = windows._mask_in_a_graph(x, block.window_size, block.shift_size)
+    assert torch.equal(found, SwinTransformerBlock.get_attn_mask(block, x))

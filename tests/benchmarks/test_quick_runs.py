@@ -85,6 +85,23 @@ def test_the_method_study_and_its_regimes(out: Path, monkeypatch: pytest.MonkeyP
     assert (out / "method_runs.json").read_bytes() == before
 
 
+def test_inference(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = quick("inference", out, monkeypatch)
+    assert all(set(row) >= RATIO | {"runtime", "batch"} for row in rows)
+    found = {(row["runtime"], row["batch"], row["contender"]) for row in rows}
+    lowered = {"dense_bfloat16", "dense_int8", "low_rank_int8"}
+    assert {name for at, batch, name in found if at == "torch"} == {
+        "dense",
+        "low_rank",
+        "soft",
+        "full",
+        "merged",
+    } | lowered
+    assert {(batch, name) for at, batch, name in found if at == "onnxruntime"} == {
+        (batch, name) for batch in (1, 8) for name in ("dense", "full")
+    }
+
+
 def test_training_cost(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = quick("training_cost", out, monkeypatch)
     pipelines = {row["pipeline"]: row for row in rows if row["part"] == "pipeline"}

@@ -23,9 +23,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.moe.experts import reference
+from rmoe.moe.experts import BIASES, reference
 from rmoe.moe.forms import form_of
 from rmoe.moe.layer import ResidualMoE
+from rmoe.moe.merged import exact_network
 from rmoe.moe.records import collect
 
 WIDTH, HIDDEN = 4, 6
@@ -250,10 +251,12 @@ def test_low_rank_costs_the_network_and_two_products_of_the_rank(name: str) -> N
 
 
 @pytest.mark.parametrize("name", ["norm behind", "GRN", "two layers", "norm before"])
-def test_an_exporter_follows_low_rank(name: str) -> None:
-    moe, x = layer(name, 0.5).eval(), images(name)
+@pytest.mark.parametrize("config", [{}, {"residual": "full"}, {"residual": "full", "top_k": 2}], ids=str)
+def test_an_exporter_follows(name: str, config: dict[str, Any]) -> None:
+    moe, x = layer(name, 0.5, **config).eval(), images(name)
     exported = torch.export.export(moe, (x,), strict=False).module()
-    torch.testing.assert_close(exported(x), moe(x))
+    for one in (x, x.flip(0)):
+        torch.testing.assert_close(exported(one), moe(one))
 
 
 @pytest.mark.parametrize(
@@ -273,3 +276,14 @@ def test_what_has_no_form(dense: Callable[[], nn.Module]) -> None:
 def test_tokens_do_not_travel_to_networks_that_see_others() -> None:
     with pytest.raises(UserError, match="a GlobalResponseNormMlp computes more .* use exchange='weights'"):
         ResidualMoE(network("GRN"), ResidualMoEConfig(num_experts=2, residual="full", ep_size=2))
+
+
+@every_form
+@pytest.mark.parametrize("residual", ["low_rank", "full", "experts"])
+def test_one_expert_is_merged_into_a_network_of_its_form(name: str, residual: str) -> None:
+    moe, dense = layer(name, spread=0.5, residual=residual, num_experts=1).eval(), network(name)
+    with torch.no_grad():
+        for key, x in moe.deepspeed_moe.named_parameters():
+            x.mul_(key.rpartition(".")[2] not in BIASES)  # which some of the networks do not have
+    dense.load_state_dict(moe.form.state(exact_network(moe)), strict=False)
+    torch.testing.assert_close(dense(images(name)), moe(images(name)))

@@ -1,0 +1,1 @@
+"""Takes a finished run out of rmoe: graphs for other programs, and dense models made of mixtures."""
