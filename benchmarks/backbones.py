@@ -5,7 +5,8 @@
 Of every module of timm whose models hold a feed-forward network, a small model that does: it must compute what
 the dense one did; train for a step, the residuals of every layer with it; be saved and loaded; and go through
 `rmoe.TimmPyramid` at two image sizes that are not its own. What is refused is refused in one line, which is in the
-table. Weights are random, nothing is downloaded. Stopped, it goes on where it was; --only chooses modules by a regular
+table. Weights are random, nothing is downloaded; where a model takes arguments that make it narrow and short, it gets
+them (`CUTS`). Stopped, it goes on where it was; --only chooses modules by a regular
 expression, and tries those again. docs/backbones.md has the table.
 """
 
@@ -42,10 +43,18 @@ MOE: dict[str, Any] = {"num_experts": 4, "rank": 2, "blocks": "all", "gate_std":
 SIZES = ((96, 160), (101, 150))  # (height, width) of the images that pyramids get
 MEMORY = 4 << 30  # bytes
 _LARGEST = 120_000_000  # parameters: with gradients, optimizer and copies, what fits the memory
-# What the names of small models have, the smallest first; as many as are tried, and before none is found at all.
+# Arguments that make a model small, the first that it takes: a sweep takes minutes then, and the blocks are the same.
+CUTS: tuple[dict[str, Any], ...] = (
+    {"embed_dim": 48, "depth": 3, "num_heads": 3},
+    {"embed_dim": 24, "depths": (1, 1, 2, 1), "num_heads": (1, 2, 2, 2)},
+    {"dims": (16, 16, 32, 32), "depths": (1, 1, 2, 1)},
+    {"depth": 3},
+    {"depths": (1, 1, 2, 1)},
+)
+# What the names of small models have, the smallest first, and how many are tried.
 _SMALL = ("test", "zepto", "atto", "femto", "pico", "nano", "xxs|xxtiny", "xtiny|_xs", "tiny|_t[0-9_]|_t$|_ti_|_mini")
 _SMALL += ("_b0|_m0|_s0|_l0|_0[0-9]|_5m|_128", "small|_s[0-9_]|_s$|_b1|_m1", "_12_|_256|_9[0-9]", "base|_b[0-9_]|_b$")
-_TRIED, _MOST_TRIED = 2, 6
+_TRIED = 3
 # Models besides, for their forms.
 ALSO = {
     "convnext, V2": "convnextv2_atto",
@@ -82,25 +91,34 @@ def of_module(module: str) -> Row:
     name = ALSO.get(module) or smallest(module)
     if name is None:
         return {"module": module, "model": "none"}
-    return {"module": module} | of_model(name)
+    return {"module": module} | of_model(name, cut(name))
 
 
 def smallest(module: str) -> str | None:
-    """Returns the smallest model of a module that has a feed-forward network, of the first few by what names say."""
+    """Returns the first model of a module that has a feed-forward network, of a few that are small by their names."""
     names = sorted(timm.list_models(module=module), key=lambda name: (_rank(name), len(name), name))
-    best: tuple[int, str] | None = None
-    for place, name in enumerate(names[:_MOST_TRIED]):
-        if best and place >= _TRIED:
-            break
+    for name in names[:_TRIED]:
         try:
             with torch.device("meta"):
                 net = timm.create_model(name)
             find_networks(net)
         except Exception:  # no network, or a model that the meta device is too little for: then another one speaks
             continue
-        size = sum(x.numel() for x in net.parameters())
-        best = min(best or (size, name), (size, name))
-    return best and best[1]
+        return name
+    return None
+
+
+def cut(name: str) -> dict[str, Any]:
+    """Returns the arguments of `CUTS` that make a model small and that it takes; none where it takes none of them."""
+    for kwargs in CUTS:
+        try:
+            with torch.device("meta"):
+                net = timm.create_model(name, **kwargs)
+                find_networks(net)
+        except Exception:  # timm raises errors of many types
+            continue
+        return kwargs
+    return {}
 
 
 def _rank(name: str) -> int:
@@ -114,6 +132,7 @@ def of_model(name: str, kwargs: dict[str, Any] | None = None) -> Row:
     networks = find_networks(net)
     row: Row = {
         "model": name,
+        "kwargs": kwargs,
         "parameters": sum(x.numel() for x in net.parameters()),
         "networks": len(networks),
         "forms": sorted({str(form_of(one)) for one in networks.values()}),
@@ -222,8 +241,7 @@ def table(rows: Sequence[Row]) -> list[Row]:
     return [
         {
             "timm's module": row["module"],
-            "model": row["model"],
-            "M parameters": row["parameters"] / 1e6,
+            "model": row["model"] + ", cut" * bool(row["kwargs"]),
             "networks": row["networks"],
             "each is": ", ".join(f"`{form}`" for form in row["forms"]),
             "mixture": row["mixture"],

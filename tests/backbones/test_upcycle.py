@@ -122,9 +122,14 @@ def test_dropout_inside_a_network_is_refused_before_anything_changes() -> None:
     assert not any(isinstance(module, ResidualMoE) for module in model.modules())
 
 
-def test_gated_networks_are_not_taken_for_plain_ones() -> None:
-    model = nn.ModuleDict({"plain": Mlp(4, 8), "gated": SwiGLU(4, 8), "normed": Mlp(4, 8, norm_layer=nn.LayerNorm)})
-    assert list(find_networks(model)) == ["plain"]
+def test_networks_of_several_forms_become_mixtures_together() -> None:
+    model = nn.Sequential(Mlp(4, 8), SwiGLU(4, 8), Mlp(4, 8, norm_layer=nn.LayerNorm)).eval()
+    x = torch.randn(2, 3, 4)
+    before = model(x)
+    assert list(find_networks(model)) == ["0", "1", "2"]
+    mixture = rmoe.upcycle(model, ResidualMoEConfig(num_experts=3, blocks="all")).model
+    torch.testing.assert_close(mixture(x), before)
+    assert all(isinstance(layer, ResidualMoE) for layer in mixture)
 
 
 def test_what_is_drawn_afterwards_is_what_the_dense_model_would_have_drawn() -> None:

@@ -16,6 +16,7 @@ import timm
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
+from timm.layers import SwiGLU
 from torch import nn
 
 import rmoe
@@ -27,9 +28,10 @@ from rmoe.moe.state import global_state_dict, local_experts, moe_layers
 IMAGES, STEPS = 8, 3
 
 
-def dense() -> nn.Module:
+def dense(gated: bool) -> nn.Module:
+    """A Swin, whose feed-forward networks may be gated, with a norm inside."""
     torch.manual_seed(0)
-    return timm.create_model(
+    model: Any = timm.create_model(
         "swin_tiny_patch4_window7_224",
         embed_dim=8,
         depths=(2, 2),
@@ -39,25 +41,30 @@ def dense() -> nn.Module:
         drop_path_rate=0.0,
         num_classes=3,
     )
+    for layer in model.layers if gated else ():
+        for block in layer.blocks:
+            width = block.mlp.fc1.in_features
+            block.mlp = SwiGLU(width, 2 * width, norm_layer=nn.LayerNorm)
+    return model
 
 
-def build(moe: dict[str, Any], folder: Path) -> nn.Module:
+def build(moe: dict[str, Any], folder: Path, gated: bool) -> nn.Module:
     """Carried over from the checkpoint of a mixture whose residuals are as if trained, all experts in one process."""
     moe = {"num_experts": 4, "noise": 0.0, "gate_std": 1.0, **moe}
-    model, _ = rmoe.upcycle(dense(), rmoe.ResidualMoEConfig.from_dict({**moe, "ep_size": 1}))
+    model, _ = rmoe.upcycle(dense(gated), rmoe.ResidualMoEConfig.from_dict({**moe, "ep_size": 1}))
     generator = torch.Generator().manual_seed(1)
     for layer in moe_layers(model).values():
         for parameter in layer.deepspeed_moe.parameters():
             parameter.data.normal_(std=0.3, generator=generator)
     path = folder / f"start_{dist.get_world_size()}_{dist.get_rank()}.safetensors"
     save_file({key: x.contiguous() for key, x in global_state_dict(model).items()}, path)
-    add_weights(spread := dense(), str(path), moe)
+    add_weights(spread := dense(gated), str(path), moe)
     return spread
 
 
-def train(zero: int, moe: dict[str, Any], clip: float, folder: Path) -> dict[str, Any]:
+def train(zero: int, moe: dict[str, Any], clip: float, folder: Path, gated: bool = False) -> dict[str, Any]:
     world, rank = dist.get_world_size(), dist.get_rank()
-    model = build(moe, folder)
+    model = build(moe, folder, gated)
     parameters = {"name": "all", "params": [p for p in model.parameters() if p.requires_grad]}
     groups = deepspeed.moe.utils.split_params_into_different_moe_groups_for_optimizer(parameters)
     engine, *_ = deepspeed.initialize(

@@ -31,12 +31,20 @@ LAYERS: dict[str, dict[str, Any]] = {
     "capacity": {"capacity_factor": 0.8, "exchange": "tokens"},
     "capacity_full_two": {"residual": "full", "capacity_factor": 0.8, "top_k": 2},
 }
+GATED: dict[str, dict[str, Any]] = {
+    "gated_low_rank": {"top_k": 2, "losses": LOSSES, "train_core": True},
+    "gated_full": {"residual": "full", "exchange": "weights", "capacity_factor": 0.8},
+}
 STAGES = (0, 1, 2)
 PLACES = [(2, 1), (2, 2), (4, 2)]
 
 
 def cases(ep_size: int) -> dict[str, dict[str, Any]]:
-    return {
+    gated = {
+        f"{name}_2": {"zero": 2, "clip": 0.5, "gated": True, "moe": {**moe, "ep_size": ep_size}}
+        for name, moe in GATED.items()
+    }
+    return gated | {
         f"{name}_{zero}": {"zero": zero, "clip": 0.5, "moe": {**moe, "ep_size": ep_size}}
         for name, moe in LAYERS.items()
         for zero in (*STAGES, 3)
