@@ -18,6 +18,7 @@ import rmoe
 from rmoe.engine import command
 from rmoe.errors import UserError, exit_code
 from rmoe.inference.command import add_predict, add_test
+from rmoe.inference.export_command import add_attach, add_export
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
 _MOST = 65536  # processes, images of one, pixels of a side
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         _add_import,
         add_predict,
         add_test,
+        add_export,
+        add_attach,
         _add_estimate,
         _add_report,
         _add_analyze,

@@ -60,6 +60,11 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", metavar="RUN", help="work dir of a finished run, or a file or checkpoint in it")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16, by autocast (default: float32)")
+    add_modules(parser)
+
+
+def add_modules(parser: argparse.ArgumentParser) -> None:
+    """Adds `--import`, whose modules `import_modules` imports."""
     parser.add_argument(
         "--import", dest="modules", action="append", default=[], metavar="MODULE", help="code of yours that it needs"
     )
@@ -67,7 +72,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 
 def _predict(arguments: argparse.Namespace) -> int:
     keep_warnings()
-    _import(arguments.modules)
+    import_modules(arguments.modules)
     from rmoe.inference.files import predict
     from rmoe.inference.load import load
 
@@ -88,7 +93,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
 def _test(arguments: argparse.Namespace) -> None:
     keep_warnings()
-    _import(arguments.modules)
+    import_modules(arguments.modules)
     from rmoe.engine.checkpoint.files import write_json
     from rmoe.inference.evaluate import evaluate, show
 
@@ -110,7 +115,7 @@ def _test(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, found.content())
 
 
-def _import(modules: Sequence[str]) -> None:
+def import_modules(modules: Sequence[str]) -> None:
     """Imports the user's own modules, which lie in the working directory or are installed."""
     if modules:
         sys.path.insert(0, os.getcwd())
