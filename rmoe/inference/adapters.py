@@ -21,7 +21,7 @@ from torch import Tensor
 from rmoe.backbones.checkpoint_formats import translate
 from rmoe.backbones.hub import SCHEME
 from rmoe.backbones.load_core import checked_path, read_checkpoint
-from rmoe.engine.checkpoint.export import core_sha256, timm_nodes, write_model, write_tensors
+from rmoe.engine.checkpoint.export import ADAPTER, core_sha256, timm_nodes, write_model, write_tensors
 from rmoe.engine.checkpoint.weights import read_weights
 from rmoe.engine.model_config import mappings, moe_dicts
 from rmoe.errors import UserError
@@ -31,7 +31,6 @@ from rmoe.inference.load import checked_device, find_run, predictor, read_descri
 from rmoe.inference.predictor import Predictor
 from rmoe.moe.stacked import EXPERT_KEY
 
-ADAPTER = "adapter.safetensors"
 _CASTS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _NAMES = {dtype: name for name, dtype in _CASTS.items()}
 _SHA256 = re.compile(r"[0-9a-f]{64}")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rmoe.backbones.hub import SCHEME
+from rmoe.engine.building import user_errors
 from rmoe.engine.checkpoint.export import timm_nodes
 from rmoe.engine.model_config import moe_dicts
 from rmoe.engine.trained import PARTS, count_parts
@@ -53,8 +54,10 @@ def card(
             f"license is {license!r:.100}; it is an identifier in small letters, such as apache-2.0 or other"
         )
     records, pipeline = _records(run.source), _PIPELINES.get(run.task or "")
-    metrics = _metrics(records, run.source) if records else {}
-    data = _data(records) if records else {}
+    with user_errors(f"{run.source.parent}: what the run has left for its model card"):
+        metrics = _metrics(records, run.source) if records else {}
+        data = _data(records) if records else {}
+        schedule, cost = _schedule(records), _cost(records)
     results = [
         EvalResult(
             task_type=pipeline or "image-feature-extraction",
@@ -77,7 +80,7 @@ def card(
         eval_results=results or None,
     )
     parts = [f"---\n{head.to_yaml()}\n---", f"# {name}", _what(run, adapter_of), _load(run, timm, adapter_of)]
-    tables = [("Data", data), ("Schedule", _schedule(records)), ("Metric", _percent(metrics)), ("Cost", _cost(records))]
+    tables = [("Data", data), ("Schedule", schedule), ("Metric", _percent(metrics)), ("Cost", cost)]
     parts += [f"## {title}\n\n{_table(('', ''), rows.items())}" for title, rows in tables if rows]
     parts.append(f"## Parameters\n\n{_parameters(run, records)}")
     return "\n\n".join(parts) + "\n"
@@ -124,7 +127,7 @@ def _records(source: Path) -> Run | None:
     if source.is_dir() and not (folder / "cost.json").is_file():
         folder = source.parent  # a checkpoint of the run
     try:
-        return Run(folder)
+        return Run(folder, trusted=False)
     except UserError:
         return None
 

@@ -27,7 +27,7 @@ from rmoe.backbones.load_core import checked_path
 from rmoe.data.palette import palette
 from rmoe.engine import safe_config
 from rmoe.engine.building import user_errors
-from rmoe.engine.checkpoint.export import MODEL, read_metadata
+from rmoe.engine.checkpoint.export import ADAPTER, MODEL, read_metadata
 from rmoe.engine.checkpoint.files import is_checkpoint
 from rmoe.engine.checkpoint.weights import fill, read_weights
 from rmoe.engine.model_config import for_one_process
@@ -206,6 +206,8 @@ def _found(path: Path) -> Path:
             raise UserError(f"{path} has a {CONFIG} but neither {MODEL} nor {INDEX}; copy its weights there, too")
         return path
     if not (path / MODEL).is_file():
+        if (path / ADAPTER).is_file():
+            return path / ADAPTER  # which is refused by what it is
         if any(path.glob("*/vis_data")) or any(map(is_checkpoint, path.iterdir())):
             raise UserError(f"{path} has no {MODEL}: the run is not finished; let it go on by --resume")
         inside = sorted(one.parent for one in path.glob(f"*/{MODEL}"))

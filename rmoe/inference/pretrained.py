@@ -7,6 +7,7 @@ an index, preprocessor_config.json for other programs, and README.md. A dense ba
 from __future__ import annotations
 
 import copy
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from rmoe.inference.preprocessing import image_processor, preprocessing
 from rmoe.moe.state import global_state_dict, save_tensors
 
 SHARD_SIZE = "5GB"
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(KB|MB|GB|TB)")
 
 
 def from_pretrained(
@@ -158,13 +161,9 @@ def _write_weights(folder: Path, state: Mapping[str, torch.Tensor], limit: int) 
 
 def _shard_size(value: Any) -> int:
     """Returns a size in bytes."""
-    from huggingface_hub.serialization._base import parse_size_to_int
-
-    try:
-        size = parse_size_to_int(value) if isinstance(value, str) else value
-        assert isinstance(size, int)
-        assert not isinstance(size, bool)
-        assert size > 0
-    except (ValueError, OverflowError, AssertionError) as error:
-        raise UserError(f"the shard size is {value!r:.100}; it is bytes, or a text such as '500MB' or '5GB'") from error
+    size = value
+    if isinstance(value, str) and (found := _SIZE.fullmatch(value)):
+        size = round(float(found[1]) * _UNITS[found[2]])
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+        raise UserError(f"the shard size is {value!r:.100}; it is bytes, or a text such as '500MB' or '5GB'")
     return size

@@ -17,9 +17,9 @@ from small_runs import INPUTS, KWARGS, NET, TRAINED, assert_same, finished, prob
 import rmoe
 from rmoe.backbones.build import timm_model
 from rmoe.cli import main
-from rmoe.engine.checkpoint.export import BACKBONE, MODEL, read_metadata, write_model
+from rmoe.engine.checkpoint.export import ADAPTER, BACKBONE, MODEL, read_metadata, write_model
 from rmoe.errors import UserError
-from rmoe.inference.adapters import ADAPTER, attach, export_adapter
+from rmoe.inference.adapters import attach, export_adapter
 from rmoe.moe.state import global_state_dict
 
 
@@ -160,7 +160,7 @@ def test_the_wrong_core_is_noticed_when_an_adapter_is_made(residual: Path, core:
     assert not (tmp_path / "out").exists()
 
 
-def relabelled(adapter: Path, path: Path, **changed: Any) -> Path:
+def relabelled(adapter: Path, path: Path, /, **changed: Any) -> Path:
     metadata = read_metadata(adapter) | changed
     save_file(
         load_file(adapter), path, {key: x if isinstance(x, str) else json.dumps(x) for key, x in metadata.items() if x}
@@ -208,6 +208,8 @@ def test_damaged_files(adapter: Path, core: Path, residual: Path, tmp_path: Path
             rmoe.Core(wrong)
     with pytest.raises(UserError, match="is an adapter, which lacks its core's weights; give both to rmoe attach"):
         rmoe.load(adapter)
+    with pytest.raises(UserError, match="is an adapter, which lacks"):
+        rmoe.load(adapter.parent)
 
 
 def test_runs_without_what_it_takes(residual: Path, core: Path, tmp_path: Path) -> None:
@@ -233,8 +235,8 @@ def test_the_commands(residual: Path, core: Path, tmp_path: Path, capsys: pytest
     out, again = str(tmp_path / "adapter"), str(tmp_path / "again")
     assert main(["export", str(residual), "--trained-only", "--core", str(core), "--out", out]) == 0
     said = capsys.readouterr().out
-    size = (tmp_path / "adapter" / ADAPTER).stat().st_size
-    assert f"{size / 1e6:.1f}"[:3] in said
+    held = load_file(tmp_path / "adapter" / ADAPTER)
+    assert f": {sum(x.nbytes for x in held.values()) / 1e6:.2f} MB in {len(held)} of " in said
     assert " of the run; for the core with SHA-256 " in said
     assert main(["attach", str(core), out, "--out", again]) == 0
     assert "rmoe predict" in capsys.readouterr().out

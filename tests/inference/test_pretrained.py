@@ -395,3 +395,17 @@ def test_the_command(run: Path, dense: Path, tmp_path: Path, capsys: pytest.Capt
         assert message in capsys.readouterr().err
     assert main(["export", str(tmp_path / "gone"), "--out", str(tmp_path / "more")]) == 2
     assert "there is no" in capsys.readouterr().err
+
+
+def test_a_card_runs_nothing_that_lies_beside_the_weights(dense: Path, tmp_path: Path) -> None:
+    """A folder may come from anybody, with a config that is a program."""
+    folder = finished_run(tmp_path / "work", config={"val_evaluator.type": "rmoe.Accuracy"})
+    shutil.copy(dense / MODEL, folder / MODEL)
+    (config,) = folder.glob("*.py")
+    config.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{config.read_text()}")
+    rmoe.load(folder).save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "ran").exists()
+    (folder / "20260101_000000" / "vis_data" / "scalars.json").write_text("{")
+    with pytest.raises(UserError, match="scalars.json is damaged"):
+        rmoe.load(folder).save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()

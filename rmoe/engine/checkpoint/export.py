@@ -22,7 +22,7 @@ from rmoe.engine.model_config import mappings
 from rmoe.errors import UserError
 from rmoe.moe.state import save_tensors
 
-MODEL, BACKBONE = "model.safetensors", "backbone.safetensors"
+MODEL, BACKBONE, ADAPTER = "model.safetensors", "backbone.safetensors", "adapter.safetensors"
 _JSON = (
     "model",
     "classes",
