@@ -10,7 +10,9 @@ from rmoe.errors import UserError
 
 if TYPE_CHECKING:
     from rmoe.backbones.upcycle import upcycle
+    from rmoe.inference.adapters import Core
     from rmoe.inference.load import load
+    from rmoe.inference.pretrained import from_pretrained
     from rmoe.moe.calibrate import calibrate
     from rmoe.moe.layer import ResidualMoE
     from rmoe.moe.records import collect
@@ -18,21 +20,25 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Calibration",
+    "Core",
     "GateLosses",
     "ResidualMoE",
     "ResidualMoEConfig",
     "UserError",
     "calibrate",
     "collect",
+    "from_pretrained",
     "load",
     "upcycle",
 ]
 
 # Loaded when first used: torch and deepspeed take seconds, which `rmoe --help` should not.
 _LAZY = {
+    "Core": "rmoe.inference.adapters",
     "ResidualMoE": "rmoe.moe.layer",
     "calibrate": "rmoe.moe.calibrate",
     "collect": "rmoe.moe.records",
+    "from_pretrained": "rmoe.inference.pretrained",
     "load": "rmoe.inference.load",
     "upcycle": "rmoe.backbones.upcycle",
 }

@@ -19,6 +19,7 @@ from rmoe.deploy.command import add_deploy, add_merge
 from rmoe.engine import command
 from rmoe.errors import UserError, exit_code
 from rmoe.inference.command import add_predict, add_test
+from rmoe.inference.export_command import add_attach, add_export
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
 _MOST = 65536  # processes, images of one, pixels of a side
@@ -40,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_test,
         add_deploy,
         add_merge,
+        add_export,
+        add_attach,
         _add_estimate,
         _add_report,
         _add_analyze,

@@ -18,9 +18,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks.claims.arms import ANALYSED, CATEGORIES, HEADLINE, TASKS, UPSTREAM, Arm, Size, Upstream
 from benchmarks.common import Row
+from rmoe.inference.runs import Run
 from rmoe.pipelines import Training, installed, moved, with_classes
 from rmoe.reporting.report import analyze
-from rmoe.reporting.runs import Run
 
 BASES = Path("rmoe/configs/demo")
 DATA = Path("work_dirs/demo/data")  # where the configs there look for their data

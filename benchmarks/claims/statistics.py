@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from benchmarks.claims.arms import Arm, Size
 from benchmarks.claims.runs import Key
 from benchmarks.common import Row
+from rmoe.inference.runs import Run
 from rmoe.pipelines import Training
-from rmoe.reporting.runs import Run
 from rmoe.reporting.statistics import paired
 
 REFERENCES = ("dense", "moe", "residual", "dense_core_longer")  # what arms are compared with

@@ -23,6 +23,7 @@ from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
 from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, translate
+from rmoe.backbones.hub import INDEX, located, read_shards, weights_in
 from rmoe.backbones.swin_moe import merge, rank_files
 from rmoe.errors import UserError
 from rmoe.moe.experts import WEIGHTS, described, is_weight
@@ -96,8 +97,9 @@ def load_core(
         model: a dense model as `timm.create_model` makes it; for a mixture's checkpoint, the upcycled model. Where its
             experts are spread over processes, all processes call this, and each takes its own experts.
         path: a `.pth` file (a state dict, bare or under "model" or "state_dict"), a `.safetensors` file, a folder with
-            a model.safetensors, such as the work dir of a finished run, or NAME.pth for Swin-MoE's NAME.pth.rank0 etc.
-            Its names are timm's or those of a format in `rmoe.backbones.checkpoint_formats`.
+            a model.safetensors or its shards, such as the work dir of a finished run, NAME.pth for Swin-MoE's
+            NAME.pth.rank0 etc., or hf-hub:ORG/NAME. Its names are timm's or those of a format in
+            `rmoe.backbones.checkpoint_formats`.
         level_norms: a norm for each output level, not part of `model`, which is loaded where the file has it.
         state: what `read_checkpoint` returned for `path`, if it has been read already.
 
@@ -179,12 +181,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, was cut short, or holds something else; see `load_core`.
     """
-    path = checked_path(path)
+    path = located(checked_path(path))
     if files := rank_files(path):
         ranks, master = files
         shared = None if master is None else read_file(master)
         return merge(path, [read_file(file) for file in ranks.values()], shared)
-    return read_file(path / "model.safetensors" if path.is_dir() else path)
+    return read_file(weights_in(path) if path.is_dir() else path)
 
 
 def read_file(path: Path) -> dict[str, Tensor]:
@@ -194,8 +196,9 @@ def read_file(path: Path) -> dict[str, Tensor]:
             f"there is no checkpoint {path}; give a .pth or .safetensors file or the folder of a finished run"
         )
     try:
-        safe = path.suffix == ".safetensors"
-        state: Any = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        state: Any = _read(path)
+    except UserError:
+        raise
     except pickle.UnpicklingError as error:
         # torch raises this for a file that is no checkpoint as well as for one that holds other objects.
         raise UserError(
@@ -223,6 +226,13 @@ def read_file(path: Path) -> dict[str, Tensor]:
     if bad:
         raise UserError(f"{path} holds values that are not finite in {_some(bad)}; use an earlier checkpoint")
     return dict(state)
+
+
+def _read(path: Path) -> Any:
+    if path.name == INDEX:
+        return read_shards(path)
+    safe = path.suffix == ".safetensors"
+    return load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], report: CoreReport) -> dict[str, Tensor]:

@@ -40,9 +40,9 @@ def compare(path: Path, cfg: Any) -> list[str]:
         UserError: the model's function, its losses or the meaning of the optimizer would be others than the
             checkpoint's, whose state would go on as if nothing had changed.
     """
-    if not (before := _parsed(_text(path))):
+    if not (before := parsed(_text(path))):
         return []
-    now = _parsed(cfg.pretty_text)
+    now = parsed(cfg.pretty_text)
     for section, what in _REFUSED.items():
         old, new = (dict(_flat(_section(one, section), section)) for one in (before, now))
         if section == "optim_wrapper.optimizer" and old.get(f"{section}.type") != new.get(f"{section}.type"):
@@ -71,8 +71,8 @@ def _text(path: Path) -> str:
         return ""
 
 
-def _parsed(text: str) -> dict[str, Any]:
-    """Returns a config's text as data; keys that are no literals are left out."""
+def parsed(text: str) -> dict[str, Any]:
+    """Returns the text of a dumped config as data, of which nothing is run; what is no literal stays text."""
     try:
         lines = ast.parse(text).body
     except (SyntaxError, ValueError, RecursionError):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.registry import OPTIMIZERS
 
+from rmoe.engine.trained import check_train_only
 from rmoe.errors import UserError, nearest
 
 
@@ -217,6 +218,7 @@ def _check_loop(loop: Mapping[str, Any]) -> None:
 
 
 def _check_optimizer(wrapper: Mapping[str, Any]) -> None:
+    check_train_only((wrapper.get("paramwise_cfg") or {}).get("train_only"))
     if (optimizer := wrapper.get("optimizer")) is None:
         raise UserError("optim_wrapper has no optimizer; give one, such as dict(type='AdamW', lr=1e-4)")
     kind = optimizer["type"]

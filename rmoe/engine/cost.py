@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, shape_wrapper
 
+from rmoe.engine.trained import own_experts
 from rmoe.moe.state import moe_layers
 
 _PACKAGES = ("torch", "deepspeed", "timm")
@@ -61,7 +62,7 @@ def count_parameters(model: nn.Module) -> Parameters:
     shares: dict[nn.Parameter, tuple[int, float]] = {}  # processes that hold other experts, part that a token uses
     for layer in moe_layers(model).values():
         used = layer.config.experts_per_token / layer.config.num_experts
-        shares |= dict.fromkeys(layer.deepspeed_moe.experts.own().values(), (layer.ep_size, used))  # type: ignore[union-attr,operator]
+        shares |= dict.fromkeys(own_experts(layer), (layer.ep_size, used))
     total = active = trainable = 0
     for parameter in model.parameters():
         processes, used = shares.get(parameter, (1, 1.0))

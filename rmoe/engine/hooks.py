@@ -170,6 +170,7 @@ class CostHook(Hook):
             "params_total": parameters.total,
             "params_active": parameters.active,
             "params_trainable": parameters.trainable,
+            "params_by_part": {name: one._asdict() for name, one in strategy.parts.items()},
             "peak_memory_bytes": peak,
             "zero_stage": zero_stage(strategy.config),
             "precision": precision(strategy.config),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ from mmengine.logging import print_log
 from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import OPTIMIZERS, Registry
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 
+from rmoe.engine.trained import NORMS, TABLES, freeze_others, is_head
 from rmoe.errors import UserError, nearest
 from rmoe.moe.experts import BIASES
 from rmoe.moe.state import roles
@@ -24,11 +24,8 @@ from rmoe.moe.state import roles
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor", parent=registry.OPTIM_WRAPPER_CONSTRUCTORS, scope="rmoe"
 )
-_NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm)
-_TABLES = ("relative_position_bias_table", "absolute_pos_embed", "pos_embed", "cls_token", "dist_token", "reg_token")
 _LAYOUT_KEYS = {"params", "name", "moe"}  # of a group: what depends on the layout
 _MEANS = frozenset(("fused", "foreach", "capturable", "differentiable"))  # of a group: how the same is computed
-_HEADS = {"head", "head_dist", "fc", "classifier"}
 
 
 def param_groups(
@@ -45,6 +42,7 @@ def param_groups(
     bias_decay_mult: float | None = None,
     bias_lr_mult: float = 1.0,
     custom_keys: Mapping[str, Mapping[str, float]] | None = None,
+    train_only: Sequence[str] | None = None,
 ) -> list[dict[str, Any]]:
     """Returns the groups to build an optimizer from, as few as can be: each makes DeepSpeed's steps slower.
 
@@ -64,6 +62,7 @@ def param_groups(
         bias_lr_mult: for the biases of all modules but norms.
         custom_keys: by part of a parameter's name, its `lr_mult` and `decay_mult`; the longest match wins, and wins
             over everything above, as in mmengine.
+        train_only: the parts of the model that train, see `rmoe.engine.trained.PARTS`; all others are frozen.
 
     Returns:
         Dicts with `params`, `lr`, `weight_decay` and a unique `name`; `moe=True` and DeepSpeed's group name where the
@@ -71,7 +70,7 @@ def param_groups(
 
     Raises:
         UserError: nothing to train, a rate, decay or multiplier that is not a finite number of 0 or more, or a custom
-            key that sets something else.
+            key that sets something else; or what `freeze_others` raises.
     """
     rates = {"lr": lr, "weight_decay": weight_decay, "residual_lr_mult": residual_lr_mult, "gate_lr_mult": gate_lr_mult}
     rates |= {"residual_decay_mult": residual_decay_mult, "head_lr_mult": head_lr_mult, "bias_lr_mult": bias_lr_mult}
@@ -81,14 +80,15 @@ def param_groups(
     if not isinstance(exempt, bool):
         raise UserError(f"exempt is {exempt!r}; it is True or False")
     custom = _checked_custom_keys({} if custom_keys is None else custom_keys)
+    freeze_others(model, train_only)
     _report_shared(model)
     role, undecayed = roles(model), _undecayed(model)
     merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module, name, parameter in _trainable(model):
         lr_mult = {"residual": residual_lr_mult, "gate": gate_lr_mult}.get(role[name], 1.0)
         decay_mult = residual_decay_mult if role[name] == "residual" else 1.0
-        is_norm, is_bias = isinstance(module, _NORMS), _is_bias(name)
-        if _is_head(model, name):
+        is_norm, is_bias = isinstance(module, NORMS), _is_bias(name)
+        if is_head(model, name):
             lr_mult *= head_lr_mult
         if is_bias and not is_norm:
             lr_mult *= bias_lr_mult
@@ -188,15 +188,9 @@ def _is_bias(name: str) -> bool:
     return name.rpartition(".")[2] in ("bias", *BIASES)
 
 
-def _is_head(model: nn.Module, name: str) -> bool:
-    if hasattr(model, "backbone"):
-        return not name.startswith("backbone.")
-    return not _HEADS.isdisjoint(name.split("."))
-
-
 def _undecayed(model: nn.Module) -> set[str]:
     """Returns the names of position tables and tokens, and what any submodule's `no_weight_decay()` lists."""
-    named = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in _TABLES}
+    named = {name for name, _ in model.named_parameters() if name.rpartition(".")[2] in TABLES}
     for prefix, module in model.named_modules():
         if hasattr(module, "no_weight_decay"):
             named |= {f"{prefix}.{name}" if prefix else name for name in module.no_weight_decay()}

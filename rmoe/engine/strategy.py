@@ -29,8 +29,10 @@ from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
 from rmoe.engine.cost import Parameters, count_parameters
+from rmoe.engine.leaves import mend_leaves
 from rmoe.engine.precision import set_float32_products
 from rmoe.engine.terminal import keep_short
+from rmoe.engine.trained import Count, count_parts, table
 from rmoe.errors import UserError
 from rmoe.moe.records import Records, collect
 from rmoe.moe.state import global_state_dict
@@ -128,6 +130,7 @@ class Strategy(DeepSpeedStrategy):
     """
 
     parameters: Parameters
+    parts: dict[str, Count]
     calibrate: Callable[[nn.Module], None] | None = None  # called with the model once it has its weights
 
     def __init__(
@@ -169,11 +172,12 @@ class Strategy(DeepSpeedStrategy):
         return model
 
     def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> BaseOptimWrapper:
-        """See `BaseStrategy`; counts the parameters, of which the groups of the optimizer may have frozen some."""
+        """See `BaseStrategy`; counts the parameters, of which the groups may have frozen some, and logs what trains."""
         with user_errors("optim_wrapper"):
             built = super().build_optim_wrapper(optim_wrapper, model)
         if model is not None:
-            self.parameters = count_parameters(model)
+            self.parameters, self.parts = count_parameters(model), count_parts(model)
+            self.logger.info(table(self.parts))
         return built
 
     def build_param_scheduler(self, *args: Any, **kwargs: Any) -> Any:
@@ -188,6 +192,7 @@ class Strategy(DeepSpeedStrategy):
                 model=model, optimizer=self.optim_wrapper.optimizer, config=self.config
             )
         mend_clipping(engine)
+        mend_leaves(engine)
         return Engine(model=engine)
 
     def save_checkpoint(

@@ -7,6 +7,7 @@ model is theirs. A file may come from anybody: it can name only what our and Ope
 from __future__ import annotations
 
 import difflib
+import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from torch import nn
+from torch import Tensor, nn
 
 import rmoe
+from rmoe.backbones.hub import CONFIG, INDEX, weights_in
 from rmoe.backbones.load_core import checked_path
 from rmoe.data.palette import palette
 from rmoe.engine import safe_config
 from rmoe.engine.building import user_errors
-from rmoe.engine.checkpoint.export import MODEL, read_metadata
+from rmoe.engine.checkpoint.export import ADAPTER, MODEL, read_metadata
 from rmoe.engine.checkpoint.files import is_checkpoint
 from rmoe.engine.checkpoint.weights import fill, read_weights
 from rmoe.engine.model_config import for_one_process
@@ -37,6 +39,7 @@ from rmoe.inference.predictor import Predictor
 
 _BEST = "best_*.pth"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LARGEST = 64 * 2**20  # bytes of a config.json
 _GIVE = "give the work dir of a finished run, or a file of it"
 
 
@@ -48,7 +51,8 @@ def load(
     Args:
         path: its work dir, whose best weights are taken where it kept some, else its last ones (`model.safetensors`);
             or a file or training checkpoint in it, for just those weights. Where a run averaged its weights, they are
-            the average. A folder with `model.safetensors` alone, or that file, will do.
+            the average. A folder with `model.safetensors` alone, or that file, will do; and so will a folder in
+            Hugging Face's layout.
         device: such as "cpu" or "cuda:1"; a GPU if there is one.
         dtype: what is computed in, "bfloat16" or "float16" by autocast; float32 by default. Weights stay as they are.
         precision: what weights become, "bfloat16" or, on a CPU, "int8"; see `rmoe.inference.precision.lowered`.
@@ -60,14 +64,43 @@ def load(
         UserError: no such run, an unfinished one, one of a newer rmoe, weights of another model, a model that names
             what neither we nor OpenMMLab register, or a device, dtype or precision that is not there.
     """
+    where, metadata = find_run(path)
+    device, dtype = checked_device(device), _dtype(dtype)
+    precision = check_precision(precision, device, dtype)  # before weights are read
+    return predictor(metadata, read_weights(where), where, device, dtype, precision)
+
+
+def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the file, checkpoint or folder whose weights `load` takes, and the description of their model."""
     where = _found(checked_path(path, "the run"))
-    metadata = read_description(where if where.suffix == ".safetensors" else where.parent / MODEL)
-    device, dtype = _device(device), _dtype(dtype)
+    described_by = where if where.suffix == ".safetensors" or (where / CONFIG).is_file() else where.parent / MODEL
+    metadata = read_description(described_by)
+    if "adapter" in metadata:
+        raise UserError(
+            f"{where} is an adapter, which lacks its core's weights; give both to rmoe attach, or to rmoe.Core"
+        )
+    return where, metadata
+
+
+def predictor(
+    metadata: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    where: Path,
+    device: str | torch.device | None = None,
+    dtype: Any = None,
+    precision: Any = None,
+) -> Predictor:
+    """Builds the model that metadata describe, with the weights of a state dict; see `load`.
+
+    Raises:
+        UserError: the model cannot be built, or the weights are another's; `where` is what they are called.
+    """
+    device, dtype = checked_device(device), _dtype(dtype)
     precision = check_precision(precision, device, dtype)
     inputs = metadata.get("inputs")
     with user_errors(f"{where}: the model that it describes"):
         model = build_model(metadata, where)
-        fill(model, read_weights(where), where)
+        fill(model, state, where)
         if precision is not None:
             model = lowered(model, precision)
         classes = tuple(metadata.get("classes") or ())
@@ -85,12 +118,13 @@ def load(
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """Returns the metadata of a run's `model.safetensors`, see `rmoe.engine.checkpoint.export.write_model`.
+    """Returns the metadata of a run's `model.safetensors`, see `rmoe.engine.checkpoint.export.write_model`; or what
+    the config.json says of a folder in Hugging Face's layout, which is the same.
 
     Raises:
         UserError: it has none, or is of a newer rmoe.
     """
-    metadata = read_metadata(path)
+    metadata = read_config_json(path / CONFIG) if path.is_dir() else read_metadata(path)
     if "model" not in metadata:
         raise UserError(f"{path} does not say what model it holds: no training of rmoe has written it; {_GIVE}")
     if "initial" in metadata:
@@ -104,6 +138,28 @@ def read_description(path: Path) -> dict[str, Any]:
             "or a later one"
         )
     return metadata
+
+
+def read_config_json(path: Path) -> dict[str, Any]:
+    """Returns the content of a config.json.
+
+    Raises:
+        UserError: it is damaged, or another program's.
+    """
+    try:
+        assert path.stat().st_size <= _LARGEST
+        content = json.loads(path.read_text())
+        assert isinstance(content, dict)
+    except Exception as error:  # damaged in any way
+        raise UserError(f"{path} is no JSON object; copy it again, or save the run anew by rmoe export") from error
+    if "architecture" in content:
+        raise UserError(
+            f"{path} is timm's: load the model by timm.create_model('local-dir:{path.parent}', pretrained=True), or "
+            "give the folder as a config's core"
+        )
+    if not isinstance(content.get("rmoe"), str):
+        raise UserError(f"{path} was not written by rmoe; {_GIVE}")
+    return content
 
 
 def build_model(metadata: Mapping[str, Any], where: Path) -> nn.Module:
@@ -155,7 +211,13 @@ def _found(path: Path) -> Path:
         raise UserError(f"there is no {path}{_hint(path)}; {_GIVE}")
     if path.is_file() or is_checkpoint(path):
         return path
+    if (path / CONFIG).is_file():
+        if not weights_in(path).is_file():
+            raise UserError(f"{path} has a {CONFIG} but neither {MODEL} nor {INDEX}; copy its weights there, too")
+        return path
     if not (path / MODEL).is_file():
+        if (path / ADAPTER).is_file():
+            return path / ADAPTER  # which is refused by what it is
         if any(path.glob("*/vis_data")) or any(map(is_checkpoint, path.iterdir())):
             raise UserError(f"{path} has no {MODEL}: the run is not finished; let it go on by --resume")
         inside = sorted(one.parent for one in path.glob(f"*/{MODEL}"))
@@ -183,7 +245,12 @@ def _version(text: str) -> tuple[int, int] | None:
     return (int(first[0]), int(first[1])) if len(first) == 2 and all(map(str.isdecimal, first)) else None
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def checked_device(device: str | torch.device | None) -> torch.device:
+    """Returns a device that can be used; by default a GPU if there is one.
+
+    Raises:
+        UserError: it is none, or is not there.
+    """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
         return torch.empty(0, device=chosen).device

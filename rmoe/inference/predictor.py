@@ -120,6 +120,48 @@ class Predictor:
             found[index] = answer
         return [found[index] for index in range(len(found))]
 
+    def save_pretrained(self, out: str | Path, *, shard_size: int | str = "5GB", license: str | None = None) -> None:
+        """Writes the model into a new folder in Hugging Face's layout, which `rmoe.from_pretrained` loads.
+
+        Args:
+            out: the folder, which must be empty or not there.
+            shard_size: of the largest file of weights, in bytes or as "500MB"; one larger tensor has a file of its own.
+            license: for the model card, by its identifier on the hub, such as "apache-2.0".
+
+        Raises:
+            UserError: the folder cannot be written, or the shard size or the licence is none.
+        """
+        from rmoe.inference.pretrained import save_pretrained
+
+        save_pretrained(self, out, shard_size=shard_size, license=license)
+
+    def push_to_hub(
+        self,
+        repo: str,
+        *,
+        private: bool = True,
+        message: str | None = None,
+        shard_size: int | str = "5GB",
+        license: str | None = None,
+    ) -> str:
+        """Writes what `save_pretrained` writes into a repository of the Hugging Face hub, which it makes.
+
+        Args:
+            repo: ORG/NAME.
+            private: whether nobody else sees a repository that is made.
+            message: of the commit.
+            shard_size, license: see `save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            UserError: the repository cannot be written; also what `save_pretrained` raises.
+        """
+        from rmoe.inference.pretrained import push_to_hub
+
+        return push_to_hub(self, repo, private=private, message=message, shard_size=shard_size, license=license)
+
     def answers(
         self, images: Iterable[Picture], batch_size: int = 8, threshold: float = 0.0
     ) -> Iterator[tuple[int, Prediction | UserError]]:

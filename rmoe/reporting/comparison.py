@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rmoe.reporting.runs import Run
+from rmoe.inference.runs import Run
 from rmoe.reporting.statistics import paired
 
 # What may differ between runs of one arm: where they are, and how they were carried out.

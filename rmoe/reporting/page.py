@@ -22,10 +22,10 @@ import rmoe
 from rmoe.engine.building import user_errors
 from rmoe.engine.predictions import FOLDER, INDEX
 from rmoe.errors import UserError
+from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON
 from rmoe.reporting import charts
 from rmoe.reporting.comparison import Comparison, Entry, Group, finite
 from rmoe.reporting.reproduce import commands
-from rmoe.reporting.runs import ANALYSIS, ANALYSIS_JSON
 from rmoe.reporting.terminal import counted, said_interval
 
 _LARGEST = 4 * 2**20  # bytes of a picture

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rmoe.engine.lock import check_folder
 from rmoe.errors import UserError
+from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON, Run
 from rmoe.moe.state import moe_layers
 from rmoe.reporting.analysis import (
     layer_means,
@@ -31,7 +32,6 @@ from rmoe.reporting.pictures import (
     draw_predictions,
     draw_weights,
 )
-from rmoe.reporting.runs import ANALYSIS, ANALYSIS_JSON, Run
 from rmoe.reporting.terminal import show, show_inside
 
 SCENES = 6

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 from rmoe.engine.cost import Parameters, count_parameters
 from rmoe.engine.model_config import for_one_process, moe_dicts
+from rmoe.engine.trained import freeze_others, own_experts
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.state import moe_layers
@@ -96,6 +97,8 @@ def run_once(cfg: Config, setting: Setting) -> Work:
     if detects := _detects(model):
         torch.manual_seed(0)  # its work hangs on weights and images: the same estimate every time
         model = _build(cfg.model, "cpu")
+    paramwise = (cfg.get("optim_wrapper") or {}).get("paramwise_cfg") or {}
+    freeze_others(model, paramwise.get("train_only"))
     layers = list(moe_layers(model).values())
     setting = _filled_in(cfg, setting, layers)
     with nullcontext() if detects else without_values():
@@ -104,7 +107,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         images = _images(model, setting)
         tokens = _tokens_of(layers)
         traced = trace(model, lambda: _loss(model, images), setting.precision)
-    experts = {parameter for layer in layers for parameter in _experts(layer)}
+    experts = {parameter for layer in layers for parameter in own_experts(layer)}
     others = [parameter for parameter in model.parameters() if parameter not in experts]
     return Work(
         setting=setting,
@@ -121,7 +124,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         experts_trained=_bytes(x for x in experts if x.requires_grad),
         layers=len(layers),
         sent_tokens=sum(_rows(layer, tokens[layer], setting) for layer in layers if layer.config.sends_tokens),
-        sent_experts=sum(_bytes(_experts(layer)) for layer in layers if not layer.config.sends_tokens),
+        sent_experts=sum(_bytes(own_experts(layer)) for layer in layers if not layer.config.sends_tokens),
     )
 
 
@@ -218,11 +221,6 @@ def _rows(layer: ResidualMoE, tokens: int, setting: Setting) -> int:
         * layer.gate.weight.shape[1]
         * getattr(torch, setting.precision).itemsize
     )
-
-
-def _experts(layer: ResidualMoE) -> Iterable[nn.Parameter]:
-    """Returns the parameters of which each expert has its own; what experts share lies in every process."""
-    return layer.deepspeed_moe.experts.own().values()  # type: ignore[union-attr,operator]
 
 
 def _reduced(model: nn.Module, parameters: Iterable[nn.Parameter], setting: Setting) -> int:

@@ -6,6 +6,7 @@ Starting a process takes seconds, a toy run does not: `several_runs.py` does man
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -106,6 +107,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     poisoned = {"train_dataloader.sampler.shuffle": False, "train_dataloader.dataset.poison": 9}
     constant = {"param_scheduler": []}
     infinite = {"custom_hooks": [{"type": "fault_injection.InfiniteGradientHook", "at": 2}]}
+    some = {"optim_wrapper.paramwise_cfg.train_only": ["residual", "gate"]}
     until_4, half_precision = (
         {"train_cfg.max_iters": 4},
         json.loads((ROOT / "ds_configs" / "zero2_fp16.json").read_text()),
@@ -125,6 +127,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "shared": make("shared", shared, 2, gradient_accumulation_steps=2),
         "shared begun": make("shared again", shared | {"train_cfg.max_iters": 8}, 2, gradient_accumulation_steps=2),
         "shared again": make("shared again", shared, 2, "--resume", gradient_accumulation_steps=2),
+        "some pair": make("some pair", half | some | {"model.moe": MOE | {"ep_size": 2}}, 2),
         "no data": make("no data", {"train_dataloader.dataset": NO_DATA}, 2),
         "poisoned pair": make("poisoned pair", CALM | poisoned | {"train_dataloader.batch_size": 2}, 2),
     }
@@ -137,6 +140,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     alone = {
         **{f"alone dense {stage}": make(f"alone dense {stage}", whole, stage) for stage in (0, 1, 2, 3)},
         **{f"alone moe {stage}": make(f"alone moe {stage}", moe, stage) for stage in (0, 2)},
+        **{f"some {stage}": make(f"some {stage}", moe | some, stage) for stage in (0, 3)},
+        "some begun": make("some again", moe | some | until_4, 2),
+        "some again": make("some again", moe | some, 2, "--resume"),
+        "some others": make("some again", moe, 2, "--resume"),
+        "some half": make("some half", moe | some, 2, torch_autocast={"enabled": True, "dtype": "bfloat16"}),
         "accumulated": make(
             "accumulated",
             half | constant | unseen | {"train_cfg.max_iters": 12},
@@ -361,6 +369,29 @@ def test_frozen_weights_stay_and_are_saved(runs: Runs) -> None:
     trained = [key for key in first if "gate" in key]
     assert trained
     assert not any(torch.equal(first[key], b[key]) for key in trained)
+
+
+def test_only_the_named_parts_train_wherever_they_live(runs: Runs) -> None:
+    """Losses and weights are those of one process without ZeRO; after a resume too, and in lower precision."""
+    reference, seed = runs.weights("some 0"), runs.weights("alone moe 0")
+    for name in ("some 3", "some pair", "some again"):
+        assert runs.scalars(name, "loss") == pytest.approx(runs.scalars("some 0", "loss"), abs=1e-5), name
+        assert_equal(runs.weights(name), reference, atol=1e-5)
+    first = saved_weights(runs.folder / "some again" / "iter_4")
+    for name in ("some 0", "some 3", "some pair", "some again", "some half"):
+        weights = runs.weights(name)
+        moved = {key for key in weights if not torch.equal(weights[key], first[key])}
+        assert moved
+        assert all("gate" in key or "deepspeed_moe" in key for key in moved), name
+    assert not torch.equal(seed["head.weight"], reference["head.weight"])
+    refused = runs.outcomes["some others"][0]
+    assert "of other groups of parameters: optim_wrapper.paramwise_cfg.train_only was ['residual', 'gate']" in refused
+    cost = runs.cost("some pair")
+    assert cost["params_by_part"] == runs.cost("some 3")["params_by_part"] == runs.cost("some again")["params_by_part"]
+    assert sum(one["trained"] for one in cost["params_by_part"].values()) == cost["params_trainable"]
+    assert {name for name, one in cost["params_by_part"].items() if one["trained"]} == {"residual", "gate"}
+    (log,) = (runs.folder / "some pair").glob("*/*.log")
+    assert re.search(rf"parameters by part:\n(.*\n)+ +all +{cost['params_trainable']:,} ", log.read_text())
 
 
 def test_only_the_last_checkpoints_are_kept(runs: Runs) -> None:

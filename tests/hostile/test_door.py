@@ -46,6 +46,7 @@ VALUES: list[tuple[str, Any]] = [
     ("optim_wrapper.paramwise_cfg.residual_lr_mult", -1),
     ("optim_wrapper.paramwise_cfg.custom_keys", {"norm": {"lr_mult": NAN}}),
     ("optim_wrapper.paramwise_cfg.custom_keys", {"norm": 0.1}),
+    *(("optim_wrapper.paramwise_cfg.train_only", value) for value in ([], "gate", ["gates"], [None], 1, {"gate": 1})),
     *(("train_cfg.max_iters", value) for value in (0, -5, "x", 1.5, None, True)),
     *(("train_cfg.val_interval", value) for value in (0, -1, "x", 0.5)),
     ("train_cfg.val_begin", -1),

@@ -21,9 +21,9 @@ import pytest
 from cluster.packages import missing
 from finished_runs import add_analysis, add_predictions, finished_run
 
+from rmoe.inference.runs import Run
 from rmoe.reporting.comparison import compare
 from rmoe.reporting.page import render
-from rmoe.reporting.runs import Run
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 HOSTILE = "<script>alert(1)</script><b onclick=alert(2)>{{7*7}}" + "very-long-" * 20 + "名前"

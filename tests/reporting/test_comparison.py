@@ -10,8 +10,8 @@ import pytest
 from finished_runs import COST, finished_run
 
 from rmoe.errors import UserError
+from rmoe.inference.runs import Run
 from rmoe.reporting.comparison import compare
-from rmoe.reporting.runs import Run
 
 
 def compared(*folders: Path):

@@ -17,6 +17,7 @@ from benchmarks import training
 from rmoe.cli import main
 from rmoe.engine.cost import counted_flops
 from rmoe.engine.optim import param_groups
+from rmoe.engine.trained import parts
 from rmoe.errors import UserError
 from rmoe.registry import MODELS
 from rmoe.reporting.estimate import Estimate, Setting, estimate, share_out
@@ -188,6 +189,22 @@ def test_weights_gradients_and_states_are_exact(kind: str) -> None:
     states = [x for state in optimizer.state.values() for x in state.values()]
     assert guess.optimizer == sum(x.nbytes for x in states if x.ndim)  # the step counts aside
     assert guess.buckets == 0
+
+
+def test_what_train_only_freezes_has_no_gradients_and_states() -> None:
+    config = vit(MOE["full"])
+    whole = estimate(config, Setting(processes=1, zero=0))
+    config.optim_wrapper = {"paramwise_cfg": {"train_only": ["residual", "gate"]}}
+    some = estimate(config, Setting(processes=1, zero=0))
+    model, _ = with_values(config)
+    part = parts(model)
+    kept = sum(x.nbytes for name, x in model.named_parameters() if part[name] in ("residual", "gate"))
+    assert (some.memory.gradients, some.memory.optimizer) == (kept, 2 * kept)
+    assert some.parameters.trainable < whole.parameters.trainable
+    assert some.flops < whole.flops
+    config.optim_wrapper.paramwise_cfg.train_only = ["gates"]
+    with pytest.raises(UserError, match="did you mean 'gate'"):
+        estimate(config, Setting(processes=1))
 
 
 KINDS = {"full": dict(residual="full", ep_size=2), "low_rank": dict(residual="low_rank", ep_size=2)}

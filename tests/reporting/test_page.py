@@ -15,10 +15,10 @@ from finished_runs import COST, LAYER, add_analysis, add_predictions, finished_r
 
 from rmoe.cli import main
 from rmoe.errors import UserError
+from rmoe.inference.runs import Run
 from rmoe.reporting import charts
 from rmoe.reporting.comparison import compare
 from rmoe.reporting.page import embedded, png, render
-from rmoe.reporting.runs import Run
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}"
 

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from rmoe.cli import main
 from rmoe.errors import UserError
+from rmoe.inference.runs import Run
 from rmoe.moe.state import global_state_dict
 from rmoe.reporting.comparison import compare
 from rmoe.reporting.page import render
 from rmoe.reporting.report import report
-from rmoe.reporting.runs import Run
 
 COST = {
     "train_seconds": 12.5,

@@ -6,8 +6,8 @@ import pytest
 from finished_runs import finished_run
 from rich.console import Console
 
+from rmoe.inference.runs import Run
 from rmoe.reporting.comparison import compare
-from rmoe.reporting.runs import Run
 from rmoe.reporting.terminal import counted, printable, show, show_inside
 
 

@@ -16,13 +16,21 @@ from torch import Tensor
 
 import rmoe
 from rmoe.backbones.build import timm_model
+from rmoe.backbones.hub import located
 from rmoe.engine.checkpoint.files import PARTIAL
 from rmoe.engine.model_config import mappings
 from rmoe.errors import UserError
 from rmoe.moe.state import save_tensors
 
-MODEL, BACKBONE = "model.safetensors", "backbone.safetensors"
-_JSON = ("model", "classes", "palette", "inputs", "initial")  # the keys of the metadata whose strings are JSON
+MODEL, BACKBONE, ADAPTER = "model.safetensors", "backbone.safetensors", "adapter.safetensors"
+_JSON = (
+    "model",
+    "classes",
+    "palette",
+    "inputs",
+    "initial",
+    "adapter",
+)  # the keys of the metadata whose strings are JSON
 
 
 def write_model(
@@ -52,14 +60,13 @@ def write_model(
         inputs: how images become the model's inputs, see `inputs_of`.
         core_sha256: see `core_sha256`.
     """
-    known = {"stage": stage, "core_sha256": core_sha256}
-    metadata = {"format": "pt", "rmoe": rmoe.__version__, "model": json.dumps(config)}
-    metadata |= {key: text for key, text in known.items() if text is not None}
-    lists = {"classes": classes, "palette": palette, "inputs": inputs}
-    metadata |= {key: json.dumps(value) for key, value in lists.items() if value is not None}
-    _write(folder / MODEL, state, metadata)
+    known: dict[str, Any] = {"stage": stage, "core_sha256": core_sha256}
+    known |= {"classes": classes, "palette": palette, "inputs": inputs}
+    metadata: dict[str, Any] = {"format": "pt", "rmoe": rmoe.__version__, "model": config}
+    metadata |= {key: value for key, value in known.items() if value is not None}
+    write_tensors(folder / MODEL, state, metadata)
     if found := timm_state(config, state):
-        _write(folder / BACKBONE, found[0], {**metadata, "initial": json.dumps(found[1])})
+        write_tensors(folder / BACKBONE, found[0], {**metadata, "initial": found[1]})
     else:
         (folder / BACKBONE).unlink(missing_ok=True)  # of an earlier run
 
@@ -113,7 +120,8 @@ def core_sha256(config: Any) -> str | None:
     core = next((node["core"] for node in mappings(config) if node.get("core")), None)
     if core is None:
         return None
-    path = Path(core) / MODEL if Path(core).is_dir() else Path(core)
+    path = located(Path(core))
+    path = path / MODEL if path.is_dir() else path
     if not path.is_file():
         return None
     with path.open("rb") as file:
@@ -134,7 +142,7 @@ def timm_state(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[
         All weights, and the names of those that the model does not have and that are timm's initial ones; None where
         the model is no timm model, or a mixture of experts.
     """
-    found = [(prefix, node) for prefix, node in _timm_nodes(config) if node.get("moe") is None]
+    found = [(prefix, node) for prefix, node in timm_nodes(config) if node.get("moe") is None]
     if len(found) != 1:
         return None
     prefix, node = found[0]
@@ -145,16 +153,18 @@ def timm_state(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[
     return {**whole, **own}, sorted(whole.keys() - own.keys())
 
 
-def _timm_nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
+def timm_nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yields the prefix of the weights and the config of every timm model in a model's config."""
     if isinstance(config, Mapping):
         if str(config.get("type")).rpartition(".")[2] in ("TimmPyramid", "TimmClassifier"):
             yield f"{prefix}model.", config
         for key, value in config.items():
-            yield from _timm_nodes(value, f"{prefix}{key}.")
+            yield from timm_nodes(value, f"{prefix}{key}.")
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes a safetensors file aside, then renames it; of the metadata, what is no string becomes JSON."""
+    metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     partial = path.with_name(path.name + PARTIAL)
     save_tensors(partial, tensors, metadata)
     partial.replace(path)

@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
 from safetensors.torch import load_file
 from torch import nn
 
 from rmoe.engine.building import user_errors
+from rmoe.engine.changes import parsed
 from rmoe.engine.checkpoint.export import MODEL
 from rmoe.engine.model_config import for_one_process
 from rmoe.errors import UserError
@@ -77,6 +79,10 @@ _TASKS = {  # by the type of the config's val_evaluator
 class Run:
     """A run's work dir.
 
+    Args:
+        folder: the work dir.
+        trusted: whether its dumped config, which is a program, may be run; otherwise it is read as data.
+
     Attributes:
         folder: the work dir.
         config: as the run has dumped it.
@@ -87,9 +93,9 @@ class Run:
         UserError: the folder is no run's, or its metric is unknown.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, trusted: bool = True) -> None:
         self.folder = folder
-        self.config = run_config(folder)
+        self.config = run_config(folder) if trusted else _literal_config(folder)
         with user_errors(f"{folder} is no run's: its dumped config lacks what a report needs"):
             kind, stage = self.config.val_evaluator.type, self.config.stage
         if kind not in _TASKS:
@@ -220,6 +226,14 @@ class Run:
         if not (self.folder / name).is_file():
             raise UserError(f"{self.folder} has no {name}; give the work dir of a finished run")
         return self.folder / name
+
+
+def _literal_config(folder: Path) -> Config:
+    configs = sorted(folder.glob("*.py"))
+    if len(configs) != 1:
+        raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
+    with user_errors(f"{configs[0]} is no dumped config"):
+        return Config(parsed(configs[0].read_text()))
 
 
 def _class_table(text: str) -> dict[str, float]:
