@@ -120,7 +120,7 @@ def own_experts(layer: Any) -> Iterator[nn.Parameter]:
 
 def table(counts: dict[str, Count]) -> str:
     """Returns a table of what trains, a line for each part and one for all."""
-    rows = [("part", "trained", "frozen")]
+    rows: list[tuple[str, ...]] = [("part", "trained", "frozen")]
     rows += [(name, f"{one.trained:,}", f"{one.frozen:,}") for name, one in counts.items()]
     rows.append(("all", *(f"{sum(column):,}" for column in zip(*counts.values(), strict=True))))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

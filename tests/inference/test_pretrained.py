@@ -30,6 +30,18 @@ from rmoe.moe.state import global_state_dict
 from rmoe.tasks.classification import TimmClassifier
 
 INDEX = "model.safetensors.index.json"
+RECORDED = {  # of a finished run's config
+    **{"val_evaluator.type": "rmoe.Accuracy", "train_cfg": {"max_iters": 50}, "default_scope": "mmengine"},
+    "train_dataloader": {
+        "dataset": {"type": "SeededDataset", "dataset": {"type": "rmoe.ImageFolder", "root": "/x/data"}}
+    },
+    "optim_wrapper": {
+        "optimizer": {"type": "AdamW", "lr": 1e-3},
+        "paramwise_cfg": {"train_only": ["norm", "head"]},
+    },
+    "strategy": {"layout": {"processes": 2, "micro_batch": 4, "accumulation": 3}},
+    "param_scheduler": [{"type": "CosineAnnealingLR"}],
+}
 
 
 @pytest.fixture(scope="module")
@@ -143,24 +155,12 @@ def test_transformers_makes_the_same_inputs(dense: Path, tmp_path: Path, transfo
 
 def test_the_model_card(dense: Path, tmp_path: Path) -> None:
     """Of a work dir with records, read by huggingface_hub."""
-    changed = {
-        **{"val_evaluator.type": "rmoe.Accuracy", "train_cfg": {"max_iters": 50}, "default_scope": "mmengine"},
-        "train_dataloader": {
-            "dataset": {"type": "SeededDataset", "dataset": {"type": "rmoe.ImageFolder", "root": "/x/data"}}
-        },
-        "optim_wrapper": {
-            "optimizer": {"type": "AdamW", "lr": 1e-3},
-            "paramwise_cfg": {"train_only": ["norm", "head"]},
-        },
-        "strategy": {"layout": {"processes": 2, "micro_batch": 4, "accumulation": 3}},
-        "param_scheduler": [{"type": "CosineAnnealingLR"}],
-    }
     cost = {
         **{"train_seconds": 12.5, "device_seconds": 25.0, "flops_per_step": 3e9, "params_total": 1, "params_active": 1},
         **{"params_trainable": 1, "devices": 2, "device": "a CPU", "precision": "float32", "zero_stage": 2},
         "params_by_part": {"norm": {"trained": 60, "frozen": 4}, "head": {"trained": 7, "frozen": 0}},
     }
-    folder = finished_run(tmp_path / "work", seed=4, value=None, config=changed, cost=cost)
+    folder = finished_run(tmp_path / "work", seed=4, value=None, config=RECORDED, cost=cost)
     shutil.copy(dense / MODEL, folder / MODEL)
     (log,) = folder.glob("*/vis_data/scalars.json")
     log.write_text(log.read_text() + '{"accuracy/top1": 61.0, "step": 20}\n{"accuracy/top1": 62.345, "step": 50}\n')
@@ -399,7 +399,7 @@ def test_the_command(run: Path, dense: Path, tmp_path: Path, capsys: pytest.Capt
 
 def test_a_card_runs_nothing_that_lies_beside_the_weights(dense: Path, tmp_path: Path) -> None:
     """A folder may come from anybody, with a config that is a program."""
-    folder = finished_run(tmp_path / "work", config={"val_evaluator.type": "rmoe.Accuracy"})
+    folder = finished_run(tmp_path / "work", config=RECORDED)
     shutil.copy(dense / MODEL, folder / MODEL)
     (config,) = folder.glob("*.py")
     config.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{config.read_text()}")
