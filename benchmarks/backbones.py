@@ -68,7 +68,7 @@ _TRIED = 3
 # Models besides, for their forms.
 ALSO = {
     "convnext, V2": "convnextv2_atto",
-    "eva, gated with a norm": "eva02_small_patch14_224",
+    "eva, gated with a norm": "eva02_base_patch16_clip_224",
     "eva, DINOv3": "vit_small_plus_patch16_dinov3",
     "metaformer, PoolFormer": "poolformer_s12",
     "mlp_mixer, Mixer": "mixer_s32_224",
