@@ -6,8 +6,8 @@ Of every module of timm whose models hold a feed-forward network, a small model 
 the dense one did; train for a step, the residuals of every layer with it; be saved and loaded; and go through
 `rmoe.TimmPyramid` at two image sizes that are not its own. What is refused is refused in one line, which is in the
 table. Weights are random, nothing is downloaded; where a model takes arguments that make it narrow and short, it gets
-them (`CUTS`). Stopped, it goes on where it was; --only chooses modules by a regular
-expression, and tries those again. docs/backbones.md has the table.
+them (`CUTS`). Stopped, it goes on where it was; --only chooses modules by a regular expression, and tries those again.
+docs/backbones.md has the table.
 """
 
 from __future__ import annotations
@@ -52,13 +52,23 @@ CUTS: tuple[dict[str, Any], ...] = (
     {"depths": (1, 1, 2, 1)},
 )
 # What the names of small models have, the smallest first, and how many are tried.
-_SMALL = ("test", "zepto", "atto", "femto", "pico", "nano", "xxs|xxtiny", "xtiny|_xs", "tiny|_t[0-9_]|_t$|_ti_|_mini")
+_SMALL: tuple[str, ...] = (
+    "test",
+    "zepto",
+    "atto",
+    "femto",
+    "pico",
+    "nano",
+    "xxs|xxtiny",
+    "xtiny|_xs",
+    "tiny|_t[0-9_]|_t$|_ti_|_mini",
+)
 _SMALL += ("_b0|_m0|_s0|_l0|_0[0-9]|_5m|_128", "small|_s[0-9_]|_s$|_b1|_m1", "_12_|_256|_9[0-9]", "base|_b[0-9_]|_b$")
 _TRIED = 3
 # Models besides, for their forms.
 ALSO = {
     "convnext, V2": "convnextv2_atto",
-    "eva, gated with a norm": "eva02_small_patch14_224",
+    "eva, gated with a norm": "eva02_base_patch16_clip_224",
     "eva, DINOv3": "vit_small_plus_patch16_dinov3",
     "metaformer, PoolFormer": "poolformer_s12",
     "mlp_mixer, Mixer": "mixer_s32_224",
@@ -83,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             found = [rows[name] for name in sorted(rows)]
             common.publish(arguments, {"moe": MOE, "sizes": SIZES}, found, [rows[module]])
     if given.out == common.RESULTS:
-        PAGE.write_text(PAGE.read_text().partition("\n## ")[0] + "\n" + render(json.loads(path.read_text())))
+        PAGE.write_text(PAGE.read_text().partition("\n## Each module")[0] + "\n" + render(json.loads(path.read_text())))
 
 
 def of_module(module: str) -> Row:
@@ -167,6 +177,8 @@ def as_mixture(name: str, kwargs: dict[str, Any], net: nn.Module, size: Sequence
     """
     images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
+        for x in net.parameters():  # weights that start at zero, as a head's, would hide what stands before them
+            x.add_(0.05 * torch.randn_like(x))
         before = net(images)
     upcycle(net, ResidualMoEConfig.from_dict(MOE))
     with torch.no_grad():
@@ -195,11 +207,12 @@ def step(net: nn.Module, images: Tensor) -> None:
         loss = (y.float() * torch.linspace(-1, 1, y.shape[-1])).mean() + records.loss()
     loss.backward()
     for layer, module in moe_layers(net).items():
+        largest = 0.0
         for key, x in module.deepspeed_moe.named_parameters():
             assert x.grad is not None, f"'{layer}.{key}' has no gradient"
             assert x.grad.isfinite().all(), f"'{layer}.{key}' has a gradient that is not finite"
-        gradients = [x.grad.abs().max() for key, x in module.deepspeed_moe.named_parameters() if ".b" in key]
-        assert max(gradients) > 0, f"the residuals of '{layer}' have a gradient of zero"
+            largest = max(largest, float(x.grad.abs().max()))
+        assert largest > 0, f"the residuals of '{layer}' have a gradient of zero"
     nn.utils.clip_grad_norm_(net.parameters(), 1.0)
     optimizer.step()
 
@@ -255,9 +268,11 @@ def table(rows: Sequence[Row]) -> list[Row]:
 def render(found: dict[str, Any]) -> str:
     """Returns Markdown of the table and of the modules without a feed-forward network."""
     none = ", ".join(row["module"] for row in found["rows"] if row["model"] == "none")
+    untried = ", ".join(sorted({*timm.list_modules()} - {row["module"] for row in found["rows"]}))
     return (
         f"## Each module of timm\n\n{common.circumstances(found)}\n\n{common.markdown(table(found['rows']))}\n"
-        f"Modules whose models have no feed-forward network that is known here: {none}.\n"
+        f"Modules whose small models have no feed-forward network that is known here: {none or 'none'}.\n\n"
+        f"Not tried yet: {untried or 'none'}.\n"
     )
 
 
