@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "task": "classification" if arguments.quick else "segmentation",
         "size": QUICK_SIZE if arguments.quick else SIZE,
         "small": arguments.quick,
-        "exported": ["dense", "full"] if arguments.quick else ["dense", *MIXTURES, "merged"],
+        "exported": ["dense"] if arguments.quick else ["dense", *MIXTURES, "merged"],
         "pace": QUICK_PACE if arguments.quick else PACE,
     }
     allocator, threads = SETTINGS[JUDGED]

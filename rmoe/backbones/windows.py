@@ -63,10 +63,12 @@ class _KeepsMasks:
 
 def _mask_in_a_graph(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
     """Returns timm's mask for the map x [B, H, W, C] by a few operations without branches."""
-    of_rows, of_columns = (
-        sum((torch.arange(side, device=x.device) >= side - edge).int() for edge in (window[axis], shift[axis]))
-        for axis, side in enumerate(x.shape[1:3])
-    )
+
+    def region_of(side: int, axis: int) -> Tensor:
+        place = torch.arange(side, device=x.device)
+        return (place >= side - window[axis]).int() + (place >= side - shift[axis]).int()
+
+    of_rows, of_columns = region_of(x.shape[1], 0), region_of(x.shape[2], 1)
     region = (3 * of_rows[:, None] + of_columns).unflatten(0, (-1, window[0])).unflatten(2, (-1, window[1]))
     region = region.transpose(1, 2).reshape(-1, prod(window))
     return (region[:, None] != region[:, :, None]).to(x.dtype) * -100.0

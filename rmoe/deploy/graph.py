@@ -113,6 +113,9 @@ class _Pixels(nn.Module):
         UserError: the run does not say how.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, run: Predictor, model: Any) -> None:
         super().__init__()
         self.reverse = False

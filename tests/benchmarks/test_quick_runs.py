@@ -97,9 +97,7 @@ def test_inference(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "full",
         "merged",
     } | lowered
-    assert {(batch, name) for at, batch, name in found if at == "onnxruntime"} == {
-        (batch, name) for batch in (1, 8) for name in ("dense", "full")
-    }
+    assert {(batch, name) for at, batch, name in found if at == "onnxruntime"} == {(1, "dense"), (8, "dense")}
 
 
 def test_training_cost(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:

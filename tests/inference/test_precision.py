@@ -51,7 +51,7 @@ def test_8_bits_are_near_32(tmp_path: Path, net: str, moe: Any) -> None:
     for name, module in lower.model.named_modules():
         if type(module) is nn.Linear:
             assert ".core." in name
-    assert (0.8 if moe is None and net == "vit" else 0.05) < share_in_int8(lower.model) < 1
+    assert (0.3 if moe is None and net == "vit" else 0.05) < share_in_int8(lower.model) < 1
     assert share_in_int8(whole.model) == 0
 
 
