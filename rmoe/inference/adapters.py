@@ -212,7 +212,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     for key in sorted(state):
         x = state[key]
         digest.update(f"{key}\0{x.dtype}\0{tuple(x.shape)}\0".encode())
-        digest.update(_bytes(x).numpy())
+        digest.update(memoryview(_bytes(x).numpy()))
     return digest.hexdigest()
 
 
@@ -245,8 +245,8 @@ def _pairs(state: Mapping[str, Tensor], core: Mapping[str, Tensor], config: Any)
             prefixes.update(key[: -len(tail)] for tail in tails if tail in names)
         if prefixes:
             its = prefixes.most_common(1)[0][0]
-            tails = {key.removeprefix(its): key for key in core if key.startswith(its)}
-            found |= {names[tail]: key for tail, key in tails.items() if tail in names}
+            bare = {key.removeprefix(its): key for key in core if key.startswith(its)}
+            found |= {names[tail]: key for tail, key in bare.items() if tail in names}
     return found
 
 
