@@ -19,6 +19,7 @@ from rmoe.engine.building import described
 from rmoe.errors import UserError
 
 OPSETS = (18, 23)  # the first that torch writes, and the last
+_BATCH = "batch"  # the name of the dimension
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _BATCHES = (1, 3)  # that the graphs are compared at; the example has two images
 # Of the outputs, relative to the largest: the mean difference. Single tokens at the border of two experts may go to the
@@ -57,7 +58,7 @@ def traced(graph: Graph) -> torch.export.ExportedProgram:
     Raises:
         UserError: torch.export cannot follow the model.
     """
-    batch = torch.export.Dim("batch", min=1)
+    batch = torch.export.Dim(_BATCH, min=1)
     try:
         with torch.no_grad(), _quiet():
             return torch.export.export(graph.module, (graph.example,), dynamic_shapes=({0: batch},))
@@ -111,6 +112,8 @@ def write_onnx(program: torch.export.ExportedProgram, graph: Graph, path: Path, 
     if (found := made.model.opset_imports[""]) != opset:
         raise UserError(f"the model could not be brought from opset {found} to {opset}; give --opset {found}")
     made.model.metadata_props.update(graph.about)
+    for value in (*made.model.graph.inputs, *made.model.graph.outputs):
+        value.shape[0] = _BATCH  # torch.export's own name is a number
 
     def write(partial: Path) -> Run:
         made.save(partial)
