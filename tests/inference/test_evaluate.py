@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rmoe.cli import main
+from rmoe.deploy.merge import MERGED, merge
 from rmoe.errors import UserError
 from rmoe.inference.evaluate import evaluate
 
@@ -35,6 +36,14 @@ def test_best_and_last_weights_have_their_own_figures(runs: Any) -> None:
         assert at_the_end.metrics[name] == pytest.approx(last[name], abs=1e-5)
     known = [values["IoU"] for values in found.classes.values() if values["IoU"] == values["IoU"]]
     assert sum(known) / len(known) == pytest.approx(best["mIoU"], abs=0.01)
+
+
+def test_a_merged_run_has_the_figures_of_both(runs: Any, tmp_path: Path) -> None:
+    found = merge(runs.segmentor, tmp_path / "dense", average=True)
+    assert (found.exact, found.not_measured) == (False, None)
+    assert found.metrics_of_mixture == pytest.approx(evaluate(runs.segmentor).metrics)
+    assert found.metrics == pytest.approx(evaluate(tmp_path / "dense").metrics)
+    assert json.loads((tmp_path / "dense" / MERGED).read_text())["metrics"] == found.metrics
 
 
 def test_another_split_and_another_folder(runs: Any, tmp_path: Path, capsys: Any) -> None:
