@@ -115,10 +115,9 @@ def read_shards(index: Path) -> dict[str, Tensor]:
 def _shards(index: Path) -> dict[str, str]:
     """Returns the file of each tensor, all of them plain names beside the index."""
     try:
-        assert index.stat().st_size <= _LARGEST
-        place = json.loads(index.read_text())["weight_map"]
-        assert place
-        assert all(isinstance(file, str) and _SHARD.fullmatch(file) for file in place.values())
+        place = json.loads(index.read_text())["weight_map"] if index.stat().st_size <= _LARGEST else {}
+        if not place or not all(isinstance(file, str) and _SHARD.fullmatch(file) for file in place.values()):
+            raise ValueError
     except Exception as error:  # damaged in any way
         raise UserError(
             f"{index} is damaged: it has no weight_map from weights to .safetensors files beside it; copy it again"

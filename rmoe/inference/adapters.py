@@ -199,8 +199,8 @@ def _read(adapter: str | Path) -> tuple[Path, dict[str, Any], dict[str, Tensor]]
     try:
         about = metadata["adapter"]
         words = [about["sha256"], *about["taken"].values(), *about.get("cast", {}).values()]
-        assert all(isinstance(word, str) for word in words)
-        assert _SHA256.fullmatch(about["sha256"])
+        if not all(isinstance(word, str) for word in words) or not _SHA256.fullmatch(about["sha256"]):
+            raise ValueError
     except Exception as error:  # damaged in any way
         raise UserError(f"{path} does not say which core it belongs to: it is damaged; copy it again") from error
     return path, metadata, read_weights(path)
@@ -212,7 +212,7 @@ def _digest(state: Mapping[str, Tensor]) -> str:
     for key in sorted(state):
         x = state[key]
         digest.update(f"{key}\0{x.dtype}\0{tuple(x.shape)}\0".encode())
-        digest.update(memoryview(_bytes(x).numpy()))
+        digest.update(_bytes(x).numpy().data)
     return digest.hexdigest()
 
 
