@@ -147,9 +147,9 @@ def read_config_json(path: Path) -> dict[str, Any]:
         UserError: it is damaged, or another program's.
     """
     try:
-        assert path.stat().st_size <= _LARGEST
-        content = json.loads(path.read_text())
-        assert isinstance(content, dict)
+        content = json.loads(path.read_text()) if path.stat().st_size <= _LARGEST else None
+        if not isinstance(content, dict):
+            raise ValueError
     except Exception as error:  # damaged in any way
         raise UserError(f"{path} is no JSON object; copy it again, or save the run anew by rmoe export") from error
     if "architecture" in content:
