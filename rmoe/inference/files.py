@@ -151,7 +151,8 @@ def _make(out: Path) -> None:
     if out.is_dir() and any(out.iterdir()):
         try:
             content = json.loads((out / RESULTS).read_text())
-            assert "rmoe" in content
+            if "rmoe" not in content:
+                raise ValueError
             earlier = [*content["files"]]
         except Exception as error:  # whatever it is, it is not ours
             raise UserError(f"{out} holds files that are no predictions of ours; give another --out") from error
