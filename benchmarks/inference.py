@@ -2,7 +2,7 @@
 
     python -m benchmarks.inference
 
-The model is UPerNet on Swin-T at 512 x 512, with 8 experts in every other block of the last two stages; random weights,
+The model is UPerNet on Swin-T at 224 x 224, with 8 experts in every other block of the last two stages; random weights,
 one image and eight. All contenders take turns; ratios are to the dense model in the same program. `merged` is the
 average of the low-rank experts; a model that is merged exactly is of the same shape. `dense_bfloat16`, `dense_int8` and
 `low_rank_int8` are what `precision` of `rmoe.load` makes of them. In onnxruntime `full` computes every expert for every
@@ -26,7 +26,7 @@ from benchmarks.common import JUDGED, SETTINGS, Row
 from benchmarks.training import ARMS
 from rmoe.inference.predictor import Predictor
 
-SIZE, QUICK_SIZE = 512, 64
+SIZE, QUICK_SIZE = 224, 64
 BATCHES = (1, 8)
 PACE, QUICK_PACE = {"seconds": 600.0, "rounds": (5, 15)}, {"seconds": 0.0, "rounds": (1, 1)}
 MIXTURES = {"low_rank": ARMS["low_rank"], "soft": {"residual": "low_rank", "top_k": "all"}, "full": ARMS["full"]}
