@@ -143,4 +143,6 @@ if [[ $SLURM_PROCID == 0 ]]; then echo "$SLURM_JOB_NAME $SLURM_STEP_NUM_TASKS ${
     assert all(slurm.job(number)["Requeue"] == "1" for number in numbers)
     assert states == [["COMPLETED"] * 3, ["FAILED", "CANCELLED", "CANCELLED"]]
     stages = ["core 2 300", "intermediate 8 model.core=work/core", "downstream 8 model.backbone.core=work/intermediate"]
-    assert (tmp_path / "said").read_text().splitlines() == [*stages, stages[0]]
+    *said, last = (tmp_path / "said").read_text().splitlines()
+    assert said == stages
+    assert last in (stages[0], "core 2 --resume")  # the latter where Slurm could not start it and queued it again

@@ -41,6 +41,7 @@ def test_warnings_wait_for_the_file(
     kept = logging.getLogger("py.warnings")
     monkeypatch.setattr(kept, "handlers", [])
     monkeypatch.setattr(kept, "propagate", True)
+    monkeypatch.setattr(logging, "_warnings_showwarning", None)  # as if no test before had captured any
     with warnings.catch_warnings():
         warnings.simplefilter("always")
         terminal.keep_warnings()
