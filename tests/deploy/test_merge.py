@@ -90,7 +90,7 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ]:
         assert main(["merge", *map(str, arguments)]) == 2
         error = capsys.readouterr().err
-        assert error.count("\n") == 1
+        assert error.count("\n") == 1, error
         assert all(part in error for part in message.split(".*")), error
         assert not out.exists()
     with pytest.raises(UserError, match="give --average as well"):
