@@ -28,7 +28,7 @@ from rmoe.inference.predictor import Predictor
 
 SIZE, QUICK_SIZE = 224, 64
 BATCHES = (1, 8)
-PACE, QUICK_PACE = {"seconds": 600.0, "rounds": (5, 15)}, {"seconds": 0.0, "rounds": (1, 1)}
+PACE, QUICK_PACE = {"seconds": 120.0, "rounds": (5, 15)}, {"seconds": 0.0, "rounds": (1, 1)}
 MIXTURES = {"low_rank": ARMS["low_rank"], "soft": {"residual": "low_rank", "top_k": "all"}, "full": ARMS["full"]}
 LOWERED = {
     "dense_bfloat16": ("dense", "bfloat16"),
