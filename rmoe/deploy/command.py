@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rmoe.engine.terminal import keep_warnings, say
 from rmoe.errors import UserError
-from rmoe.inference.command import add_modules, import_modules
+from rmoe.inference.command import add_run, import_modules
 
 
 def add_deploy(groups: argparse._SubParsersAction) -> None:
@@ -19,7 +19,7 @@ def add_deploy(groups: argparse._SubParsersAction) -> None:
         "logits (classification), or the maps of a backbone or neck. What was written is compared with torch."
     )
     parser = groups.add_parser("deploy", help="write a finished run as ONNX, or by torch.export", description=text)
-    parser.add_argument("folder", metavar="RUN", help="work dir of a finished run, or a file or checkpoint in it")
+    add_run(parser)
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX file to write")
     parser.add_argument("--pt2", type=Path, metavar="FILE", help="archive to write, for torch.export.load")
     parser.add_argument(
@@ -32,7 +32,6 @@ def add_deploy(groups: argparse._SubParsersAction) -> None:
         "--normalised", action="store_true", help="take float32 images that are normalised as in training"
     )
     parser.add_argument("--opset", type=int, default=18, metavar="N", help="of ONNX, 18 to 23 (default: %(default)s)")
-    add_modules(parser)
     parser.set_defaults(run=_deploy)
 
 
@@ -44,13 +43,12 @@ def add_merge(groups: argparse._SubParsersAction) -> None:
         "evaluated where the run's validation set is at hand."
     )
     parser = groups.add_parser("merge", help="make a dense model of a mixture", description=text)
-    parser.add_argument("folder", metavar="RUN", help="work dir of a finished run, or a file or checkpoint in it")
+    add_run(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--average", action="store_true", help="the core plus the mean residual: an approximation")
     parser.add_argument(
         "--images", nargs="+", default=[], metavar="IMAGE", help="weigh experts by what gates give them on these"
     )
-    add_modules(parser)
     parser.set_defaults(run=_merge)
 
 

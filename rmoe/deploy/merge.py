@@ -49,9 +49,7 @@ class Merged:
     not_measured: str | None = None
 
 
-def merge(
-    path: str | Path, out: str | Path, *, average: bool = False, images: Sequence[Picture] = (), batch_size: int = 8
-) -> Merged:
+def merge(path: str | Path, out: str | Path, *, average: bool = False, images: Sequence[Picture] = ()) -> Merged:
     """Writes a dense run into `out`: `model.safetensors`, `backbone.safetensors` for timm, the config, `merged.json`.
 
     Args:
@@ -59,7 +57,6 @@ def merge(
         out: folder to make.
         average: take θ0 + Σ v_e Δ_e, an approximation, where no one network computes the same; v_e = 1/E, or …
         images: … the mean gate values that the run's gates give on these images.
-        batch_size: images of one shape that go through the model together.
 
     Raises:
         UserError: what `rmoe.load` raises; the run is dense, or no one network computes what its layers do and
@@ -73,7 +70,7 @@ def merge(
     if images and not average:
         raise UserError("images measure what an average weighs experts by; give --average as well, or no --images")
     if average:
-        measured = mean_gate_values(run, images, batch_size) if images else {}
+        measured = mean_gate_values(run, images) if images else {}
         networks = {name: _told(name, average_network, layer, measured.get(name)) for name, layer in layers.items()}
     else:
         networks = {name: _told(name, exact_network, layer) for name, layer in layers.items()}
@@ -95,7 +92,7 @@ def merge(
 
 
 @torch.no_grad()
-def mean_gate_values(run: Predictor, images: Sequence[Picture], batch_size: int = 8) -> dict[str, Tensor]:
+def mean_gate_values(run: Predictor, images: Sequence[Picture]) -> dict[str, Tensor]:
     """Returns by layer the mean over the tokens of images of the value with which each expert enters, [E], on the CPU.
 
     Raises:
@@ -106,15 +103,14 @@ def mean_gate_values(run: Predictor, images: Sequence[Picture], batch_size: int 
     layers = moe_layers(run.model)
     sums = {name: torch.zeros(layer.num_experts, dtype=torch.float64) for name, layer in layers.items()}
     tokens = dict.fromkeys(layers, 0)
-    for start in range(0, len(images), batch_size):
-        for image in images[start : start + batch_size]:
-            with collect() as records:
-                run.run(run.inputs.collate([run.item(image)]))
-            for name, layer in layers.items():
-                routing = records.routing[layer]
-                number = routing.expert_TK.shape[0]
-                sums[name] += number * mean_values(routing.expert_TK, routing.gate_TK.double(), layer.num_experts)
-                tokens[name] += number
+    for image in images:
+        with collect() as records:
+            run.run(run.inputs.collate([run.item(image)]))
+        for name, layer in layers.items():
+            routing = records.routing[layer]
+            number = routing.expert_TK.shape[0]
+            sums[name] += number * mean_values(routing.expert_TK, routing.gate_TK.double(), layer.num_experts)
+            tokens[name] += number
     return {name: sums[name] / tokens[name] for name in layers}
 
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from rmoe.backbones.checkpoint_formats import translate
 from rmoe.backbones.hub import SCHEME
 from rmoe.backbones.load_core import checked_path, read_checkpoint
-from rmoe.engine.checkpoint.export import ADAPTER, core_sha256, timm_nodes, write_model, write_tensors
+from rmoe.engine.checkpoint.export import ADAPTER, core_of, core_sha256, timm_nodes, write_model, write_tensors
 from rmoe.engine.checkpoint.weights import read_weights
-from rmoe.engine.model_config import mappings, moe_dicts
+from rmoe.engine.model_config import moe_dicts
 from rmoe.errors import UserError
 from rmoe.inference.card import card
 from rmoe.inference.folders import new_folder
@@ -149,7 +149,7 @@ def export_adapter(
         UserError: the run is not finished; its core is not there, or is another one; or `out` cannot be written.
     """
     where, metadata = find_run(run)
-    core = core or next((node["core"] for node in mappings(metadata["model"]) if node.get("core")), None)
+    core = core or core_of(metadata["model"])
     if core is None:
         raise UserError(f"{where} does not say what core it was made from; give it by --core (core= in Python)")
     state, base = read_weights(where), Core(core, device="cpu")

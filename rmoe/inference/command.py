@@ -22,7 +22,7 @@ def add_predict(groups: argparse._SubParsersAction) -> None:
         "detection its annotations are COCO's results. Images that cannot be read are named, and the exit code is 1."
     )
     parser = groups.add_parser("predict", help="predict on images with a finished run", description=text)
-    _add_run(parser)
+    _add_options(parser)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="file, folder or pattern such as 'photos/*.jpg'")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="default: %(default)s")
@@ -43,7 +43,7 @@ def add_test(groups: argparse._SubParsersAction) -> None:
         "test-time augmentation. Prints the metrics and a table of the classes."
     )
     parser = groups.add_parser("test", help="evaluate a finished run again", description=text)
-    _add_run(parser)
+    _add_options(parser)
     parser.add_argument(
         "--split", choices=("val", "test", "train"), default="val", help="whose data set (default: %(default)s)"
     )
@@ -56,16 +56,16 @@ def add_test(groups: argparse._SubParsersAction) -> None:
     parser.set_defaults(run=_test)
 
 
-def _add_run(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", metavar="RUN", help="work dir of a finished run, or a file or checkpoint in it")
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    add_run(parser)
     parser.add_argument("--precision", help="of the weights: bfloat16, or on a CPU int8 (default: float32)")
     parser.add_argument("--device", help="such as cpu or cuda:1 (default: a GPU if there is one)")
     parser.add_argument("--dtype", help="float32, bfloat16 or float16, by autocast (default: float32)")
-    add_modules(parser)
 
 
-def add_modules(parser: argparse.ArgumentParser) -> None:
-    """Adds `--import`, whose modules `import_modules` imports."""
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Adds the finished run that a command takes, and `--import`, whose modules `import_modules` imports."""
+    parser.add_argument("folder", metavar="RUN", help="work dir of a finished run, or a file or checkpoint in it")
     parser.add_argument(
         "--import", dest="modules", action="append", default=[], metavar="MODULE", help="code of yours that it needs"
     )

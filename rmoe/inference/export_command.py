@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rmoe.engine.terminal import keep_warnings, say
 from rmoe.errors import UserError
-from rmoe.inference.command import add_modules, import_modules
+from rmoe.inference.command import add_run, import_modules
 
 
 def add_export(groups: argparse._SubParsersAction) -> None:
@@ -17,7 +17,7 @@ def add_export(groups: argparse._SubParsersAction) -> None:
         "or only what its training changed, as an adapter of its core; or a dense backbone as timm reads it."
     )
     parser = groups.add_parser("export", help="write a finished run to be shared", description=text)
-    parser.add_argument("folder", metavar="RUN", help="work dir of a finished run, or a file or checkpoint in it")
+    add_run(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to make")
     kinds = parser.add_mutually_exclusive_group()
     kinds.add_argument(
@@ -29,7 +29,6 @@ def add_export(groups: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--license", metavar="ID", help="for the model card, such as apache-2.0 (default: unknown)")
     parser.add_argument("--shard-size", metavar="SIZE", help="of the largest file, such as 500MB (default: 5GB)")
-    add_modules(parser)
     parser.set_defaults(run=_export)
 
 

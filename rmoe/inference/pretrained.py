@@ -17,10 +17,9 @@ import timm.models
 import torch
 
 import rmoe
-from rmoe.backbones.build import timm_model
 from rmoe.backbones.hub import CONFIG, INDEX, SCHEME, WEIGHTS, fetch, is_repo
 from rmoe.engine.building import described
-from rmoe.engine.checkpoint.export import timm_nodes, timm_state
+from rmoe.engine.checkpoint.export import timm_nodes, timm_state, untrained
 from rmoe.engine.checkpoint.files import write_json
 from rmoe.engine.model_config import mappings
 from rmoe.errors import UserError
@@ -122,9 +121,7 @@ def save_timm(run: Predictor, out: str | Path) -> None:
             "dense run that it was made from"
         )
     node = next(node for _, node in timm_nodes(config))
-    kwargs = {k: x for k, x in (node.get("kwargs") or {}).items() if k not in ("pretrained", "checkpoint_path")}
-    with torch.random.fork_rng([]):
-        net = timm_model(node["model"], {**kwargs, "num_classes": node.get("num_classes", 0)})
+    net = untrained(node)
     net.load_state_dict(found[0])
     names = list(run.classes) if run.task == "classification" else []
     with new_folder(out) as folder:

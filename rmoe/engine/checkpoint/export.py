@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 import rmoe
 from rmoe.backbones.build import timm_model
@@ -113,11 +113,16 @@ def inputs_of(config: Mapping[str, Any]) -> dict[str, Any] | None:
     return {"scope": config.get("default_scope") or "mmengine", "imports": named, **found}
 
 
+def core_of(config: Any) -> str | None:
+    """Returns the core that a model's config names, if it names one."""
+    return next((node["core"] for node in mappings(config) if node.get("core")), None)
+
+
 def core_sha256(config: Any) -> str | None:
     """Returns the SHA-256 of the file of the core that a model's config names, as `sha256sum` prints it; None where
     there is none. Of a finished run's folder that is its `model.safetensors`.
     """
-    core = next((node["core"] for node in mappings(config) if node.get("core")), None)
+    core = core_of(config)
     if core is None:
         return None
     path = located(Path(core))
@@ -147,10 +152,15 @@ def timm_state(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> tuple[
         return None
     prefix, node = found[0]
     own = {key.removeprefix(prefix): x for key, x in state.items() if key.startswith(prefix)}
+    whole = untrained(node).state_dict()
+    return {**whole, **own}, sorted(whole.keys() - own.keys())
+
+
+def untrained(node: Mapping[str, Any]) -> nn.Module:
+    """Returns the timm model that a part of a model's config names, with timm's initial weights; random states stay."""
     kwargs = {k: x for k, x in (node.get("kwargs") or {}).items() if k not in ("pretrained", "checkpoint_path")}
     with torch.random.fork_rng([]):
-        whole = timm_model(node["model"], {**kwargs, "num_classes": node.get("num_classes", 0)}).state_dict()
-    return {**whole, **own}, sorted(whole.keys() - own.keys())
+        return timm_model(node["model"], {**kwargs, "num_classes": node.get("num_classes", 0)})
 
 
 def timm_nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str, Any]]]:
