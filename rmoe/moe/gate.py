@@ -339,21 +339,28 @@ def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
 
 
 class _SquaredVariation(Function):
-    """Computes variance / mean² over the last dimension, and its gradient, in as few operations as there are."""
+    """Computes variance / mean² over the last dimension, and its gradient with it."""
 
     @staticmethod
     def forward(ctx: Any, x_E: Tensor) -> Tensor:
-        mean = x_E.mean(-1, keepdim=True)
-        off_E = x_E / mean - 1
-        found = off_E.square().mean(-1)
-        ctx.save_for_backward(mean, off_E, found)
+        if has_triton(x_E) and x_E.dtype == torch.float32:
+            from rmoe.moe.gate_kernel import squared_variation
+
+            found_L, slope_LE = squared_variation(x_E.reshape(-1, x_E.shape[-1]))
+            found, slope_E = found_L.view(x_E.shape[:-1]), slope_LE.view(x_E.shape)
+        else:
+            mean = x_E.mean(-1, keepdim=True)
+            off_E = x_E / mean - 1
+            found = off_E.square().mean(-1)
+            slope_E = (off_E - found[..., None]) * ((2 / off_E.shape[-1]) / mean)
+        ctx.save_for_backward(slope_E)
         return found
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        mean, off_E, found = ctx.saved_tensors
-        return (off_E - found[..., None]) * ((2 / off_E.shape[-1]) * grad[..., None] / mean)
+        (slope_E,) = ctx.saved_tensors
+        return grad[..., None] * slope_E
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """The gate of a GPU in one kernel each way, where a token uses its best expert or all of them.
 
 It computes what `rmoe.moe.gate.Gate` does: logits in float32, softmax with and without noise, the choice, the gate
-values, and over each block of tokens what the losses sum. Backward it computes the gradient of the logits; two matrix
-products bring that to the weight and the tokens.
+values, and over each block of tokens what the losses sum. Backward it computes the gradient of the logits and brings
+that to the tokens; another kernel brings it to the weight and the bias.
 
 Shape suffixes: T tokens, C model width, E experts, K experts per token: 1, or E.
 """
@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 _TOKENS, _COLUMNS = 64, 64  # of a block
 _LEAST = 16  # experts of a block's product
+_PROGRAMS = 512  # among which the weight's gradient is shared out, where there are so many blocks
 
 
 class Found(NamedTuple):
@@ -112,15 +113,39 @@ class _Route(Function):
         x_TC, weight_EC, probability_TE, score_TE, lse_T, expert_TK = ctx.saved_tensors
         (tokens, experts), wants = probability_TE.shape, ctx.needs_input_grad
         grad_TE = torch.empty_like(probability_TE)
+        grad_x = torch.empty(x_TC.shape, dtype=x_TC.dtype, device=x_TC.device) if wants[0] else None
         _backward[(triton.cdiv(tokens, _TOKENS),)](
             *(probability_TE, score_TE, lse_T, expert_TK),
             *(None if g is None else g.contiguous() for g in (grad_TK, grad_E, grad_z)),
-            *(grad_TE, tokens, experts, ctx.factor),
-            **{"CHOOSES": ctx.chooses, "NORMALISES": ctx.normalises, "BLOCK_E": ctx.block_e, "BLOCK_T": _TOKENS},
+            *(grad_TE, weight_EC.contiguous(), grad_x, tokens, x_TC.shape[1], experts, ctx.factor),
+            **{"CHOOSES": ctx.chooses, "NORMALISES": ctx.normalises},
+            **{"BLOCK_E": ctx.block_e, "BLOCK_T": _TOKENS, "BLOCK_C": _COLUMNS},
         )
-        grad_x = (grad_TE @ weight_EC).to(x_TC.dtype) if wants[0] else None
-        grad_weight = grad_TE.T @ x_TC.float() if wants[1] else None
-        return grad_x, grad_weight, grad_TE.sum(0) if wants[2] else None, *(None,) * 5
+        of_linear = _of_linear(grad_TE, x_TC, ctx.block_e) if wants[1] or wants[2] else (None, None)
+        return grad_x, *(x if want else None for x, want in zip(of_linear, wants[1:3], strict=True)), *(None,) * 5
+
+
+def _of_linear(grad_TE: Tensor, x_TC: Tensor, block_e: int) -> tuple[Tensor, Tensor]:
+    """Returns the gradients of the router's weight, [E, C], and bias, [E], float32."""
+    (tokens, experts), width = grad_TE.shape, x_TC.shape[1]
+    wide, blocks = triton.cdiv(width, _COLUMNS), triton.cdiv(tokens, _TOKENS)
+    each = triton.cdiv(blocks, max(1, _PROGRAMS // wide))  # blocks of a program
+    parts = torch.empty(triton.cdiv(blocks, each), experts * (width + 1), device=x_TC.device)
+    sizes = (tokens, width, experts, x_TC.stride(0), each)
+    _weight_gradient[(len(parts), wide)](
+        *(grad_TE, x_TC, parts, *sizes), **{"BLOCK_E": block_e, "BLOCK_T": _TOKENS, "BLOCK_C": _COLUMNS}
+    )
+    total = parts.sum(0)
+    return total[: experts * width].view(experts, width), total[experts * width :]
+
+
+def squared_variation(x_LE: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns variance / mean² of each row, [L], and its gradient, [L, E]; float32."""
+    rows, experts = x_LE.shape
+    found_L, slope_LE = x_LE.new_empty(rows), torch.empty_like(x_LE, memory_format=torch.contiguous_format)
+    block_e = triton.next_power_of_2(experts)
+    _squared_variation[(rows,)](x_LE.contiguous(), found_L, slope_LE, experts, BLOCK_E=block_e)
+    return found_L, slope_LE
 
 
 @triton.jit
@@ -227,13 +252,17 @@ def _backward(  # type: ignore[no-untyped-def]
     grad_sum_ptr,
     grad_z_ptr,
     grad_ptr,
+    weight_ptr,
+    grad_x_ptr,
     tokens,
+    width,
     experts,
     factor,
     CHOOSES: tl.constexpr,
     NORMALISES: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
     t, e = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T), tl.arange(0, BLOCK_E)
     in_t, in_e = t < tokens, e < experts
@@ -259,4 +288,60 @@ def _backward(  # type: ignore[no-untyped-def]
         else:
             of_gate = tl.load(grad_gate_ptr + at, mask=inside, other=0.0)
             grad += score * (of_gate - tl.sum(score * of_gate, 1)[:, None])
-    tl.store(grad_ptr + at, grad * factor, mask=inside)
+    grad *= factor
+    tl.store(grad_ptr + at, grad, mask=inside)
+    if grad_x_ptr is not None:
+        grad = tl.where(inside, grad, 0.0)
+        for start in range(0, width, BLOCK_C):
+            c = start + tl.arange(0, BLOCK_C)
+            of_weight = in_e[:, None] & (c < width)[None, :]
+            weight = tl.load(weight_ptr + e[:, None] * width + c[None, :], mask=of_weight, other=0.0)
+            grad_x = tl.dot(grad, weight, input_precision="ieee")
+            x_at = t.to(tl.int64)[:, None] * width + c[None, :]
+            mask = in_t[:, None] & (c < width)[None, :]
+            tl.store(grad_x_ptr + x_at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient(  # type: ignore[no-untyped-def]
+    grad_ptr,
+    x_ptr,
+    parts_ptr,
+    tokens,
+    width,
+    experts,
+    stride,
+    each,
+    BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    part, e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_e, in_c = e < experts, c < width
+    weight = tl.zeros((BLOCK_E, BLOCK_C), tl.float32)
+    bias = tl.zeros((BLOCK_E,), tl.float32)
+    for block in range(part * each, (part + 1) * each):
+        t = (block * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+        in_t = t < tokens
+        grad_at = grad_ptr + t[None, :] * experts + e[:, None]
+        grad = tl.load(grad_at, mask=in_e[:, None] & in_t[None, :], other=0.0)
+        x_at = x_ptr + t[:, None] * stride + c[None, :]
+        x = tl.load(x_at, mask=in_t[:, None] & in_c[None, :], other=0.0).to(tl.float32)
+        weight = tl.dot(grad, x, weight, input_precision="ieee")
+        bias += tl.sum(grad, 1)
+    own = parts_ptr + part * experts * (width + 1)
+    tl.store(own + e[:, None] * width + c[None, :], weight, mask=in_e[:, None] & in_c[None, :])
+    tl.store(own + experts * width + e, bias, mask=in_e & (tl.program_id(1) == 0))
+
+
+@triton.jit
+def _squared_variation(x_ptr, found_ptr, slope_ptr, experts, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+    row, e = tl.program_id(0), tl.arange(0, BLOCK_E)
+    in_e = e < experts
+    x = tl.load(x_ptr + row * experts + e, mask=in_e, other=0.0)
+    mean = tl.sum(x, 0) / experts
+    off = tl.where(in_e, x / mean - 1.0, 0.0)
+    found = tl.sum(off * off, 0) / experts
+    tl.store(found_ptr + row, found)
+    tl.store(slope_ptr + row * experts + e, (off - found) * (2.0 / (experts * mean)), mask=in_e)

@@ -145,10 +145,10 @@ class _Sum:
             self.total = x.sum(0) if self.total is None else self.total.add_(x.sum(0))
 
 
-def by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int) -> Tensor:
-    """Returns gate values as gate_ET, 0 where an expert is not chosen."""
-    zeros = gate_TK.new_zeros(num_experts + 1, gate_TK.shape[0])
-    return zeros.scatter_add(0, expert_TK.T, gate_TK.T)[:-1]
+def by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, drops: bool = True) -> Tensor:
+    """Returns gate values as gate_ET, 0 where an expert is not chosen; `drops` says whether one may be E."""
+    zeros = gate_TK.new_zeros(num_experts + drops, gate_TK.shape[0])
+    return zeros.scatter_add_(0, expert_TK.T, gate_TK.T)[:num_experts]
 
 
 def _in_tiles(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:

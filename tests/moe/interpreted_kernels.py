@@ -1,10 +1,6 @@
-"""Compares the kernels, run by Triton's interpreter, with plain operations."""
+"""Compares the kernels, run by Triton's interpreter (TRITON_INTERPRET=1), with plain operations."""
 
 from __future__ import annotations
-
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 from typing import Any
 from unittest import mock
@@ -15,8 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rmoe.config import GateLosses, ResidualMoEConfig
-from rmoe.moe import folded
+from rmoe.moe import folded_passes as plain
+from rmoe.moe import folded_triton as fast
 from rmoe.moe import gate as gates
+from rmoe.moe.experts import LowRank, Network
+from rmoe.moe.folded import folded_low_rank
+from rmoe.moe.folded_passes import Linear
 from rmoe.moe.gate import Gate, gate_loss
 
 LOSSES = GateLosses(importance=0.5, balance=0.3, z=0.1)
@@ -89,18 +89,116 @@ def check(
 def check_joined(
     outputs: int, inputs: int, experts: int, rank: int, shared: bool, biased: bool, dtype: torch.dtype
 ) -> None:
-    """Compares one joint matrix."""
-    w_OI, bias_O = torch.randn(outputs, inputs), torch.randn(outputs) if biased else None
-    a_ERI, b_ERO = torch.randn(1 if shared else experts, rank, inputs), torch.randn(experts, rank, outputs)
-    arguments = (w_OI, bias_O, a_ERI, b_ERO, dtype, None)
-    with mock.patch.object(folded, "has_triton", return_value=True):
-        found = folded._joined(*arguments)
-    expected = folded._joined(*arguments)
-    assert torch.equal(found[:outputs], expected[:outputs])
-    assert torch.equal(found[:, :inputs], expected[:, :inputs])
+    """Compares the joint matrices of two layers, the second of which leads back."""
+    of_a = 1 if shared else experts
+    layers = [
+        Linear(
+            torch.randn(o, i),
+            torch.randn(o) if biased else None,
+            torch.randn(of_a, rank, i),
+            torch.randn(experts, rank, o),
+        )
+        for o, i in ((outputs, inputs), (inputs, outputs))
+    ]
+    for layer, found, expected in zip(
+        layers, fast.join(layers, dtype, None), plain.join(layers, dtype, None), strict=True
+    ):
+        assert torch.equal(found[: layer.outputs], expected[: layer.outputs])
+        assert torch.equal(found[:, : layer.inputs], expected[:, : layer.inputs])
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    tokens=st.integers(1, 150),
+    experts=st.integers(1, 6),
+    choices=st.integers(1, 6),
+    rank=st.integers(1, 20),
+    shared=st.booleans(),
+    ones=st.booleans(),
+    turned=st.tuples(*[st.booleans()] * 6),
+    dtype=st.sampled_from([torch.float32, torch.float16]),
+)
+def check_weighed(
+    tokens: int,
+    experts: int,
+    choices: int,
+    rank: int,
+    shared: bool,
+    ones: bool,
+    turned: tuple[bool, ...],
+    dtype: torch.dtype,
+) -> None:
+    """Compares what gate values multiply, and their gradients, in any order of memory."""
+
+    def matrix(rows: int, turn: bool) -> Tensor:
+        return torch.randn(tokens, rows).to(dtype).T if turn else torch.randn(rows, tokens).to(dtype)
+
+    choices = min(choices, experts)
+    expert_TK = torch.stack([torch.randperm(experts + 1)[:choices] for _ in range(tokens)])  # E: dropped
+    expert_TK = expert_TK.T.contiguous().T if turned[0] else expert_TK
+    gate_TK = torch.rand(choices, tokens).T if turned[1] else torch.rand(tokens, choices)
+    both = [passes.gates_of(expert_TK, gate_TK, experts, rank, True) for passes in (fast, plain)]
+    rows, rows_u = experts * rank, rank if shared else experts * rank
+    u_PTs = [matrix(rows_u, turn) for turn in turned[2:4]]
+    v_QTs = [matrix(rows, turn) for turn in turned[4:6]]
+    outs = [matrix(rows + 16 * ones, turned[5]) for _ in both]
+    for passes, of, out in zip((fast, plain), both, outs, strict=True):
+        passes.weigh(u_PTs[0], of, out)
+    close = {"rtol": 2e-3, "atol": 2e-3} if dtype == torch.float16 else {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(*outs, **close)
+    found, expected = (passes.gate_gradient(v_QTs, u_PTs, of) for passes, of in zip((fast, plain), both, strict=True))
+    # In half precision plain operations round each product.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0.1 if dtype == torch.float16 else 1e-4)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(layers=st.integers(1, 3), experts=st.integers(1, 20), stacked=st.booleans())
+def check_squared_variation(layers: int, experts: int, stacked: bool) -> None:
+    """Compares the loss of gates whose sums are stacked, or of one."""
+    x = 5 * torch.rand(layers, experts) + 0.1 if stacked else torch.rand(experts) + 0.1
+    upstream = torch.randn(layers) if stacked else torch.randn(())
+
+    def value_and_gradient(kernel: bool) -> list[Tensor]:
+        leaf = x.clone().requires_grad_()
+        with mock.patch.object(gates, "has_triton", return_value=kernel):
+            found = gates._SquaredVariation.apply(leaf)
+        return [found, *torch.autograd.grad((found * upstream).sum(), leaf)]
+
+    for found, expected in zip(value_and_gradient(True), value_and_gradient(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(soft=st.booleans(), shared=st.booleans(), biased=st.booleans())
+def check_whole(soft: bool, shared: bool, biased: bool) -> None:
+    """Compares the whole of a mixture, in value and gradients."""
+    tokens, width, hidden, experts, rank = 70, 20, 36, 3, 4
+    sizes = ((width, hidden), (hidden, width))
+    core = [part for i, o in sizes for part in (torch.randn(o, i) / 4, torch.randn(o) if biased else None)]
+    low = [
+        torch.randn(1 if shared and half == 0 else experts, rank, (i, o)[half]) / 4 for i, o in sizes for half in (0, 1)
+    ]
+    k = experts if soft else 1
+    expert_TK = torch.arange(experts).expand(tokens, k) if soft else torch.randint(experts + 1, (tokens, 1))
+    inputs = [torch.randn(tokens, width), torch.rand(tokens, k), *core, *low]
+    upstream = torch.randn(tokens, width)
+
+    def value_and_gradients(kernel: bool) -> list[Tensor]:
+        leaves = [None if x is None else x.clone().requires_grad_() for x in inputs]
+        x, gate, *weights = leaves
+        theta, residuals = Network(*weights[:4]), LowRank(*weights[4:])
+        with mock.patch.object(plain, "has_triton", return_value=kernel):
+            y = folded_low_rank(x, expert_TK, gate, theta, residuals, torch.nn.GELU(), dtype=torch.float32)
+        return [y, *torch.autograd.grad((y * upstream).sum(), [x for x in leaves if x is not None])]
+
+    for found, expected in zip(value_and_gradients(True), value_and_gradients(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 if __name__ == "__main__":
     check()
     check_joined()
+    check_weighed()
+    check_squared_variation()
+    check_whole()
     print("equal")

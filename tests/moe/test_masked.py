@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.cost import counted_flops
-from rmoe.moe import cpu_kernels, folded, gate, masked
+from rmoe.moe import cpu_kernels, folded_passes, gate, masked
 from rmoe.moe import mix as mixing
 from rmoe.moe.experts import Activation, LowRank, Network, Residuals, reference
 from rmoe.moe.folded import folded_low_rank
@@ -285,19 +285,26 @@ class Kernel:
                 x.numpy().fill(0)  # experts
 
 
-@pytest.mark.parametrize(("kernel", "most"), [(True, 52), (False, 74)])
+@pytest.mark.parametrize(("kernel", "most"), [(True, 36), (False, 76)])
 @pytest.mark.parametrize("form", [{}, {"top_k": "all"}], ids=str)
 def test_launches_of_a_whole_layer_with_its_gate_and_losses(kernel: bool, most: int, form: dict[str, Any]) -> None:
     moe = layer(**form).train()
     x = torch.randn(24, WIDTH, requires_grad=True)
     launches = Launches()
-    stand_ins = {name: Kernel(launches) for name in ("_forward", "_backward")}
+    of_gate, of_folded = (
+        {name: Kernel(launches) for name in names}
+        for names in (
+            ("_forward", "_backward", "_weight_gradient", "_squared_variation"),
+            ("_join", "_weigh", "_gate_gradient"),
+        )
+    )
     with (
         as_on_a_gpu(),
         mock.patch.object(gate, "_has_kernel", return_value=kernel),
-        mock.patch.object(folded, "has_triton", return_value=kernel),
-        mock.patch.multiple("rmoe.moe.gate_kernel", **stand_ins),
-        mock.patch("rmoe.moe.join_kernel._join", Kernel(launches)),
+        mock.patch.object(gate, "has_triton", return_value=kernel),
+        mock.patch.object(folded_passes, "has_triton", return_value=kernel),
+        mock.patch.multiple("rmoe.moe.gate_kernel", **of_gate),
+        mock.patch.multiple("rmoe.moe.folded_triton", **of_folded),
         launches,
     ):
         with collect() as records:
