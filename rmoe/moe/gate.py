@@ -327,9 +327,9 @@ def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
     """
     num_experts, terms = sums.probability_E.shape[-1], list[Tensor]()
     if weights.importance:
-        terms.append(weights.importance * _SquaredVariation.apply(sums.probability_E))
+        terms.append(_SquaredVariation.apply(sums.probability_E, weights.importance))
     if weights.load:
-        terms.append(weights.load * _SquaredVariation.apply(sums.load_E))
+        terms.append(_SquaredVariation.apply(sums.load_E, weights.load))
     if weights.balance:
         mean_E, share_E = (part_E / sums.tokens[..., None] for part_E in (sums.probability_E, sums.first_E))
         terms.append(weights.balance * num_experts * (mean_E * share_E).sum(-1))
@@ -339,28 +339,29 @@ def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
 
 
 class _SquaredVariation(Function):
-    """Computes variance / mean² over the last dimension, and its gradient with it."""
+    """Computes weight · variance / mean² over the last dimension, and its gradient with it."""
 
     @staticmethod
-    def forward(ctx: Any, x_E: Tensor) -> Tensor:
+    def forward(ctx: Any, x_E: Tensor, weight: float) -> Tensor:
         if has_triton(x_E) and x_E.dtype == torch.float32:
             from rmoe.moe.gate_kernel import squared_variation
 
-            found_L, slope_LE = squared_variation(x_E.reshape(-1, x_E.shape[-1]))
+            found_L, slope_LE = squared_variation(x_E.reshape(-1, x_E.shape[-1]), weight)
             found, slope_E = found_L.view(x_E.shape[:-1]), slope_LE.view(x_E.shape)
         else:
             mean = x_E.mean(-1, keepdim=True)
             off_E = x_E / mean - 1
             found = off_E.square().mean(-1)
-            slope_E = (off_E - found[..., None]) * ((2 / off_E.shape[-1]) / mean)
+            slope_E = (off_E - found[..., None]) * ((2 * weight / off_E.shape[-1]) / mean)
+            found = weight * found
         ctx.save_for_backward(slope_E)
         return found
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (slope_E,) = ctx.saved_tensors
-        return grad[..., None] * slope_E
+        return grad[..., None] * slope_E, None
 
 
 @torch.no_grad()

@@ -139,12 +139,12 @@ def _of_linear(grad_TE: Tensor, x_TC: Tensor, block_e: int) -> tuple[Tensor, Ten
     return total[: experts * width].view(experts, width), total[experts * width :]
 
 
-def squared_variation(x_LE: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns variance / mean² of each row, [L], and its gradient, [L, E]; float32."""
+def squared_variation(x_LE: Tensor, weight: float) -> tuple[Tensor, Tensor]:
+    """Returns weight · variance / mean² of each row, [L], and its gradient, [L, E]; float32."""
     rows, experts = x_LE.shape
     found_L, slope_LE = x_LE.new_empty(rows), torch.empty_like(x_LE, memory_format=torch.contiguous_format)
     block_e = triton.next_power_of_2(experts)
-    _squared_variation[(rows,)](x_LE.contiguous(), found_L, slope_LE, experts, BLOCK_E=block_e)
+    _squared_variation[(rows,)](x_LE.contiguous(), found_L, slope_LE, experts, weight, BLOCK_E=block_e)
     return found_L, slope_LE
 
 
@@ -336,12 +336,12 @@ def _weight_gradient(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _squared_variation(x_ptr, found_ptr, slope_ptr, experts, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
+def _squared_variation(x_ptr, found_ptr, slope_ptr, experts, weight, BLOCK_E: tl.constexpr):  # type: ignore[no-untyped-def]
     row, e = tl.program_id(0), tl.arange(0, BLOCK_E)
     in_e = e < experts
     x = tl.load(x_ptr + row * experts + e, mask=in_e, other=0.0)
     mean = tl.sum(x, 0) / experts
     off = tl.where(in_e, x / mean - 1.0, 0.0)
     found = tl.sum(off * off, 0) / experts
-    tl.store(found_ptr + row, found)
-    tl.store(slope_ptr + row * experts + e, (off - found) * (2.0 / (experts * mean)), mask=in_e)
+    tl.store(found_ptr + row, weight * found)
+    tl.store(slope_ptr + row * experts + e, (off - found) * (2.0 * weight / (experts * mean)), mask=in_e)

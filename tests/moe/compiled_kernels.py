@@ -69,7 +69,7 @@ def compiled(case: Case, card: int) -> int:
             return "constexpr"
         if name.endswith(_POINTERS) and not name.startswith("bias_stride"):
             return types.get(name, "*fp32")
-        return "fp32" if name == "factor" else "i32"
+        return "fp32" if name in ("factor", "weight") else "i32"
 
     signature = {name: kind(name) for name in kernel.arg_names}
     by_place = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

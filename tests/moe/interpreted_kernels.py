@@ -161,7 +161,7 @@ def check_squared_variation(layers: int, experts: int, stacked: bool) -> None:
     def value_and_gradient(kernel: bool) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
         with mock.patch.object(gates, "has_triton", return_value=kernel):
-            found = gates._SquaredVariation.apply(leaf)
+            found = gates._SquaredVariation.apply(leaf, 0.3)
         return [found, *torch.autograd.grad((found * upstream).sum(), leaf)]
 
     for found, expected in zip(value_and_gradient(True), value_and_gradient(False), strict=True):
