@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -18,9 +19,17 @@ Precision = Literal["bfloat16", "int8"]
 def check_precision(precision: Any, device: torch.device, dtype: torch.dtype) -> Precision | None:
     """Returns a precision that a model can be brought to on that device; None leaves it in float32.
 
+    Where bfloat16 is asked for, by either name, and the CPU has no instructions for it, a warning says so.
+
     Raises:
         UserError: it is none, autocast is asked for as well, or 8-bit integers are and the device is no CPU.
     """
+    if "bfloat16" in (precision, str(dtype).removeprefix("torch.")) and lacks_bfloat16(device):
+        warnings.warn(
+            "this CPU has no instructions for bfloat16, so an image may take minutes: leave it out (float32), or give "
+            "precision='int8'",
+            stacklevel=3,
+        )
     if precision is None:
         return None
     if precision not in get_args(Precision):
@@ -30,6 +39,11 @@ def check_precision(precision: Any, device: torch.device, dtype: torch.dtype) ->
     if precision == "int8" and device.type != "cpu":
         raise UserError(f"precision 'int8' is for CPUs, and the device is {device}; give device='cpu' (--device cpu)")
     return precision
+
+
+def lacks_bfloat16(device: torch.device) -> bool:
+    """Says whether a device is a CPU whose convolutions in bfloat16 are computed number by number."""
+    return device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def lowered(model: nn.Module, precision: Precision) -> nn.Module:

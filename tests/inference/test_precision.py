@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from torch import nn
 
 import rmoe
 from rmoe.errors import UserError
-from rmoe.inference.precision import Int8Linear, lowered, share_in_int8
+from rmoe.inference.precision import Int8Linear, check_precision, lowered, share_in_int8
 
 
 def test_one_product_by_hand() -> None:
@@ -37,6 +39,23 @@ def test_a_linear_layer_of_any_size(bias: bool) -> None:
     with torch.no_grad():
         linear.weight[3] = 0  # a row that has no scale
     assert Int8Linear(linear)(x).isfinite().all()
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+@pytest.mark.parametrize(
+    ("asked", "slow"),
+    [((None, torch.bfloat16), True), (("bfloat16", torch.float32), True), (("int8", torch.float32), False)],
+    ids=str,
+)
+def test_a_cpu_without_bfloat16_is_named(asked: tuple[Any, torch.dtype], slow: bool, lacks: bool) -> None:
+    precision, dtype = asked
+    with (
+        mock.patch.object(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", return_value=not lacks),
+        warnings.catch_warnings(record=True) as told,
+    ):
+        warnings.simplefilter("always")
+        assert check_precision(precision, torch.device("cpu"), dtype) == precision
+    assert ["no instructions for bfloat16" in str(one.message) for one in told] == [True] * (slow and lacks)
 
 
 @pytest.mark.parametrize("net", NETS)
