@@ -3,9 +3,9 @@
     python -m benchmarks.inference
 
 The model is Swin-T as a classifier at 224 x 224, where all but the mixtures is as little as can be: with a head for
-segmentation or detection behind it, ratios are nearer to 1. It has 8 experts in every other block of the last two stages
-and random weights, and gets one image and eight. All contenders take turns; ratios are to the dense model in the same
-program. `merged` is the average of the low-rank experts; a model that is merged exactly is of the same shape.
+segmentation or detection behind it, ratios are nearer to 1. It has 8 experts in every other block of the last two
+stages and random weights, and gets one image and eight. All contenders take turns; ratios are to the dense model in the
+same program. `merged` is the average of the low-rank experts; a model that is merged exactly is of the same shape.
 `dense_bfloat16`, `dense_int8` and `low_rank_int8` are what `precision` of `rmoe.load` makes of them; a CPU without
 instructions for bfloat16, which takes minutes for an image in it, leaves it out. In onnxruntime `full` computes every
 expert for every token (rmoe/moe/unsorted.py).
