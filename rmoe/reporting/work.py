@@ -124,7 +124,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         experts_trained=_bytes(x for x in experts if x.requires_grad),
         layers=len(layers),
         sent_tokens=sum(_rows(layer, tokens[layer], setting) for layer in layers if layer.config.sends_tokens),
-        sent_experts=sum(_bytes(own_experts(layer)) for layer in layers if not layer.config.sends_tokens),
+        sent_experts=sum(_bytes(layer.residuals()) for layer in layers if not layer.config.sends_tokens),
     )
 
 
