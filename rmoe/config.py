@@ -14,7 +14,7 @@ ExpertInit = Literal["core", "random"]
 Combine = Literal["auto", "residual", "straight_through", "softmax"]
 Exchange = Literal["auto", "tokens", "weights"]
 GateInput = Literal["token", "image"]
-Router = Literal["linear", "cosine"]
+Router = Literal["linear", "cosine", "expert_choice"]
 Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
 
 
@@ -100,8 +100,9 @@ class ResidualMoEConfig:
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1); there is none where a
             token uses every expert.
         losses: weights of the gate's auxiliary losses.
-        router: how the gate's logits are computed: `linear`, or s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE,
-            arXiv 2204.09179).
+        router: how the gate decides: by `linear` logits, or s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE, arXiv
+            2204.09179); or each expert takes its best tokens of each image, K experts per token on average
+            (`expert_choice`, arXiv 2202.09368).
         expert_drop: chance with which each expert is left out of a layer's choice, anew for each training batch (MoE
             Jetpack, arXiv 2406.04801, drops 0.4 of them); at least `top_k` stay.
         temperature: the gate's logits are divided by it; below 1 decides harder, above 1 more softly.
@@ -192,6 +193,8 @@ class ResidualMoEConfig:
             raise UserError(f"alpha belongs to residuals of low rank, not to residual='{self.residual}'; leave it out")
         if self.shared_a and self.residual != "low_rank":
             raise UserError(f"shared_a belongs to residual='low_rank', not '{self.residual}'; leave it out")
+        if self.router == "expert_choice":
+            self._check_expert_choice()
         if self.balance_rate < 0:
             raise UserError(f"balance_rate is {self.balance_rate}; it is 0 (off) or positive, such as 0.001")
         if self.balance_rate and not self.chooses:
@@ -222,6 +225,28 @@ class ResidualMoEConfig:
             raise UserError(
                 "exchange='tokens' cannot add the residuals of several experts inside one network: use "
                 "exchange='weights', combine='straight_through' or top_k=1"
+            )
+
+    def _check_expert_choice(self) -> None:
+        """Checks that nothing else decides how many tokens an expert has, and that residuals meet in one network."""
+        others = {"capacity_factor": None, "expert_drop": 0.0, "balance_rate": 0.0, "gate_input": "token"}
+        said = [name for name, off in others.items() if getattr(self, name) != off]
+        said += ["losses.load"] if self.losses.load else []
+        if said:
+            raise UserError(
+                f"router='expert_choice' gives every expert as many tokens of each image, and {said[0]} has no meaning "
+                "there: leave it out"
+            )
+        if not self.chooses:
+            raise UserError(
+                f"router='expert_choice' is for tokens that use some of the experts, and top_k is {self.top_k} of "
+                f"{self.num_experts}: set top_k lower, or router='linear'"
+            )
+        if not self.mixes_weights or self.exchange == "tokens":
+            raise UserError(
+                f"router='expert_choice' adds up the residuals of any number of experts inside one network, and "
+                f"combine is '{self.combined}', exchange '{self.exchange}': use combine='residual' and "
+                "exchange='weights'"
             )
 
     @property
@@ -272,7 +297,8 @@ class ResidualMoEConfig:
         """Says whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
         if self.exchange != "auto":
             return self.exchange == "tokens"
-        return self.kind.exchange == "tokens" and not (self.mixes_weights and self.experts_per_token > 1)
+        several = self.experts_per_token > 1 or self.router == "expert_choice"
+        return self.kind.exchange == "tokens" and not (self.mixes_weights and several)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -115,6 +115,12 @@ IDEAS: dict[str, Idea] = {
         "soft",
         _soft(residual="segments"),
     ),
+    "expert_choice": Idea(
+        "θ0 + Σ p_e(x) B_eᵀA_e over the experts that take x: each takes ⌈2n/8⌉ of an image's n tokens, by p_e",
+        "expert choice, 2202.09368, within an image",
+        "soft",
+        _soft(router="expert_choice", top_k=2),
+    ),
     "soft_cosine": Idea("p from cosines", "X-MoE, 2204.09179", "soft", _soft(router="cosine")),
     "top_1": Idea("one expert, Δ_e at its whole weight, gates from clusters", "DeRS-LM, 2503.01359", "soft"),
     "upper_bound_all": Idea("experts without a core, trained upstream, too", "V-MoE, 2106.05974", "full_calibrated"),

@@ -17,13 +17,12 @@ from rmoe.moe.layer import ResidualMoE
 def exact_network(layer: ResidualMoE) -> Network:
     """Returns the one network that a layer computes with in evaluation.
 
-    There is one where the layer has one expert, or its gate's weights are all zero, so that every token has the same
-    experts with the same gate values.
+    There is one where the layer has one expert, or its gate is constant, as one whose weights are all zero.
 
     Raises:
         UserError: tokens get different networks, or the outputs of several are added up.
     """
-    many, alike = layer.num_experts, not layer.gate.weight.any()
+    many, alike = layer.num_experts, layer.gate.is_constant
     if many > 1 and not alike:
         raise UserError(f"its gate decides for each token among {many} experts, which no one network does")
     value_E = constant_values(layer)

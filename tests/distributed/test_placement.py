@@ -23,6 +23,7 @@ LAYERS: dict[str, dict[str, Any]] = {
     "segments_tokens": {"residual": "segments", "rank": 2, "exchange": "tokens", "alpha": 2.0},
     "sparse": {"residual": "sparse", "density": 0.3, "losses": LOSSES},
     "sparse_inside_two": {"residual": "sparse", "density": 0.3, "combine": "residual", "top_k": 2, "train_core": True},
+    "expert_choice": {"router": "expert_choice", "losses": LOSSES},
     "full_recomputed": {"residual": "full", "recompute": True},
     "full": {"residual": "full", "losses": LOSSES},
     "full_two": {"residual": "full", "top_k": 2, "losses": LOSSES},
