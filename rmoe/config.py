@@ -14,7 +14,7 @@ ExpertInit = Literal["core", "random"]
 Combine = Literal["auto", "residual", "straight_through", "softmax"]
 Exchange = Literal["auto", "tokens", "weights"]
 GateInput = Literal["token", "image"]
-Router = Literal["linear", "cosine", "expert_choice"]
+Router = Literal["linear", "cosine", "mlp", "expert_choice"]
 Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
 
 
@@ -100,9 +100,9 @@ class ResidualMoEConfig:
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1); there is none where a
             token uses every expert.
         losses: weights of the gate's auxiliary losses.
-        router: how the gate decides: by `linear` logits, or s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE, arXiv
-            2204.09179); or each expert takes its best tokens of each image, K experts per token on average
-            (`expert_choice`, arXiv 2202.09368).
+        router: how the gate decides: by `linear` logits, s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE, arXiv
+            2204.09179) or w_e · relu(V x) + b_e (`mlp`; ModuleFormer, arXiv 2306.04640); or each expert takes its best
+            tokens of each image, K experts per token on average (`expert_choice`, arXiv 2202.09368).
         expert_drop: chance with which each expert is left out of a layer's choice, anew for each training batch (MoE
             Jetpack, arXiv 2406.04801, drops 0.4 of them); at least `top_k` stay.
         temperature: the gate's logits are divided by it; below 1 decides harder, above 1 more softly.

@@ -55,6 +55,7 @@ IDEAS: dict[str, Idea] = {
     "cosine": Idea(
         "logits s · cos(w_e, x) + b_e, s learnt", "X-MoE, 2204.09179", "full_random", _full({}, router="cosine")
     ),
+    "mlp": Idea("logits w_e · relu(V x) + b_e", "ModuleFormer, 2306.04640", "full_random", _full({}, router="mlp")),
     "bias_balanced": Idea(
         "the choice is by p + b, b_e += 0.001 · sign(mean load − load of e); no loss",
         "loss-free balancing, 2408.15664",

@@ -65,6 +65,7 @@ class Gate(nn.Module):
         weight: [E, C]. bias: [E], zeros at the start.
         choice_bias: [E], added to the probabilities where experts are chosen and nowhere else (loss-free balancing,
             arXiv 2408.15664); None without `balance_rate`. `Records.balance_experts` moves it.
+        width: C.
         heat: a factor of the temperature that training may change (`rmoe.TemperatureHook`); 1, and not saved.
     """
 
@@ -72,7 +73,7 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, config: ResidualMoEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.width = config, width
         self.weight = nn.Parameter(torch.randn(config.num_experts, width) * config.gate_std)
         self.bias = nn.Parameter(torch.zeros(config.num_experts))
         self.register_buffer("choice_bias", torch.zeros(config.num_experts) if config.balance_rate else None)

@@ -55,7 +55,7 @@ def average_network(layer: ResidualMoE, value_E: Tensor | None = None) -> Networ
 def constant_values(layer: ResidualMoE) -> Tensor:
     """Returns the gate values, [E], that a token of zeros gets in evaluation, 0 for experts that are not chosen."""
     training = layer.gate.training
-    routing = layer.gate.eval()(layer.gate.weight.new_zeros(1, 1, layer.gate.weight.shape[1]))
+    routing = layer.gate.eval()(layer.gate.weight.new_zeros(1, 1, layer.gate.width))
     layer.gate.train(training)
     return mean_values(routing.expert_TK, routing.gate_TK, layer.num_experts)
 

@@ -39,6 +39,25 @@ class CosineGate(Gate):
         return torch.addmm(bias_E[:, None] / self.temperature, scale * weight_EC, F.normalize(x_DC).T)
 
 
+class MLPGate(Gate):
+    """Decides by a network of one hidden layer: the logits are w_e · relu(V x) + b_e (ModuleFormer, arXiv 2306.04640).
+
+    Attributes:
+        weight: [E, J], of J = C/8 hidden units, but no fewer than E.
+        hidden: V, [J, C].
+    """
+
+    def __init__(self, width: int, config: ResidualMoEConfig) -> None:
+        super().__init__(width, config)
+        units = max(config.num_experts, width // 8)
+        self.weight = nn.Parameter(torch.randn(config.num_experts, units) * config.gate_std)
+        self.hidden = nn.Parameter(torch.randn(units, width) / width**0.5)
+
+    def logits(self, x_DC: Tensor) -> Tensor:
+        """Returns the logits of what the gate reads, without noise, [E, D]."""
+        return super().logits(F.relu(x_DC @ self.hidden.to(x_DC.dtype).T))
+
+
 class ExpertChoice(Gate):
     """Lets each expert choose: of the n tokens of an image it takes the ⌈K n / E⌉ that it is the most probable for.
 
@@ -68,4 +87,4 @@ class ExpertChoice(Gate):
         return False
 
 
-ROUTERS: dict[str, type[Gate]] = {"linear": Gate, "cosine": CosineGate, "expert_choice": ExpertChoice}
+ROUTERS: dict[str, type[Gate]] = {"linear": Gate, "cosine": CosineGate, "mlp": MLPGate, "expert_choice": ExpertChoice}

@@ -215,12 +215,7 @@ def _loss(model: nn.Module, images: dict[str, Any]) -> Tensor:
 
 def _rows(layer: ResidualMoE, tokens: int, setting: Setting) -> int:
     """Returns the bytes of the rows that a process gets for its experts."""
-    return (
-        tokens
-        * layer.config.experts_per_token
-        * layer.gate.weight.shape[1]
-        * getattr(torch, setting.precision).itemsize
-    )
+    return tokens * layer.config.experts_per_token * layer.gate.width * getattr(torch, setting.precision).itemsize
 
 
 def _reduced(model: nn.Module, parameters: Iterable[nn.Parameter], setting: Setting) -> int:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_forms import NETWORKS, images, network
+from test_grouped import as_on_hopper
 from test_layer import first_of_two
 from test_mix import value_and_gradients
 from timm.layers import Mlp
@@ -178,6 +179,23 @@ def test_equals_reference_in_value_and_gradient(
     given_to = (x, expert_TK, gate, core)
     found = value_and_gradients(lambda: mix(*given_to, one.scaled(1.0), torch.tanh, mixes), inputs)
     expected = value_and_gradients(lambda: reference(*given_to, OfDeltas(one), torch.tanh, mixes), inputs)  # type: ignore[arg-type]
+    torch.testing.assert_close(found, expected)
+
+
+@every_kind
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_hopper_gpus_path_computes_the_same(kind: str, mixes: bool) -> None:
+    """Biases of a sparse Δ are no parameters: no gradient of theirs is wanted there."""
+    core = random_core(8, 16, G())
+    one = kept(kind, core, G(1), rank=4)
+    count = 4 if kind == "segments" else 2
+    x, gate = (torch.randn(20, n, generator=G(2), dtype=torch.float64) for n in (8, 1))
+    expert_TK = torch.randint(0, 3, (20, 1), generator=G(3))
+    inputs = [t.requires_grad_() for t in (x, gate, *one[:count])]  # type: ignore[union-attr]
+    expected = value_and_gradients(lambda: mix(x, expert_TK, gate, core, one.scaled(1.0), torch.tanh, mixes), inputs)
+    with as_on_hopper() as product:
+        found = value_and_gradients(lambda: mix(x, expert_TK, gate, core, one.scaled(1.0), torch.tanh, mixes), inputs)
+    assert product.called
     torch.testing.assert_close(found, expected)
 
 

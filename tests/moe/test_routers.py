@@ -65,8 +65,9 @@ def test_the_scale_of_cosines_is_bounded_and_zeros_are_no_trouble() -> None:
     assert all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
-def test_gradients_of_cosines() -> None:
-    module = gate(router="cosine", top_k=2, losses=GateLosses(importance=1.0, z=1.0)).double()
+@pytest.mark.parametrize("router", ["cosine", "mlp"])
+def test_gradients_of_routers(router: str) -> None:
+    module = gate(router=router, top_k=2, losses=GateLosses(importance=1.0, z=1.0)).double()
     names = [name for name, _ in module.named_parameters()]
 
     def function(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
@@ -75,6 +76,31 @@ def test_gradients_of_cosines() -> None:
 
     inputs = [t.detach().double().requires_grad_() for t in (tokens(3), *module.parameters())]
     assert torch.autograd.gradcheck(function, inputs)
+
+
+def test_a_hidden_layer_by_hand() -> None:
+    module: Any = gate(router="mlp", num_experts=2, temperature=2.0)
+    assert (module.weight.shape, module.hidden.shape) == ((2, 2), (2, WIDTH))
+    with torch.no_grad():
+        module.hidden.copy_(torch.eye(2, WIDTH))
+        module.weight.copy_(torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
+        module.bias.copy_(torch.tensor([0.0, 10.0]))
+    found = module.logits(torch.tensor([[5.0, -1.0, 7.0, 7.0, 7.0], [1.0, 2.0, 7.0, 7.0, 7.0]]))
+    assert found.tolist() == [[2.5, 2.5], [12.5, 10.5]]  # (1·5, 1·1 + 2·2) / 2; (3·5 + 10, 3·1 + 4·2 + 10) / 2
+    assert ROUTERS["mlp"](64, ResidualMoEConfig(num_experts=2)).weight.shape == (2, 8)
+
+
+def test_all_of_a_hidden_layer_learns_and_is_saved() -> None:
+    config = ResidualMoEConfig(num_experts=EXPERTS, router="mlp", residual="full", gate_std=1.0)
+    moe = ResidualMoE(Mlp(WIDTH, 8), config)
+    moe(tokens()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in moe.gate.parameters())
+    again = ResidualMoE(Mlp(WIDTH, 8), config)
+    again.load_state_dict(moe.state_dict())
+    assert torch.equal(again.eval()(tokens()), moe.eval()(tokens()))
+    one = ResidualMoE(Mlp(WIDTH, 8), config).eval()
+    one.gate.weight.data.zero_()
+    torch.testing.assert_close(exact_network(one)(tokens(), one.core.act), one(tokens()))  # type: ignore[union-attr,arg-type]
 
 
 @pytest.mark.parametrize("residual", ["low_rank", "full"])
@@ -142,7 +168,7 @@ def test_what_cannot_be(config: dict[str, object], message: str) -> None:
         ResidualMoEConfig(**config)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("router", ["cosine", "expert_choice"])
+@pytest.mark.parametrize("router", ["cosine", "mlp", "expert_choice"])
 def test_others_than_linear_gates_are_not_calibrated(router: Any) -> None:
     with pytest.raises(UserError, match=f"calibrate sets linear gates.*'{router}'"):
         Calibration().check(ResidualMoEConfig(router=router))
