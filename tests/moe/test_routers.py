@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Mlp
 from torch import Tensor
@@ -215,6 +215,7 @@ def test_a_token_has_none_to_all_of_the_experts_and_the_core_where_it_has_none()
     assert (routing.gate_TK.diff(dim=1) <= 0).all()
 
 
+@settings(max_examples=30)
 @given(top_k=st.integers(1, 3), tokens=st.integers(1, 9), images=st.integers(1, 3), seed=st.integers(0, 10**6))
 def test_experts_that_choose_equal_the_definition(top_k: int, tokens: int, images: int, seed: int) -> None:
     moe = choosing(0.5, top_k=top_k).double().eval()
