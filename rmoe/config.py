@@ -3,114 +3,46 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
-from functools import cache
-from types import UnionType
-from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple
 
-from rmoe.errors import UserError, nearest
+from rmoe.errors import UserError
+from rmoe.fields import check_fields, from_dict
 
-Residual = Literal["low_rank", "full", "experts"]
+Residual = Literal["low_rank", "segments", "sparse", "full", "experts"]
 ExpertInit = Literal["core", "random"]
 Combine = Literal["auto", "residual", "straight_through", "softmax"]
 Exchange = Literal["auto", "tokens", "weights"]
 GateInput = Literal["token", "image"]
-Router = Literal["linear", "cosine"]
+Router = Literal["linear", "cosine", "mlp", "expert_choice"]
 Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
-
-_Config = TypeVar("_Config")
 
 
 class Kind(NamedTuple):
-    """Says what the configuration has to know of a kind of residual; the class of the same key in `rmoe.moe.experts`
-    has its parameters and its arithmetic.
+    """Says what the configuration has to know of a kind of residual; the class of the same key in `rmoe.moe.kinds`
+    has its parameters and its start.
 
     Attributes:
         has_core: whether the kind is added to a core; without one the experts are networks of their own.
         combine: what "auto" means, for experts that start as the core does.
         exchange: likewise.
+        has_rank: whether it is a product of two factors of `rank`, which `alpha` scales.
     """
 
     has_core: bool
     combine: Combine
     exchange: Exchange
+    has_rank: bool = False
 
 
 KINDS: dict[Residual, Kind] = {
-    "low_rank": Kind(True, "residual", "weights"),
+    "low_rank": Kind(True, "residual", "weights", has_rank=True),
+    "segments": Kind(True, "residual", "weights", has_rank=True),
+    "sparse": Kind(True, "straight_through", "tokens"),
     "full": Kind(True, "straight_through", "tokens"),
     "experts": Kind(False, "straight_through", "tokens"),
 }
 _MOST = 65536  # of anything that is counted; what is larger is a mistake, and would take all memory
-
-
-def from_dict(cls: type[_Config], values: Mapping[str, Any]) -> _Config:
-    """Builds the frozen dataclass `cls` from plain data, nested dataclasses included.
-
-    Raises:
-        UserError: `values` is no mapping, has a key that `cls` does not have (the nearest known key is named), or a
-            value that the class refuses at construction.
-    """
-    if not isinstance(values, Mapping):
-        raise UserError(f"{cls.__name__} is {values!r}; it takes a mapping of its keys, such as dict(num_experts=8)")
-    known = [field.name for field in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{cls.__name__} has no key '{key}'{nearest(str(key), known)}")
-    return cls(**values)
-
-
-def _check_fields(config: Any) -> None:
-    """Checks every field of a frozen dataclass against its type, at construction: the one check of both ways to build.
-
-    A list becomes the tuple, and a mapping the nested dataclass, that the field's type asks for.
-
-    Raises:
-        UserError: a value of another type, a name that is none of the choices, or a number that is not finite.
-    """
-    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
-        where, value = f"{type(config).__name__}.{name}", getattr(config, name)
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-            value = from_dict(hint, value)  # type: ignore[arg-type]
-        value = tuple(value) if isinstance(value, list) else value
-        if not _accepts(hint, value):
-            choices = [one for part in (hint, *get_args(hint)) if get_origin(part) is Literal for one in get_args(part)]
-            if choices and isinstance(value, str):
-                raise UserError(f"{where} is '{value}'{nearest(value, choices)}")
-            raise UserError(f"{where} is {value!r}; it takes {_described(hint)}")
-        object.__setattr__(config, name, value)
-
-
-@cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)
-
-
-def _accepts(hint: Any, value: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return isinstance(value, str) and value in get_args(hint)
-    if get_origin(hint) is tuple:
-        return isinstance(value, tuple) and all(_accepts(get_args(hint)[0], item) for item in value)
-    if get_origin(hint) in (Union, UnionType):
-        return any(_accepts(part, value) for part in get_args(hint))
-    if hint in (int, float) and isinstance(value, bool):
-        return False
-    if hint is float:
-        return isinstance(value, (int, float)) and math.isfinite(value)
-    return isinstance(value, hint)
-
-
-def _described(hint: Any) -> str:
-    """Says in words what `_accepts` takes."""
-    if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(repr, get_args(hint)))}"
-    if get_origin(hint) is tuple:
-        return f"a tuple, each item being {_described(get_args(hint)[0])}"
-    if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_described(part) for part in get_args(hint))
-    words = {int: "a whole number", float: "a finite number", bool: "True or False", str: "a string"}
-    return words.get(hint, "None" if hint is type(None) else f"a {getattr(hint, '__name__', hint)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +63,7 @@ class GateLosses:
     z: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         for name, weight in dataclasses.asdict(self).items():
             if weight < 0:
                 raise UserError(f"GateLosses.{name} is {weight}; a loss weight is 0 (off) or positive")
@@ -148,9 +80,12 @@ class ResidualMoEConfig:
         num_experts: experts of each layer, E.
         top_k: experts that each token uses, K; "all" weighs every expert by its probability (soft mixing).
         residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only), `full` (Δ_e of the core's shape, biases too) or
-            `experts` (no core: each expert is a network of its own, as in full MoE training, the upper bound).
-        rank: R of `low_rank`.
-        alpha: strength of `low_rank`: Δ_e = α/√R · B_e A_e (rsLoRA, arXiv 2312.03732); None: Δ_e = B_e A_e.
+            `experts` (no core: each expert is a network of its own, as in full MoE training, the upper bound). Weights
+            only, too: `segments`, low rank from segments of the core's singular vectors (GOAT, arXiv 2502.16894), and
+            `sparse`, of the core's shape on a random support (DeRS-SM, arXiv 2503.01359).
+        rank: R of `low_rank` and `segments`.
+        density: share of the core's weights that is the support of `sparse`.
+        alpha: strength of low rank: Δ_e = α/√R · B_e A_e (rsLoRA, arXiv 2312.03732); None: Δ_e = B_e A_e.
         shared_a: `low_rank` residuals of a layer share one A and have a B each (HydraLoRA, arXiv 2404.19245).
         expert_init: how `experts` start: as copies of the dense network (`core`, sparse upcycling, arXiv 2212.05055) or
             each drawn anew (`random`, full MoE pretraining).
@@ -165,8 +100,9 @@ class ResidualMoEConfig:
         noise: standard deviation of the gate's training noise, in units of 1/E (V-MoE uses 1); there is none where a
             token uses every expert.
         losses: weights of the gate's auxiliary losses.
-        router: how the gate's logits are computed: `linear`, or s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE,
-            arXiv 2204.09179).
+        router: how the gate decides: by `linear` logits, s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE, arXiv
+            2204.09179) or w_e · relu(V x) + b_e (`mlp`; ModuleFormer, arXiv 2306.04640); or each expert takes its best
+            tokens of each image, K experts per token on average (`expert_choice`, arXiv 2202.09368).
         expert_drop: chance with which each expert is left out of a layer's choice, anew for each training batch (MoE
             Jetpack, arXiv 2406.04801, drops 0.4 of them); at least `top_k` stay.
         temperature: the gate's logits are divided by it; below 1 decides harder, above 1 more softly.
@@ -191,6 +127,7 @@ class ResidualMoEConfig:
     top_k: int | Literal["all"] = 1
     residual: Residual = "low_rank"
     rank: int = 8
+    density: float = 0.02
     alpha: float | None = None
     shared_a: bool = False
     expert_init: ExpertInit = "core"
@@ -213,11 +150,11 @@ class ResidualMoEConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ResidualMoEConfig:
-        """Builds a configuration from plain data, see `rmoe.config.from_dict`."""
+        """Builds a configuration from plain data, see `rmoe.fields.from_dict`."""
         return from_dict(cls, values)
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         for name in ("num_experts", "top_k", "rank", "ep_size"):
             if getattr(self, name) != "all" and not 1 <= getattr(self, name) <= _MOST:
                 raise UserError(f"ResidualMoEConfig.{name} is {getattr(self, name)}; it is 1 to {_MOST}")
@@ -248,8 +185,16 @@ class ResidualMoEConfig:
             )
         if self.alpha is not None and self.alpha <= 0:
             raise UserError(f"alpha is {self.alpha}; it is positive, or None for Δ = B A")
-        if self.residual != "low_rank" and (self.alpha is not None or self.shared_a):
-            raise UserError(f"alpha and shared_a belong to residual='low_rank', not '{self.residual}'; leave them out")
+        if not 0 < self.density <= 1:
+            raise UserError(
+                f"density is {self.density}; it is a share of the core's weights, more than 0 and at most 1"
+            )
+        if self.alpha is not None and not self.kind.has_rank:
+            raise UserError(f"alpha belongs to residuals of low rank, not to residual='{self.residual}'; leave it out")
+        if self.shared_a and self.residual != "low_rank":
+            raise UserError(f"shared_a belongs to residual='low_rank', not '{self.residual}'; leave it out")
+        if self.router == "expert_choice":
+            self._check_expert_choice()
         if self.balance_rate < 0:
             raise UserError(f"balance_rate is {self.balance_rate}; it is 0 (off) or positive, such as 0.001")
         if self.balance_rate and not self.chooses:
@@ -282,10 +227,37 @@ class ResidualMoEConfig:
                 "exchange='weights', combine='straight_through' or top_k=1"
             )
 
+    def _check_expert_choice(self) -> None:
+        """Checks that nothing else decides how many tokens an expert has, and that residuals meet in one network."""
+        others = {"capacity_factor": None, "expert_drop": 0.0, "balance_rate": 0.0, "gate_input": "token"}
+        said = [name for name, off in others.items() if getattr(self, name) != off]
+        said += ["losses.load"] if self.losses.load else []
+        if said:
+            raise UserError(
+                f"router='expert_choice' gives every expert as many tokens of each image, and {said[0]} has no meaning "
+                "there: leave it out"
+            )
+        if not self.chooses:
+            raise UserError(
+                f"router='expert_choice' is for tokens that use some of the experts, and top_k is {self.top_k} of "
+                f"{self.num_experts}: set top_k lower, or router='linear'"
+            )
+        if not self.mixes_weights or self.exchange == "tokens":
+            raise UserError(
+                f"router='expert_choice' adds up the residuals of any number of experts inside one network, and "
+                f"combine is '{self.combined}', exchange '{self.exchange}': use combine='residual' and "
+                "exchange='weights'"
+            )
+
     @property
     def kind(self) -> Kind:
         """Returns what is to be known of the kind of `residual`."""
         return KINDS[self.residual]
+
+    @property
+    def scale(self) -> float:
+        """Returns what Δ is multiplied by, see `alpha`."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank**0.5
 
     @property
     def experts_per_token(self) -> int:
@@ -325,7 +297,8 @@ class ResidualMoEConfig:
         """Says whether tokens travel to their experts, where these are spread over processes (`exchange`)."""
         if self.exchange != "auto":
             return self.exchange == "tokens"
-        return self.kind.exchange == "tokens" and not (self.mixes_weights and self.experts_per_token > 1)
+        several = self.experts_per_token > 1 or self.router == "expert_choice"
+        return self.kind.exchange == "tokens" and not (self.mixes_weights and several)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,11 +321,11 @@ class Calibration:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Calibration:
-        """Builds a calibration from plain data, see `rmoe.config.from_dict`."""
+        """Builds a calibration from plain data, see `rmoe.fields.from_dict`."""
         return from_dict(cls, values)
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        check_fields(self)
         for name in ("batches", "tokens_per_expert"):
             if not 1 <= getattr(self, name) <= _MOST:
                 raise UserError(f"Calibration.{name} is {getattr(self, name)}; it is 1 to {_MOST}")

@@ -67,7 +67,7 @@ def test_fixed_experts_are_on_every_process() -> None:
         ({"num_experts": 10**12, "ep_size": 7}, "it is 1 to 65536"),
         ({"top_k": None}, "top_k is None"),
         ({"residual": "low-rank"}, "residual is 'low-rank'; did you mean 'low_rank'"),
-        ({"residual": ["full"]}, "residual is .*it takes one of 'low_rank', 'full', 'experts'"),
+        ({"residual": ["full"]}, "residual is .*it takes one of 'low_rank', 'segments', 'sparse', 'full'"),
         ({"combine": "straight-through"}, "did you mean 'straight_through'"),
         ({"expert_init": "copy"}, "expert_init is 'copy'.*known: core, random"),
         ({"exchange": "token"}, "did you mean 'tokens'"),

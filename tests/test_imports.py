@@ -12,6 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1] / "rmoe"
 ORDER = [
     "errors",
+    "fields",
     "config",
     "registry",
     "moe",

@@ -55,6 +55,7 @@ IDEAS: dict[str, Idea] = {
     "cosine": Idea(
         "logits s · cos(w_e, x) + b_e, s learnt", "X-MoE, 2204.09179", "full_random", _full({}, router="cosine")
     ),
+    "mlp": Idea("logits w_e · relu(V x) + b_e", "ModuleFormer, 2306.04640", "full_random", _full({}, router="mlp")),
     "bias_balanced": Idea(
         "the choice is by p + b, b_e += 0.001 · sign(mean load − load of e); no loss",
         "loss-free balancing, 2408.15664",
@@ -84,6 +85,12 @@ IDEAS: dict[str, Idea] = {
         "MoCE, 2402.05382",
         "full_calibrated",
     ),
+    "sparse": Idea(
+        "Δ_e is 0 but on a random 2 % of the core's weights, one support for all experts",
+        "DeRS-SM, 2503.01359",
+        "full_calibrated",
+        _full(residual="sparse", density=0.02),
+    ),
     "full_trained_core": Idea("the core is trained, too: W_s + Δ_e", "DeRS, 2503.01359", "full_calibrated"),
     "soft": Idea(
         "all experts in one network, θ0 + Σ p_e(x) B_eᵀA_e", "Residual MoE, 2204.09636, with soft weights", "dense"
@@ -102,6 +109,18 @@ IDEAS: dict[str, Idea] = {
         "rsLoRA, 2312.03732",
         "soft",
         _soft({"optim_wrapper.paramwise_cfg.residual_lr_mult": 2.0}, alpha=2.0 * 8**0.5),
+    ),
+    "segments": Idea(
+        "Δ_e = (B_e + b_e)ᵀ(A_e + a_e) − B_eᵀA_e, B_eᵀA_e of the e-th segment of W = UΣVᵀ, a and b from 0",
+        "GOAT, 2502.16894, the start taken off each expert",
+        "soft",
+        _soft(residual="segments"),
+    ),
+    "expert_choice": Idea(
+        "θ0 + Σ p_e(x) B_eᵀA_e over the experts that take x: each takes ⌈2n/8⌉ of an image's n tokens, by p_e",
+        "expert choice, 2202.09368, within an image",
+        "soft",
+        _soft(router="expert_choice", top_k=2),
     ),
     "soft_cosine": Idea("p from cosines", "X-MoE, 2204.09179", "soft", _soft(router="cosine")),
     "top_1": Idea("one expert, Δ_e at its whole weight, gates from clusters", "DeRS-LM, 2503.01359", "soft"),

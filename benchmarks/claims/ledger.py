@@ -33,7 +33,7 @@ from rmoe.errors import UserError
 
 # Raised by hand where a change of code makes other runs of what has the key: "all", "gate", and what is named so in a
 # mixture or its options.
-VERSIONS = {"all": 1, "gate": 1, "low_rank": 1, "full": 1, "experts": 1, "calibrate": 1}
+VERSIONS = {"all": 1, "gate": 1, "low_rank": 1, "segments": 1, "sparse": 1, "full": 1, "experts": 1, "calibrate": 1}
 UPSTREAM = "upstream"  # where stages of upstream training are run; others are at a task
 # Of a config: what decides a result. The rest is logs, hooks and paths.
 RECIPE = ("model", "train_dataloader", "val_dataloader", "val_evaluator", "optim_wrapper", "param_scheduler")

@@ -219,7 +219,7 @@ def _check_windows(run: Predictor, part: Part, image_size: tuple[int, int]) -> N
 
 
 def _for_graphs(run: Predictor) -> nn.Module:
-    """Returns a copy of a run's model on the CPU, whose full residuals are added to their cores once for all."""
+    """Returns a copy of a run's model on the CPU, in which residuals of a core's shape are added to it once for all."""
     floats = {x.dtype for x in run.model.parameters()}
     if run.precision is not None or floats - {torch.float32}:
         raise UserError("a graph is made of float32 weights; load the run without precision")
@@ -229,7 +229,7 @@ def _for_graphs(run: Predictor) -> nn.Module:
         )
     model = copy.deepcopy(run.model).cpu().eval().requires_grad_(False)
     for name, layer in moe_layers(model).items():
-        if layer.config.residual == "full" and not layer.config.mixes_weights:
+        if layer.config.kind.has_core and layer.residuals().merges and not layer.config.mixes_weights:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, _own_networks(layer))
     return model

@@ -151,7 +151,7 @@ class _Sample:
         self._gate, self._seed, self._calls = gate, seed, 0
         size, device = config.tokens_per_expert * gate.config.num_experts, gate.weight.device
         self._key_N = torch.full((size,), _NOTHING, device=device)
-        self._x_NC = torch.zeros(size, gate.weight.shape[1], device=device)
+        self._x_NC = torch.zeros(size, gate.width, device=device)
         self._finite = torch.ones((), device=device)
 
     def add(self, gate: nn.Module, args: tuple[Tensor]) -> None:

@@ -2,8 +2,9 @@
 
     θ(x) = θ0 + Σ_{e ∈ top-k(x)} g_e(x) · Δ_e          (Residual Mixture of Experts, arXiv 2204.09636)
 
-Each kind of residual is one class here, with its parameters, its start, its Δ and its products. `reference` is the
-definition, token by token; `rmoe.moe.mix` computes it fast.
+The arithmetic knows two forms of Δ, one class each, with its parameters, its start, its Δ and its products: factors
+(`LowRank`) and the core's own shape (`Full`, `Own`). Kinds of residual that are kept otherwise, and brought into one of
+these, are in kinds.py. `reference` is the definition, token by token; `rmoe.moe.mix` computes it fast.
 
 Shape suffixes: T tokens, C model width, H hidden width, E experts, K experts per token, R residual rank,
 N rows sorted by expert. An expert id of E says "no expert": Δ = 0.
@@ -161,7 +162,6 @@ class Own(Full):
 Residuals = LowRank | Full
 OF_A = ("a1_ERC", "a2_ERH")  # names of the parameters that low-rank experts may share
 BIASES = ("b1_EH", "b2_EC")  # names of parameters
-KINDS: dict[str, type[LowRank] | type[Full]] = {"low_rank": LowRank, "full": Full, "experts": Own}
 
 
 def reference(

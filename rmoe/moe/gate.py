@@ -65,6 +65,7 @@ class Gate(nn.Module):
         weight: [E, C]. bias: [E], zeros at the start.
         choice_bias: [E], added to the probabilities where experts are chosen and nowhere else (loss-free balancing,
             arXiv 2408.15664); None without `balance_rate`. `Records.balance_experts` moves it.
+        width: C.
         heat: a factor of the temperature that training may change (`rmoe.TemperatureHook`); 1, and not saved.
     """
 
@@ -72,7 +73,7 @@ class Gate(nn.Module):
 
     def __init__(self, width: int, config: ResidualMoEConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.width = config, width
         self.weight = nn.Parameter(torch.randn(config.num_experts, width) * config.gate_std)
         self.bias = nn.Parameter(torch.zeros(config.num_experts))
         self.register_buffer("choice_bias", torch.zeros(config.num_experts) if config.balance_rate else None)
@@ -99,7 +100,7 @@ class Gate(nn.Module):
             noisy_ED = self._without_some(noisy_ED)
             probability_ED = clean_ED.softmax(0)
             score_ED = probability_ED if noisy_ED is clean_ED else noisy_ED.softmax(0)
-            value_KD, expert_KD = self._choose(score_ED)
+            value_KD, expert_KD = self._choose(score_ED, x.shape)
             sums = None
             if self.training:
                 sums = self._sums(clean_ED, noisy_ED, probability_ED, expert_KD, std, tokens)
@@ -158,8 +159,8 @@ class Gate(nn.Module):
             weight_EC, bias_E = weight_EC / self.temperature, bias_E / self.temperature
         return torch.addmm(bias_E[:, None], weight_EC, x_DC.T)
 
-    def _choose(self, score_ED: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the scores of the chosen experts and which they are, [K, D] each."""
+    def _choose(self, score_ED: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        """Returns the scores of the chosen experts and which they are, [K, D] each, of an input of a `shape`."""
         if not self.config.chooses:
             return score_ED, torch.arange(len(score_ED), device=score_ED.device)[:, None].expand_as(score_ED)
         if self.choice_bias is None:
@@ -196,6 +197,11 @@ class Gate(nn.Module):
         )
         # A decision counts as often as it has tokens: images need not be of one size.
         return sums if decisions == tokens else GateSums(*(part * (tokens // decisions) for part in sums))
+
+    @property
+    def is_constant(self) -> bool:
+        """Says whether every token gets the same experts with the same gate values, whatever it is."""
+        return not self.weight.any()
 
     @torch.no_grad()
     def balance(self, chosen_E: Tensor, step: bool) -> None:
@@ -261,12 +267,21 @@ def gate_inputs(x: Tensor, config: ResidualMoEConfig, dtype: torch.dtype) -> Ten
     """
     if config.gate_input == "token":
         return x.reshape(-1, x.shape[-1]).to(dtype)
-    if x.ndim < 3:
-        raise UserError(
-            f"gate_input='image' got an input of shape {tuple(x.shape)}, whose tokens belong to no image; the layer's "
-            "input is [images, …, width] there: use gate_input='token'"
-        )
+    check_images(x.shape, "gate_input='image'", "gate_input='token'")
     return x.flatten(1, -2).mean(1, dtype=dtype)
+
+
+def check_images(shape: torch.Size, key: str, instead: str) -> None:
+    """Checks that the tokens of an input of a `shape` belong to images, as a `key` of the configuration asks.
+
+    Raises:
+        UserError: they do not.
+    """
+    if len(shape) < 3:
+        raise UserError(
+            f"{key} got an input of shape {tuple(shape)}, whose tokens belong to no image; the layer's input is "
+            f"[images, …, width] there: use {instead}"
+        )
 
 
 def _for_each_token(part_XD: Tensor, tokens: int) -> Tensor:

@@ -17,13 +17,12 @@ from rmoe.moe.layer import ResidualMoE
 def exact_network(layer: ResidualMoE) -> Network:
     """Returns the one network that a layer computes with in evaluation.
 
-    There is one where the layer has one expert, or its gate's weights are all zero, so that every token has the same
-    experts with the same gate values.
+    There is one where the layer has one expert, or its gate is constant, as one whose weights are all zero.
 
     Raises:
         UserError: tokens get different networks, or the outputs of several are added up.
     """
-    many, alike = layer.num_experts, not layer.gate.weight.any()
+    many, alike = layer.num_experts, layer.gate.is_constant
     if many > 1 and not alike:
         raise UserError(f"its gate decides for each token among {many} experts, which no one network does")
     value_E = constant_values(layer)
@@ -56,7 +55,7 @@ def average_network(layer: ResidualMoE, value_E: Tensor | None = None) -> Networ
 def constant_values(layer: ResidualMoE) -> Tensor:
     """Returns the gate values, [E], that a token of zeros gets in evaluation, 0 for experts that are not chosen."""
     training = layer.gate.training
-    routing = layer.gate.eval()(layer.gate.weight.new_zeros(1, 1, layer.gate.weight.shape[1]))
+    routing = layer.gate.eval()(layer.gate.weight.new_zeros(1, 1, layer.gate.width))
     layer.gate.train(training)
     return mean_values(routing.expert_TK, routing.gate_TK, layer.num_experts)
 

@@ -6,13 +6,14 @@ A new kind is a class here, an entry of `ROUTERS`, and its name in `rmoe.config.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.moe.gate import Gate
+from rmoe.moe.gate import Gate, GateSums, check_images
 
 _FIRST, _LARGEST = 10.0, 100.0  # factor of the cosines
 
@@ -38,4 +39,52 @@ class CosineGate(Gate):
         return torch.addmm(bias_E[:, None] / self.temperature, scale * weight_EC, F.normalize(x_DC).T)
 
 
-ROUTERS: dict[str, type[Gate]] = {"linear": Gate, "cosine": CosineGate}
+class MLPGate(Gate):
+    """Decides by a network of one hidden layer: the logits are w_e · relu(V x) + b_e (ModuleFormer, arXiv 2306.04640).
+
+    Attributes:
+        weight: [E, J], of J = C/8 hidden units, but no fewer than E.
+        hidden: V, [J, C].
+    """
+
+    def __init__(self, width: int, config: ResidualMoEConfig) -> None:
+        super().__init__(width, config)
+        units = max(config.num_experts, width // 8)
+        self.weight = nn.Parameter(torch.randn(config.num_experts, units) * config.gate_std)
+        self.hidden = nn.Parameter(torch.randn(units, width) / width**0.5)
+
+    def logits(self, x_DC: Tensor) -> Tensor:
+        """Returns the logits of what the gate reads, without noise, [E, D]."""
+        return super().logits(F.relu(x_DC @ self.hidden.to(x_DC.dtype).T))
+
+
+class ExpertChoice(Gate):
+    """Lets each expert choose: of the n tokens of an image it takes the ⌈K n / E⌉ that it is the most probable for.
+
+    This is expert choice (arXiv 2202.09368) within an image, instead of within a batch: an answer does not depend on
+    batchmates. A token has from none to all of the experts, K on average, and θ(x) = θ0 + Σ p_e Δ_e over them. In a
+    `Routing` it has all of them, best first, with a gate value of 0 where it was not taken.
+    """
+
+    def _choose(self, score_ED: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+        check_images(shape, "router='expert_choice'", "router='linear'")
+        tokens = math.prod(shape[1:-1])
+        score_EBn = score_ED.unflatten(1, (shape[0], tokens))
+        count = math.ceil(self.config.experts_per_token * tokens / self.config.num_experts)
+        taken_EBn = torch.zeros_like(score_EBn).scatter(-1, score_EBn.detach().topk(count, -1).indices, 1.0)
+        return (score_EBn * taken_EBn).flatten(1).sort(0, descending=True)
+
+    def _sums(self, clean_ED: Tensor, noisy_ED: Tensor, probability_ED: Tensor, *args: Any) -> GateSums:
+        (_, *rest), share = args, self.config.experts_per_token / self.config.num_experts
+        sums = super()._sums(clean_ED, noisy_ED, probability_ED, probability_ED.argmax(0, keepdim=True), *rest)
+        return sums._replace(
+            chosen_E=torch.full_like(sums.chosen_E, share) * sums.tokens
+        )  # as many, but for rounding up
+
+    @property
+    def is_constant(self) -> bool:
+        """Says that it never is: of equal tokens an expert takes some."""
+        return False
+
+
+ROUTERS: dict[str, type[Gate]] = {"linear": Gate, "cosine": CosineGate, "mlp": MLPGate, "expert_choice": ExpertChoice}

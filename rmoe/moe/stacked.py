@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.moe.experts import KINDS, OF_A, Network, Residuals
+from rmoe.moe.experts import OF_A, Network, Residuals
+from rmoe.moe.kinds import FIXED, KINDS, SHARED, Sparse
 
 EXPERT_KEY = "deepspeed_experts."  # what DeepSpeed calls its experts in a state dict
 
@@ -18,7 +19,7 @@ class StackedExperts(nn.Module):
     """Holds Δ of the experts of this process, one stacked parameter for each tensor of a network.
 
     In its state dict every expert stands alone, under the names that DeepSpeed gives its experts; what experts share
-    (`shared_a`) stands there under its own name.
+    (`shared_a`, the support of sparse residuals) stands there under its own name.
 
     Args:
         config: of the layer.
@@ -31,13 +32,19 @@ class StackedExperts(nn.Module):
         local = config.num_experts // config.ep_size
         # Drawn for all experts, so that an expert's weights do not depend on where it lives.
         self.kind = KINDS[config.residual]
-        self.scale = 1.0 if config.alpha is None else config.alpha / config.rank**0.5
+        self.scale = config.scale
         with torch.no_grad():
             every = self.kind.initial(config, core)
-        self.shared = OF_A if config.shared_a else ()
+        self.shared = (*SHARED, *(OF_A if config.shared_a else ()))
         for name, x in every._asdict().items():
             part = x if name in self.shared else x[start : start + local]
-            self.register_parameter(name, nn.Parameter(part.clone()))
+            part = part.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else part
+            if isinstance(x, Tensor) and x.is_floating_point():
+                self.register_parameter(name, nn.Parameter(part, requires_grad=name not in FIXED))
+            elif isinstance(x, Tensor):
+                self.register_buffer(name, part)
+            else:
+                setattr(self, name, part)
         self.group_name, self.spread = f"ep_size_{config.ep_size}", config.ep_size > 1
         self._mark()
 
@@ -58,7 +65,14 @@ class StackedExperts(nn.Module):
 
     def residuals(self) -> Residuals:
         """Returns Δ of the experts of this process, stacked."""
-        return self.kind(*(getattr(self, name) for name in self.kind._fields)).scaled(self.scale)
+        return self._kept().scaled(self.scale)
+
+    def _kept(self) -> Any:
+        return self.kind(*(getattr(self, name) for name in self.kind._fields))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """Returns by name what is saved, stacked."""
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def own(self) -> dict[str, nn.Parameter]:
         """Returns by name the parameters of which each expert has its own, stacked; they are saved expert by expert."""
@@ -69,9 +83,9 @@ class StackedExperts(nn.Module):
         return {name: x} if name in self.shared else {f"{EXPERT_KEY}{e}.{name}": one for e, one in enumerate(x)}
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        for name, parameter in self._parameters.items():
-            stacked = parameter if keep_vars else parameter.detach()  # type: ignore[union-attr]
-            destination.update({prefix + key: x for key, x in self._pieces(name, stacked).items()})  # type: ignore[arg-type]
+        for name, x in self._tensors().items():
+            stacked = x if keep_vars else x.detach()
+            destination.update({prefix + key: piece for key, piece in self._pieces(name, stacked).items()})
 
     def _load_from_state_dict(
         self,
@@ -84,8 +98,8 @@ class StackedExperts(nn.Module):
         error_msgs: list[str],
     ) -> None:
         known, assign = set[str](), local_metadata.get("assign_to_params_buffers", False)
-        for name, parameter in list(self.named_parameters()):
-            pieces = {prefix + key: x for key, x in self._pieces(name, parameter.detach()).items()}
+        for name, held in self._tensors().items():
+            pieces = {prefix + key: x for key, x in self._pieces(name, held.detach()).items()}
             known.update(pieces)
             found = {key: state_dict[key] for key in pieces if key in state_dict}
             missing_keys += [key for key in pieces if key not in found]
@@ -93,13 +107,16 @@ class StackedExperts(nn.Module):
             error_msgs += [
                 f"{key}: {tuple(found[key].shape)} in the file, {tuple(pieces[key].shape)} here" for key in wrong
             ]
-            if parameter.is_meta and not assign:
+            if held.is_meta and not assign:
                 error_msgs.append(f"{prefix}{name} is on the meta device: use assign=True, or to_empty() first")
             elif not wrong and assign and len(found) == len(pieces):
-                stacked = torch.stack([found[key].detach() for key in pieces]).view_as(parameter)
-                self.register_parameter(name, nn.Parameter(stacked, requires_grad=parameter.requires_grad))
+                stacked = torch.stack([found[key].detach() for key in pieces]).view_as(held)
+                is_parameter = isinstance(held, nn.Parameter)
+                setattr(self, name, nn.Parameter(stacked, held.requires_grad) if is_parameter else stacked)
             elif not wrong:
                 for key, x in found.items():
                     pieces[key].copy_(x)
         self._mark()
+        if isinstance(kept := self._kept(), Sparse) and not kept.places1_S.is_meta:
+            kept.check()
         unexpected_keys += [key for key in state_dict if strict and key.startswith(prefix) and key not in known]

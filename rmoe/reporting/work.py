@@ -124,7 +124,7 @@ def run_once(cfg: Config, setting: Setting) -> Work:
         experts_trained=_bytes(x for x in experts if x.requires_grad),
         layers=len(layers),
         sent_tokens=sum(_rows(layer, tokens[layer], setting) for layer in layers if layer.config.sends_tokens),
-        sent_experts=sum(_bytes(own_experts(layer)) for layer in layers if not layer.config.sends_tokens),
+        sent_experts=sum(_bytes(layer.residuals()) for layer in layers if not layer.config.sends_tokens),
     )
 
 
@@ -215,12 +215,7 @@ def _loss(model: nn.Module, images: dict[str, Any]) -> Tensor:
 
 def _rows(layer: ResidualMoE, tokens: int, setting: Setting) -> int:
     """Returns the bytes of the rows that a process gets for its experts."""
-    return (
-        tokens
-        * layer.config.experts_per_token
-        * layer.gate.weight.shape[1]
-        * getattr(torch, setting.precision).itemsize
-    )
+    return tokens * layer.config.experts_per_token * layer.gate.width * getattr(torch, setting.precision).itemsize
 
 
 def _reduced(model: nn.Module, parameters: Iterable[nn.Parameter], setting: Setting) -> int:

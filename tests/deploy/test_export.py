@@ -75,6 +75,9 @@ def test_a_segmentor_of_a_swin_from_pixels_to_logits(tmp_path: Path, capsys: pyt
     ("net", "moe", "options"),
     [
         ("vit", {**MOE, "residual": "full"}, ["--opset", 20]),
+        ("vit", {**MOE, "residual": "sparse", "combine": "residual"}, []),
+        ("vit", {**MOE, "residual": "segments"}, []),
+        ("vit", {**MOE, "router": "expert_choice"}, []),
         ("cvt", {**MOE, "top_k": "all"}, []),
         ("cvt", {**MOE, "combine": "straight_through"}, []),
         ("vit", None, []),

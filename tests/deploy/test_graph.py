@@ -33,8 +33,9 @@ def test_a_segmentors_logits_at_the_images_size(tmp_path: Path, size: Any) -> No
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-def test_full_residuals_are_added_to_their_cores_in_a_copy(tmp_path: Path) -> None:
-    run = rmoe.load(segmentor(tmp_path / "run", "vit", {**MOE, "residual": "full"}), device="cpu")
+@pytest.mark.parametrize("kind", ["full", "sparse"])
+def test_residuals_of_the_cores_shape_are_added_in_a_copy(tmp_path: Path, kind: str) -> None:
+    run = rmoe.load(segmentor(tmp_path / "run", "vit", {**MOE, "residual": kind}), device="cpu")
     before = {key: x.clone() for key, x in run.model.state_dict().items()}
     graph = graph_of(run)
     assert not any(".core.fc1" in name for name, _ in graph.module.named_parameters())

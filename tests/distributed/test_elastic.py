@@ -21,6 +21,8 @@ GLOBAL_BATCH, STEPS = 8, 2
 PROCESSES = (4, 2, 1, 2)
 FULL = {"num_experts": 4, "residual": "full", "noise": 0.0, "losses": {"importance": 0.01}, "train_core": True}
 LOW = {"num_experts": 4, "rank": 2, "noise": 0.0, "losses": {"importance": 0.01, "z": 0.001}}
+SEGMENTS = {"num_experts": 4, "residual": "segments", "rank": 1, "noise": 0.0}
+SPARSE = {"num_experts": 4, "residual": "sparse", "density": 0.2, "noise": 0.0}
 SGD = {"type": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
 AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}
 ADAMW = {"type": "AdamW", "lr": 0.01, "weight_decay": 0.05}
@@ -40,6 +42,8 @@ CHAINS = {
     "low rank": Chain(LOW, ADAMW, (4, 2, 1, 2), (2, 1, 0, 2), averaged=True),
     "full": Chain(FULL, ADAMW, (2, 1, 1, 2), (1, 3, 2, 0)),
     "from stage 0": Chain(FULL, SGD, (4, 2, 1, 1), (0, 2, 1, 1)),
+    "segments": Chain(SEGMENTS, ADAMW, (2, 1, 1, 2), (1, 3, 2, 0)),
+    "sparse": Chain(SPARSE, ADAMW, (4, 2, 1, 1), (2, 1, 0, 2), averaged=True),
     "dense": Chain(None, ADAMW, (1, 1, 1, 1), (3, 0, 2, 3)),
 }
 

@@ -63,6 +63,15 @@ def test_core_and_adapter_are_the_run(residual: Path, adapter: Path, core: Path,
     assert np.array_equal(probabilities(rmoe.load(out)), probabilities(rmoe.load(residual)))
 
 
+@pytest.mark.parametrize("kind", [{"residual": "segments", "rank": 1}, {"residual": "sparse"}], ids=str)
+def test_other_kinds_of_residual_are_their_core_and_adapter_too(
+    core: Path, tmp_path: Path, kind: dict[str, Any]
+) -> None:
+    run = finished(tmp_path / "run", core, 1, {"num_experts": 4, **kind})
+    made = export_adapter(run, tmp_path / "one").path
+    assert_same(load_file(attach(core, made, tmp_path / "again") / MODEL), load_file(run / MODEL))
+
+
 def test_several_on_one_core_without_loading_it_again(
     residual: Path, adapter: Path, core: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

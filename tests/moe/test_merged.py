@@ -55,6 +55,8 @@ EXACT = [
     {"residual": "full", "combine": "softmax"},
     {"balance_rate": 0.1},
     {"shared_a": True},
+    {"residual": "segments", "rank": 1, "top_k": 2},
+    {"residual": "sparse", "density": 0.5},
 ]
 
 

@@ -29,6 +29,8 @@ SWIN = dict(embed_dim=16, depths=(1, 1, 2, 2), num_heads=(1, 2, 4, 8), window_si
 MOE = {
     "dense": None,
     "low_rank": dict(residual="low_rank"),
+    "segments": dict(residual="segments", rank=4),
+    "sparse": dict(residual="sparse", density=0.1),
     "full": dict(residual="full"),
     "experts": dict(residual="experts"),
     "two of four": dict(num_experts=4, top_k=2),
@@ -177,7 +179,7 @@ def test_live_bytes_by_hand() -> None:
     assert found.together == (400, pytest.approx(400, abs=16))
 
 
-@pytest.mark.parametrize("kind", ["dense", "full"])
+@pytest.mark.parametrize("kind", ["dense", "full", "sparse", "segments"])
 def test_weights_gradients_and_states_are_exact(kind: str) -> None:
     guess = estimate(vit(MOE[kind]), Setting(processes=1, zero=0)).memory
     model, images = with_values(vit(MOE[kind]))

@@ -25,6 +25,9 @@ def test_every_arm_can_be_built_and_changes_one_that_there_is() -> None:
 def test_what_an_idea_changes_is_told() -> None:
     assert changed("cosine") == "`router='cosine'`"
     assert changed("bias_balanced") == "`losses={'importance': 0.0}`, `balance_rate=0.001`"
+    assert changed("sparse") == "`residual='sparse'`, `density=0.02`"
+    assert changed("expert_choice") == "`top_k=2`, `router='expert_choice'`"
+    assert changed("segments") == "`residual='segments'`"
     assert changed("full_fixed_gate").endswith("`gate_lr_mult=0.0`, no `calibrate`")
 
 
