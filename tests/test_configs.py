@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -27,6 +28,7 @@ from conftest import ROOT, run_processes
 from mmengine.config import Config
 from safetensors import safe_open
 
+import rmoe
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.data.emoji_scenes.params import SceneParams
@@ -301,6 +303,29 @@ def test_it_trains_and_is_evaluated(runs, name, options):
     weights = runs.weights(name, options)
     assert any("gate" in key for key in weights) == mixture
     assert weights.get("bbox_head.scales.0.scale") == ([] if kind == "ATSS" else None)  # DeepSpeed stumbles over it
+
+
+HEADS = [  # one run of each kind of head and pyramid
+    "segmentation/linear_dinov2_base_residual_ade20k_512_40k.py",
+    "segmentation/mask2former_dinov2_base_dense_ade20k_512_160k.py",
+    "segmentation/dpt_dinov3_base_residual_ade20k_512_160k.py",
+    "detection/mask2former_swinv2_base_dense_coco_50e.py",
+    "detection/mask_rcnn_eva02_base_residual_coco_1x.py",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "options"), [(name, "") for name in HEADS])
+def test_a_run_of_each_head_is_loaded_and_answers(runs, name, options):
+    assert not runs.outcomes[f"{name} {options}"]
+    picture = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
+    (answer,) = rmoe.load(runs.work_dir(name, options)).predict(picture)
+    found = answer.labels if task(load(name)) == "segmentation" else answer.masks
+    assert found.shape[-2:] == (50, 70)
+    counts = json.loads((runs.work_dir(name, options) / "cost.json").read_text())["params_by_part"]
+    if "linear" in name:
+        assert {part for part, count in counts.items() if count["trained"]} == {"residual", "gate", "head"}
 
 
 # --- what they say, and how they differ -------------------------------------------------------------------------------

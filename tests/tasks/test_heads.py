@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,17 @@ from mmseg.structures import SegDataSample
 from torch import Tensor
 
 import rmoe
+from rmoe.deploy.graph import graph_of
 from rmoe.errors import UserError
+from rmoe.inference.evaluate import _merging
 from rmoe.moe.records import collect
 from rmoe.moe.state import roles
 from rmoe.tasks.detection import made_up_objects
 from rmoe.tasks.heads import DPTHead, LinearHead
 
-CONFIGS = Path(__file__).resolve().parents[2] / "rmoe" / "configs"
 NORM = {"type": "BN"}
 DPT = {"channels": 6, "post_process_channels": [2, 3, 4, 5], "num_classes": 3, "norm_cfg": NORM}
-PLAIN = {"type": "rmoe.TimmPyramid", "model": "vit_small_patch14_dinov2", "allow_random_core": True}
-SMALL = {"embed_dim": 8, "depth": 4, "num_heads": 2, "img_size": 56}
+PLAIN = small_runs.PLAIN
 MOE = {"num_experts": 2, "rank": 2}
 
 
@@ -97,43 +96,18 @@ HEADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # what is changed o
 }
 
 
-def mask2former(name: str, head: str, classes: int) -> dict[str, Any]:
-    """The model of a shipped config, with narrow heads of one layer."""
-    small = {"num_layers": 1, "num_queries": 8, "num_points": 4, "num_feats": 4, "num_groups": 1, "num_heads": 2}
-    small |= dict.fromkeys(("embed_dims", "feedforward_channels", "feat_channels", "out_channels"), 8)
-
-    def cut(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: small.get(key, cut(value)) for key, value in node.items()}
-        return [cut(one) for one in node] if isinstance(node, list) else node
-
-    model = cut(Config.fromfile(CONFIGS / name, import_custom_modules=False).model.to_dict())
-    model["backbone"] = {**PLAIN, "kwargs": SMALL, "out_indices": (0, 1, 2, 3)}
-    model[head]["in_channels"] = [8, 8, 8, 8]
-    model[head]["loss_cls"]["class_weight"] = [1.0] * classes + [0.1]
-    return model
-
-
 def segmentor(name: str) -> dict[str, Any]:
     if name == "mask2former":
-        model = mask2former("segmentation/mask2former_dinov2_base_dense_ade20k_512_160k.py", "decode_head", 3)
-        model["decode_head"]["num_classes"] = 3
-        return model
+        return small_runs.mask2former()
     backbone, head = HEADS[name]
     preprocessor = {"type": "SegDataPreProcessor", "mean": [0.0] * 3, "std": [1.0] * 3, "size": (70, 84), "pad_val": 0}
     return {
         "type": "EncoderDecoder",
         "data_preprocessor": preprocessor | {"seg_pad_val": 255},
-        "backbone": {**PLAIN, "kwargs": SMALL, **backbone},
+        "backbone": {**PLAIN, **backbone},
         "decode_head": head,
         "test_cfg": {"mode": "whole"},
     }
-
-
-def detector() -> dict[str, Any]:
-    model = mask2former("detection/mask2former_swinv2_base_dense_coco_50e.py", "panoptic_head", 80)
-    model["data_preprocessor"].pop("batch_augments")
-    return model
 
 
 def step(model: Any, batch: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -169,7 +143,7 @@ def test_a_segmentor_with_experts_trains(name, dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_instance_segmentor_with_experts_trains(dtype) -> None:
     torch.manual_seed(0)
-    config = detector()
+    config = small_runs.mask2former(instances=True)
     config["backbone"]["moe"] = MOE
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = MODELS.build(Config({"model": config}).model)
@@ -178,6 +152,7 @@ def test_an_instance_segmentor_with_experts_trains(dtype) -> None:
         assert step(model, batch, dtype)["loss_mask"] > 0
 
 
+PIPELINE = [{"type": "rmoe.LoadImage"}, {"type": "PackSegInputs"}]
 PICTURES = [np.zeros((40, 60, 3), np.uint8), np.full((9, 5, 3), 200, np.uint8), np.full((40, 60, 3), 90, np.uint8)]
 
 
@@ -186,8 +161,7 @@ def test_a_run_of_a_segmentor_answers_images_of_any_size(name, tmp_path) -> None
     config = segmentor(name)
     config["backbone"]["moe"] = MOE
     imports = ["rmoe.tasks.segmentation", "rmoe.tasks.heads"]
-    pipeline = [{"type": "rmoe.LoadImage"}, {"type": "PackSegInputs"}]
-    inputs = {"scope": "mmseg", "imports": imports, "pipeline": pipeline}
+    inputs = {"scope": "mmseg", "imports": imports, "pipeline": PIPELINE}
     run = rmoe.load(small_runs.run_of(tmp_path / "run", config, inputs))
     together, alone = run.predict(PICTURES), [run.predict(picture)[0] for picture in PICTURES]
     for picture, one, other in zip(PICTURES, together, alone, strict=True):
@@ -196,8 +170,28 @@ def test_a_run_of_a_segmentor_answers_images_of_any_size(name, tmp_path) -> None
         assert np.array_equal(one.labels, other.labels)
 
 
+@pytest.mark.parametrize("name", ["linear", "dpt"])
+def test_a_graph_of_a_run_gives_its_logits(name, tmp_path) -> None:
+    inputs = {"scope": "mmseg", "imports": ["rmoe.tasks.segmentation", "rmoe.tasks.heads"], "pipeline": PIPELINE}
+    run = rmoe.load(small_runs.run_of(tmp_path / "run", segmentor(name), inputs))
+    images = torch.randint(256, (2, 3, 56, 70), dtype=torch.uint8)
+    graph = graph_of(run, image_size=(56, 70))
+    with torch.no_grad():
+        torch.testing.assert_close(graph.module(images), small_runs.logits(run, images), rtol=1e-4, atol=1e-4)
+
+
+def test_mask2former_is_no_graph_but_its_backbone_is(tmp_path) -> None:
+    inputs = {"scope": "mmseg", "imports": ["rmoe.tasks.segmentation"], "pipeline": PIPELINE}
+    run = rmoe.load(small_runs.run_of(tmp_path / "run", segmentor("mask2former"), inputs))
+    with pytest.raises(
+        UserError, match="Mask2FormerHead goes from maps to pixels in a way of its own.*--part backbone"
+    ):
+        graph_of(run, image_size=(56, 70))
+    assert len(graph_of(run, "backbone", (56, 70)).outputs) == 4
+
+
 def test_a_run_of_an_instance_segmentor_answers_images_of_any_size(tmp_path) -> None:
-    config = detector()
+    config = small_runs.mask2former(instances=True)
     config["backbone"]["moe"] = MOE
     pipeline = [{"type": "rmoe.LoadImage"}, {"type": "PackDetInputs"}]
     inputs = {"scope": "mmdet", "imports": ["rmoe.tasks.detection"], "pipeline": pipeline}
@@ -210,3 +204,10 @@ def test_a_run_of_an_instance_segmentor_answers_images_of_any_size(tmp_path) -> 
             rows, columns = np.nonzero(mask)
             if len(rows):
                 assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+
+
+def test_an_instance_segmentors_answers_to_flipped_images_are_not_merged(tmp_path) -> None:
+    inputs = {"scope": "mmdet", "imports": ["rmoe.tasks.detection"], "pipeline": []}
+    run = rmoe.load(small_runs.run_of(tmp_path / "run", small_runs.mask2former(instances=True), inputs))
+    with pytest.raises(UserError, match="a Mask2Former has no nms in its test_cfg.*without --flip and --scales"):
+        _merging(run)
