@@ -390,6 +390,18 @@ def test_an_arm_is_one_changed_key(name, arm):
     assert len({key for key in before if before[key] != after[key]} - {"ep_size"}) == 1
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if "mask2former" in name])
+def test_a_mask2former_is_made_a_mixture_by_the_words_in_its_docstring(name):
+    told = " ".join(docstring(name).split())
+    (words,) = re.findall(r"As a mixture: --cfg-options (stage=\S+) (\S+)\. ", told)
+    config = load(name)
+    config.merge_from_dict(
+        launch.parser().parse_args([name, "--deepspeed_config", "", "--cfg-options", *words]).cfg_options
+    )
+    assert ResidualMoEConfig.from_dict(backbone(config).moe) == ResidualMoEConfig(num_experts=8)
+    assert config.stage == "residual"
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_core_says_whose_it_is_and_its_licence(name):
     told = " ".join(docstring(name.replace("_residual_", "_dense_")).split())

@@ -147,7 +147,7 @@ def _detects(model: nn.Module) -> bool:
 
 
 def _needs_values(model: nn.Module) -> bool:
-    """Returns whether a model looks at values in training: detectors do, and Mask2Former, to match answers and truth."""
+    """Returns whether a model looks at values in training: detectors do, and Mask2Former, to match answers to truth."""
     return _detects(model) or hasattr(getattr(model, "decode_head", None), "pixel_decoder")
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import rmoe
 from rmoe.deploy.graph import graph_of
+from rmoe.engine.strategy import Strategy
 from rmoe.errors import UserError
 from rmoe.inference.evaluate import _merging
 from rmoe.moe.records import collect
@@ -150,6 +151,17 @@ def test_an_instance_segmentor_with_experts_trains(dtype) -> None:
         images = [torch.randint(256, (3, 60, 80), dtype=torch.uint8) for _ in range(2)]
         batch = {"inputs": images, "data_samples": [made_up_objects(60, 80) for _ in images]}
         assert step(model, batch, dtype)["loss_mask"] > 0
+
+
+@pytest.mark.parametrize(
+    ("channels", "message"),
+    [([8, 8], r"decode_head.in_channels is \[8, 8\], but .* maps of 8 channels"), ([16], "is .16.")],
+)
+def test_a_head_that_does_not_fit_the_maps_ends_a_run_before_training(channels, message) -> None:
+    config = segmentor("linear")
+    config["decode_head"] = config["decode_head"] | {"in_channels": channels}
+    with pytest.raises(UserError, match=message):
+        Strategy.__new__(Strategy).build_model(Config({"model": config}).model)
 
 
 PIPELINE = [{"type": "rmoe.LoadImage"}, {"type": "PackSegInputs"}]
