@@ -58,14 +58,14 @@ class TimmPyramid(nn.Module):
         model: a timm model with `forward_intermediates`, such as "swin_tiny_patch4_window7_224".
         kwargs: further arguments of `timm.create_model`: drop_path_rate, embed_dim, depths, pretrained, …
         out_indices: stages (Swin, CvT) or blocks (ViT) whose maps are returned.
-        strides: those of the maps of a backbone without stages, one for each of `out_indices`, or several for a single
-            one; 4, 8, 16, … by default. Each is the stride of the patches, which leaves a map as it is, or a power of
-            two.
         core: checkpoint of the dense core, or of a mixture that `moe` describes; see `rmoe.backbones.build`.
         moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the backbone dense. Blocks are chosen from the whole
             backbone, before `out_indices` cut it, so that upstream and downstream models have the same experts.
         with_cp: recompute activations in the backward pass, to save memory.
         allow_random_core: accept a frozen core of random weights, for trials and where weights are loaded later.
+        strides: those of the maps of a backbone without stages, one for each of `out_indices`, or several for a single
+            one; 4, 8, 16, … by default. Each is the stride of the patches, which leaves a map as it is, or a power of
+            two.
 
     Attributes:
         channels: of each map.

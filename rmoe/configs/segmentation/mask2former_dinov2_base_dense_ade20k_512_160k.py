@@ -3,9 +3,9 @@
     deepspeed launch/train.py rmoe/configs/segmentation/mask2former_dinov2_base_dense_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
 
-The core is timm's published one (Meta's, Apache License 2.0). Head and recipe are mmsegmentation's of Mask2Former on
-Swin; the four maps are those of blocks 3, 6, 9 and 12, resized to strides 4, 8, 16 and 32, without an adapter. As a
-mixture: --cfg-options stage=residual model.backbone.moe.num_experts=8.
+The core is timm's published one (Meta's, Apache License 2.0). Head and schedule are mmsegmentation's of Mask2Former on
+Swin, the augmentation is UPerNet's; the four maps are those of blocks 3, 6, 9 and 12, resized to strides 4, 8, 16 and
+32, without an adapter. As a mixture: --cfg-options stage=residual model.backbone.moe.num_experts=8.
 
 Other sizes, with the words to write after --cfg-options:
     S  model.backbone.model=vit_small_patch14_dinov2 model.decode_head.in_channels=[384,384,384,384]
