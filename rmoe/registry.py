@@ -11,7 +11,8 @@ from mmengine.registry import Registry
 
 _CLASSIFICATION = "rmoe.tasks.classification"
 
-MODELS = Registry("model", parent=registry.MODELS, scope="rmoe", locations=["rmoe.backbones.pyramid", _CLASSIFICATION])
+_BACKBONES = ["rmoe.backbones.pyramid", "rmoe.backbones.level_convs"]
+MODELS = Registry("model", parent=registry.MODELS, scope="rmoe", locations=[*_BACKBONES, _CLASSIFICATION])
 DATASETS = Registry("dataset", parent=registry.DATASETS, scope="rmoe", locations=[_CLASSIFICATION])
 METRICS = Registry("metric", parent=registry.METRICS, scope="rmoe", locations=[_CLASSIFICATION])
 _HOOKS = ["rmoe.engine.hooks", "rmoe.engine.predictions"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from conftest import ROOT
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
@@ -29,6 +30,11 @@ NETS: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
 }
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 CLASSES = ("cat", "dog", "owl")
+PLAIN = {
+    **{"type": "rmoe.TimmPyramid", "model": "vit_small_patch14_dinov2", "allow_random_core": True},
+    "kwargs": {"embed_dim": 8, "depth": 4, "num_heads": 2, "img_size": 56},
+}
+_SEMANTIC = "segmentation/mask2former_dinov2_base_dense_ade20k_512_160k"
 MOE = {"num_experts": 3, "rank": 2, "blocks": "all"}
 
 
@@ -100,6 +106,26 @@ def detector(folder: Path, net: str, moe: Mapping[str, Any] | None = MOE) -> Pat
         "test_cfg": {"nms_pre": 10, "score_thr": 0.0, "nms": {"type": "nms", "iou_threshold": 0.6}, "max_per_img": 5},
     }
     return run_of(folder, config, {"scope": "mmdet", "imports": ["rmoe.tasks.detection"], "pipeline": []})
+
+
+def mask2former(instances: bool = False) -> dict[str, Any]:
+    """The model of a shipped config, for semantic classes or instances, of three: heads of one narrow layer."""
+    name = "detection/mask2former_swinv2_base_dense_coco_50e" if instances else _SEMANTIC
+    small: dict[str, Any] = {"num_layers": 1, "num_queries": 8, "num_points": 4, "num_feats": 4, "num_groups": 1}
+    small |= {"num_heads": 2, "max_per_image": 10, "num_things_classes": 3, "num_classes": 3}
+    small |= dict.fromkeys(("embed_dims", "feedforward_channels", "feat_channels", "out_channels"), 8)
+    small |= {"class_weight": [1.0, 1.0, 1.0, 0.1]}
+
+    def cut(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: small.get(key, cut(value)) for key, value in node.items()}
+        return [cut(one) for one in node] if isinstance(node, list) else node
+
+    model = cut(Config.fromfile(ROOT / f"rmoe/configs/{name}.py", import_custom_modules=False).model.to_dict())
+    model["data_preprocessor"].pop("batch_augments", None)
+    model["backbone"] = {**PLAIN, "out_indices": (0, 1, 2, 3)}
+    model["panoptic_head" if instances else "decode_head"]["in_channels"] = [8, 8, 8, 8]
+    return model
 
 
 def logits(run: Predictor, images: torch.Tensor) -> torch.Tensor:

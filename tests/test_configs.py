@@ -15,20 +15,27 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import pytest
+import timm
+import torch
 import yapf.yapflib.yapf_api
 from conftest import ROOT, run_processes
 from mmengine.config import Config
 from safetensors import safe_open
 
+import rmoe
+from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.data.emoji_scenes.params import SceneParams
 from rmoe.data.emoji_scenes.scenes import metainfo, render
 from rmoe.engine import launch
 from rmoe.engine.check_values import check_values
+from rmoe.engine.model_config import check_maps, for_one_process
 from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
 
@@ -62,15 +69,32 @@ SMALL = {
     "swin": {"embed_dim": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2)},
     "cvt": {"embed_dims": (8, 16, 32), "depths": (1, 1, 2), "num_heads": (1, 1, 2)},
     "vit": {"embed_dim": 8, "depth": 4, "num_heads": 1},
+    "swinv2": {"embed_dim": 8, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2), "window_size": 4},
+    "convnext": {"dims": (8, 16, 32, 64), "depths": (1, 1, 2, 2)},
+    "eva02": {"embed_dim": 8, "depth": 4, "num_heads": 1},
 }
-WIDTHS = {"swin": [8, 16, 32, 64], "cvt": [8, 16, 32], "vit": [8, 8, 8, 8]}
+PLAIN = ("vit", "eva02")  # without stages
+WIDTHS = {
+    "cvt": [8, 16, 32],
+    **{family: [8, 8, 8, 8] for family in PLAIN},
+    **{family: [8, 16, 32, 64] for family in ("swin", "swinv2", "convnext")},
+}
+SIMPLE = [2, 4, 8, 8]  # channels of a simple feature pyramid
 SIDE = 64
 CHANNELS = 32  # of necks and heads: DyHead's norms have 16 groups, and one value alone cannot be normed
 KEYS: dict[str, Any] = {  # wherever they stand
     **dict.fromkeys(("size", "crop_size"), (SIDE, SIDE)),
     **dict.fromkeys(("input_size", "img_size"), SIDE),
     **dict.fromkeys(("channels", "feat_channels", "out_channels", "conv_out_channels", "fc_out_channels"), CHANNELS),
-    **{"num_blocks": 1, "num_convs": 1, "nms_pre": 20, "max_per_img": 20, "num": 16},
+    **{"num_blocks": 1, "num_convs": 1, "nms_pre": 20, "max_per_img": 20, "max_per_image": 20, "num": 16},
+    **{
+        "num_layers": 1,
+        "num_queries": 8,
+        "num_points": 4,
+        "num_feats": CHANNELS // 2,
+        "post_process_channels": [8] * 4,
+    },
+    **dict.fromkeys(("embed_dims", "feedforward_channels"), CHANNELS),
     **{"norm_cfg": {"type": "GN", "num_groups": 1}},  # SyncBN needs GPUs
     **{"num_experts": 2, "ep_size": 1},
     **{"batch_size": 2, "num_workers": 0, "persistent_workers": False, "max_iters": 2, "val_interval": 2},
@@ -80,12 +104,16 @@ RESIZED = {"Resize": "scale", "RandomResize": "scale", "RandomChoiceResize": "sc
 LOSSES = {
     "classification": {"loss_cls"},
     "segmentation": {"decode.loss_ce"},
+    "Mask2FormerHead": {"decode.loss_cls", "decode.loss_mask", "decode.loss_dice"},
+    "Mask2Former": {"loss_cls", "loss_mask", "loss_dice"},
     "MaskRCNN": {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"},
     "ATSS": {"loss_cls", "loss_bbox", "loss_centerness"},
 }
 METRICS = {
     "classification": {"accuracy/top1"},
     "segmentation": {"mIoU"},
+    "Mask2FormerHead": {"mIoU"},
+    "Mask2Former": {"coco/bbox_mAP", "coco/segm_mAP"},
     "MaskRCNN": {"coco/bbox_mAP", "coco/segm_mAP"},
     "ATSS": {"coco/bbox_mAP"},
 }
@@ -97,6 +125,10 @@ def load(name: str) -> Config:
 
 def docstring(name: str) -> str:
     return (FOLDER / name).read_text().split('"""')[1]
+
+
+def content(name: str) -> str:
+    return (FOLDER / name).read_text().split('"""')[2]
 
 
 def task(config: Config) -> str:
@@ -123,7 +155,17 @@ def arms(name: str) -> list[str]:
     return re.findall(r"^    (model\.[\w.]+=\w+(?: model\.[\w.]+=\w+)*)  ", docstring(name), re.MULTILINE)
 
 
+def sizes(name: str) -> list[str]:
+    """The options that make another size of a config's backbone, as they follow --cfg-options in its docstring."""
+    found = re.findall(
+        r"^    [\w ]+  (model\.backbone\.(?:model|out_indices)=.*(?:\n {8}.*)*)", docstring(name), re.MULTILINE
+    )
+    return [" ".join(words.split()) for words in found]
+
+
 ARMS = [(name, arm) for name in NAMES for arm in arms(name)]
+PUBLISHED = [name for name in NAMES if "pretrained=True" in content(re.sub("(intermediate_)?residual", "dense", name))]
+SIZES = [(name, words) for name in NAMES for words in ["", *sizes(name)] if name in PUBLISHED or words]
 HALF = ["detection/atss_dyhead_swin_large_residual_coco_2x.py", "detection/mask_rcnn_swin_tiny_residual_coco_1x.py"]
 RUNS = [  # what is added to the command in the docstring
     *((name, "") for name in NAMES),
@@ -140,12 +182,16 @@ def cut_down(config: Config, folder: Path) -> Config:
     part = backbone(config)
     family = part.model.partition("_")[0]
     part.kwargs = {**part.get("kwargs", {}), **SMALL[family]}
+    if part.kwargs.pop("pretrained", False):
+        part.allow_random_core = True
     if part is config.model and family != "cvt":
         part.kwargs.img_size = SIDE  # classifiers have one size; pyramids and CvTs take any
-    if family == "vit" and "out_indices" in part:
-        part.out_indices = tuple(range(SMALL["vit"]["depth"]))
+    if family in PLAIN and "out_indices" in part:
+        part.out_indices = tuple(range(SMALL[family]["depth"]))[-len(part.out_indices) :]
     widths = [WIDTHS[family][index] for index in part.get("out_indices", ())]
-    if "core" in part:
+    if len(part.get("strides") or ()) > len(widths):
+        widths = SIMPLE
+    if part.get("core"):
         part.core = str(folder / part.core)
     config.default_hooks.logger.interval = 1
     config.experiment_name = uuid4().hex  # or the logs of runs within a second mix
@@ -166,8 +212,10 @@ def cut_down(config: Config, folder: Path) -> Config:
                 if isinstance(level, int) and "in_index" in node:
                     node["in_channels"] = widths[level]
             return {inner: cut(inner, value) for inner, value in node.items()}
-        if key == "num_classes" and classes:
+        if key in ("num_classes", "num_things_classes") and classes:
             return classes
+        if key == "class_weight" and classes:
+            return [*node[:classes], node[-1]]
         if key in KEYS:
             return KEYS[key]
         if isinstance(node, (list, tuple)):
@@ -246,7 +294,8 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_it_trains_and_is_evaluated(runs, name, options):
     assert not (outcome := runs.outcomes[f"{name} {options}"]), outcome
     config, logged = load(name), runs.scalars(name, options)
-    kind = config.model.type if config.model.type in LOSSES else task(config)
+    named = (config.model.type, config.model.get("decode_head", {}).get("type"))
+    kind = next((one for one in named if one in LOSSES), task(config))
     assert LOSSES[kind] | METRICS[kind] | {"loss"} <= set(logged)
     assert all(math.isfinite(logged[key]) for key in LOSSES[kind] | {"loss"})
     mixture = bool(backbone(config).get("moe"))
@@ -254,6 +303,29 @@ def test_it_trains_and_is_evaluated(runs, name, options):
     weights = runs.weights(name, options)
     assert any("gate" in key for key in weights) == mixture
     assert weights.get("bbox_head.scales.0.scale") == ([] if kind == "ATSS" else None)  # DeepSpeed stumbles over it
+
+
+HEADS = [  # one run of each kind of head and pyramid
+    "segmentation/linear_dinov2_base_residual_ade20k_512_40k.py",
+    "segmentation/mask2former_dinov2_base_dense_ade20k_512_160k.py",
+    "segmentation/dpt_dinov3_base_residual_ade20k_512_160k.py",
+    "detection/mask2former_swinv2_base_dense_coco_50e.py",
+    "detection/mask_rcnn_eva02_base_residual_coco_1x.py",
+]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("name", "options"), [(name, "") for name in HEADS])
+def test_a_run_of_each_head_is_loaded_and_answers(runs, name, options):
+    assert not runs.outcomes[f"{name} {options}"]
+    picture = np.random.default_rng(0).integers(256, size=(50, 70, 3), dtype=np.uint8)
+    (answer,) = rmoe.load(runs.work_dir(name, options)).predict(picture)
+    found = answer.labels if task(load(name)) == "segmentation" else answer.masks
+    assert found.shape[-2:] == (50, 70)
+    counts = json.loads((runs.work_dir(name, options) / "cost.json").read_text())["params_by_part"]
+    if "linear" in name:
+        assert {part for part, count in counts.items() if count["trained"]} == {"residual", "gate", "head"}
 
 
 # --- what they say, and how they differ -------------------------------------------------------------------------------
@@ -316,6 +388,40 @@ def test_an_arm_is_one_changed_key(name, arm):
     )
     before, after = (asdict(ResidualMoEConfig.from_dict(backbone(one).moe)) for one in (load(name), changed))
     assert len({key for key in before if before[key] != after[key]} - {"ep_size"}) == 1
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "mask2former" in name])
+def test_a_mask2former_is_made_a_mixture_by_the_words_in_its_docstring(name):
+    told = " ".join(docstring(name).split())
+    (words,) = re.findall(r"As a mixture: --cfg-options (stage=\S+) (\S+)\. ", told)
+    config = load(name)
+    config.merge_from_dict(
+        launch.parser().parse_args([name, "--deepspeed_config", "", "--cfg-options", *words]).cfg_options
+    )
+    assert ResidualMoEConfig.from_dict(backbone(config).moe) == ResidualMoEConfig(num_experts=8)
+    assert config.stage == "residual"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_core_says_whose_it_is_and_its_licence(name):
+    told = " ".join(docstring(name.replace("_residual_", "_dense_")).split())
+    marks = timm.models.get_pretrained_cfg(backbone(load(name)).model)
+    assert {"apache-2.0": "Apache License 2.0", "mit": "MIT licence"}.get(marks.license, "DINOv3 License") in told
+    mean, std = (torch.tensor(load(name).model.data_preprocessor[key]) for key in ("mean", "std"))
+    torch.testing.assert_close(mean, 255 * torch.tensor(marks.mean), rtol=0, atol=1e-3)
+    torch.testing.assert_close(std, 255 * torch.tensor(marks.std), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "words"), SIZES)
+def test_each_size_has_published_weights_and_maps_that_the_heads_take(name, words):
+    config = load(name)
+    options = ["--cfg-options", *words.split()] if words else []
+    config.merge_from_dict(launch.parser().parse_args([name, "--deepspeed_config", "", *options]).cfg_options or {})
+    part = for_one_process(config.model).backbone
+    assert timm.models.get_pretrained_cfg(part.model).has_weights
+    part.pop("type")
+    with torch.device("meta"):
+        check_maps(config.model, SimpleNamespace(backbone=TimmPyramid(**part)))
 
 
 @pytest.mark.parametrize("pipeline", PIPELINES)

@@ -33,6 +33,7 @@ _ANY_SIZE: dict[str, dict[str, Any]] = {
     "xcit": {},
     "twins": {},
 }
+_POWERS = (2, 4, 8, 16, 32, 64)  # what a map of a plain backbone may be brought to
 # Models of these modules round up when they halve an odd map; for others images are padded to the last map's cells.
 _ROUNDS_UP = ("swin_transformer", "swin_transformer_v2", "swin_transformer_v2_cr", "cvt")
 
@@ -42,9 +43,14 @@ class TimmPyramid(nn.Module):
     """Computes the feature maps of a timm backbone for images of any size, and gives each map a LayerNorm.
 
     A Swin's maps have the strides 4, 8, 16, 32 and equal those of the published Swin for dense tasks. A CvT's three
-    maps have the strides 4, 8, 16, without the class token. The maps of a plain ViT all have one stride and are brought
-    to the strides 4, 8, 16, 32 as in ViTDet (arXiv 2203.16527, section 3); maps of stride 14 are first interpolated to
-    stride 16. Some other models take images of one size only, and an error says so.
+    maps have the strides 4, 8, 16, without the class token. The maps of a plain ViT all have one stride, that of its
+    patches, and are brought to those of `strides` by deconvolutions or max pooling; maps of stride 14 are first
+    interpolated to stride 16, unless 14 is asked for. Some other models take images of one size only, and an error says
+    so.
+
+    One block and several strides make the simple feature pyramid of ViTDet (arXiv 2203.16527, section 3): each map is
+    made of that block's map alone, and each deconvolution halves its channels, as in the code published with it.
+    `rmoe.LevelConvs` is what follows there.
 
     It is no mmengine `BaseModule`, because mmengine's weight initialisation would overwrite the loaded core.
 
@@ -57,10 +63,17 @@ class TimmPyramid(nn.Module):
             backbone, before `out_indices` cut it, so that upstream and downstream models have the same experts.
         with_cp: recompute activations in the backward pass, to save memory.
         allow_random_core: accept a frozen core of random weights, for trials and where weights are loaded later.
+        strides: those of the maps of a backbone without stages, one for each of `out_indices`, or several for a single
+            one; 4, 8, 16, … by default. Each is the stride of the patches, which leaves a map as it is, or a power of
+            two.
+
+    Attributes:
+        channels: of each map.
+        strides: of each map, in pixels.
 
     Raises:
-        UserError: the model or an argument is unknown, or the model has no such index; also what `load_core` and
-            `upcycle` raise. The forward pass raises it for images of a size that the model does not take.
+        UserError: the model or an argument is unknown, or the model has no such index or stride; also what `load_core`
+            and `upcycle` raise. The forward pass raises it for images of a size that the model does not take.
     """
 
     def __init__(
@@ -72,18 +85,32 @@ class TimmPyramid(nn.Module):
         moe: Mapping[str, Any] | None = None,
         with_cp: bool = False,
         allow_random_core: bool = False,
+        strides: Sequence[int] | None = None,
     ) -> None:
         super().__init__()
         kwargs, family = checked_kwargs(kwargs), _family(model)
         net: Any = timm_model(model, {**_ANY_SIZE.get(family, {}), **kwargs, "num_classes": 0})
         levels = _levels(model, net, out_indices)
-        norms = [timm.layers.LayerNorm2d(channels, eps=1e-5) for channels, _ in levels]
+        reductions = [info["reduction"] for info in net.feature_info]
+        plain = len({*reductions}) == 1  # a backbone without stages
+        self.strides = _strides(model, [stride for _, stride in levels], strides, plain)
+        simple = len(levels) < len(self.strides)
+        levels = levels * len(self.strides) if simple else levels
+        self.given = [stride for _, stride in levels]
+        self.regular = [
+            _power_of_two(given) if plain and given != wanted else given
+            for given, wanted in zip(self.given, self.strides, strict=True)
+        ]
+        made = [
+            _rescale(channels, stride, wanted, halve=simple)
+            for (channels, _), stride, wanted in zip(levels, self.regular, self.strides, strict=True)
+        ]
+        self.channels = [channels for _, channels in made]
+        norms = [timm.layers.LayerNorm2d(channels, eps=1e-5) for channels in self.channels]
         allow_random_core = allow_random_core or brings_weights(kwargs)
-        weights = dict(zip(out_indices, norms, strict=True))
+        weights = {} if simple else dict(zip(out_indices, norms, strict=True))
         add_weights(net, core, moe, weights, allow_random_core=allow_random_core)
         self.name, self.size = model, _only_size(family, net, kwargs)
-        self.given = [stride for _, stride in levels]
-        reductions = [info["reduction"] for info in net.feature_info]
         self.patch = 1 if self.size else reductions[0] if family in _ROUNDS_UP else max(reductions)
         self.out_indices = net.prune_intermediate_layers(list(out_indices), prune_norm=True)
         pad_before_shift(net)
@@ -91,12 +118,7 @@ class TimmPyramid(nn.Module):
             timm.layers.set_reentrant_ckpt(False)  # the reentrant kind loses the gate's losses
             net.set_grad_checkpointing(True)
         self.model = net
-        self.spread = len({*reductions}) == 1  # a backbone without stages
-        self.strides = [4 * 2**level for level in range(len(levels))] if self.spread else self.given
-        self.rescale = nn.ModuleList(
-            _rescale(channels, _power_of_two(given) if self.spread else given, wanted)
-            for (channels, given), wanted in zip(levels, self.strides, strict=True)
-        )
+        self.rescale = nn.ModuleList(module for module, _ in made)
         self.norms = nn.ModuleList(norms)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -110,17 +132,18 @@ class TimmPyramid(nn.Module):
             )
         images = F.pad(images, (0, -width % self.patch, 0, -height % self.patch))
         maps = self.model.forward_intermediates(images, indices=self.out_indices, intermediates_only=True)
-        levels = zip(maps, self.given, self.rescale, self.norms, self.strides, strict=True)
+        maps = maps * len(self.strides) if len(maps) < len(self.strides) else maps
+        levels = zip(maps, self.given, self.regular, self.rescale, self.norms, self.strides, strict=True)
         # mmcv's RoIAlign ignores strides: its input must be contiguous.
         return tuple(
-            norm(rescale(self._regular(level, given, images, height, width)))[
+            norm(rescale(self._brought(level, given, regular, images, height, width)))[
                 ..., : math.ceil(height / stride), : math.ceil(width / stride)
             ].contiguous()
-            for level, given, rescale, norm, stride in levels
+            for level, given, regular, rescale, norm, stride in levels
         )
 
-    def _regular(self, level: Tensor, given: int, images: Tensor, height: int, width: int) -> Tensor:
-        """Returns a map of the images, not padded, whose stride is a power of two, from a map of the padded images."""
+    def _brought(self, level: Tensor, given: int, stride: int, images: Tensor, height: int, width: int) -> Tensor:
+        """Returns a map of the images, not padded, with `stride`, from a map of the padded images with `given`."""
         cells = tuple(math.ceil(side / given) for side in images.shape[-2:])
         if level.shape[-2:] != cells:
             raise UserError(
@@ -128,7 +151,6 @@ class TimmPyramid(nn.Module):
                 f"{images.shape[-2]} x {images.shape[-1]} pixels, where stride {given} makes {cells[0]} x {cells[1]}; "
                 "leave this level out of out_indices, or use a Swin, a CvT or a ViT"
             )
-        stride = _power_of_two(given) if self.spread else given
         if stride == given:
             return level
         rows, columns = (
@@ -166,6 +188,26 @@ def _levels(name: str, net: Any, out_indices: Sequence[int]) -> list[tuple[int, 
     return [(known[index]["num_chs"], known[index]["reduction"]) for index in out_indices]
 
 
+def _strides(name: str, given: list[int], strides: Any, plain: bool) -> list[int]:
+    """Returns the stride of each map, `given` being those of the backbone's own."""
+    if strides is None:
+        return [4 * 2**level for level in range(len(given))] if plain else given
+    if not plain:
+        raise UserError(f"strides are {strides!r}, but {name} has stages, whose strides are theirs: leave strides out")
+    allowed = {given[0], *_POWERS}
+    if not isinstance(strides, Sequence) or not strides or not all(type(x) is int and x in allowed for x in strides):
+        raise UserError(
+            f"strides are {strides!r}; they are a list of numbers, each {given[0]}, the side of the patches of {name}, "
+            f"or a power of two from {_POWERS[0]} to {_POWERS[-1]}"
+        )
+    if len(given) not in (1, len(strides)):
+        raise UserError(
+            f"there are {len(strides)} strides and {len(given)} out_indices; give one stride for each, or one index, "
+            "of whose map all are made"
+        )
+    return [*strides]
+
+
 def _power_of_two(stride: int) -> int:
     """Returns the power of two nearest to `stride`."""
     return 2 ** round(math.log2(stride))
@@ -178,12 +220,28 @@ def _interpolation(cells: int, ratio: float, given: int, like: Tensor) -> Tensor
     return (1 - distance.abs()).clamp(min=0).to(like.dtype)
 
 
-def _rescale(channels: int, given: int, wanted: int) -> nn.Module:
-    """Returns the module that turns a map of stride `given` into one of stride `wanted`."""
+def _rescale(channels: int, given: int, wanted: int, *, halve: bool = False) -> tuple[nn.Module, int]:
+    """Returns the module that turns a map of stride `given` into one of stride `wanted`, and that map's channels.
+
+    Args:
+        channels: of the map that is given.
+        given: its stride.
+        wanted: the stride to bring it to.
+        halve: each deconvolution halves the channels.
+
+    Raises:
+        UserError: the channels cannot be halved as often.
+    """
     if given <= wanted:
-        return nn.MaxPool2d(wanted // given, ceil_mode=True) if given < wanted else nn.Identity()
+        pool = nn.MaxPool2d(wanted // given, ceil_mode=True) if given < wanted else nn.Identity()
+        return pool, channels
+    doublings = int(math.log2(given // wanted))
+    if halve and channels % 2**doublings:
+        raise UserError(f"the {channels} channels of the map cannot be halved {doublings} times for stride {wanted}")
     steps: list[nn.Module] = []
-    for _ in range(int(math.log2(given // wanted))):
+    for _ in range(doublings):
         steps += [timm.layers.LayerNorm2d(channels), nn.GELU()] if steps else []
-        steps.append(nn.ConvTranspose2d(channels, channels, 2, stride=2))
-    return nn.Sequential(*steps)
+        width = channels // 2 if halve else channels
+        steps.append(nn.ConvTranspose2d(channels, width, 2, stride=2))
+        channels = width
+    return nn.Sequential(*steps), channels

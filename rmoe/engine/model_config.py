@@ -6,6 +6,8 @@ import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rmoe.errors import UserError
+
 _BACKBONES = ("TimmPyramid", "TimmClassifier")
 
 
@@ -50,3 +52,53 @@ def for_one_process(config: Any) -> Any:
         moe["ep_size"] = 1
     allow_random_cores(changed)
     return changed
+
+
+def check_maps(config: Any, model: Any) -> None:
+    """Checks that what reads a backbone's maps, a neck or else the heads, says of them what they are.
+
+    Args:
+        config: of a segmentor or detector; a reader without in_channels is let pass.
+        model: what was built of it; another backbone than `rmoe.TimmPyramid` is let pass.
+
+    Raises:
+        UserError: a reader names a map that there is not, or another number of channels.
+    """
+    channels = getattr(getattr(model, "backbone", None), "channels", None)
+    if not isinstance(channels, list) or not isinstance(config, Mapping):
+        return
+    for name, reader in _readers(config):
+        if "in_channels" not in reader:
+            continue
+        wanted: Any = reader["in_channels"]
+        index: Any = reader.get("in_index")
+        several = isinstance(wanted, list | tuple)
+        if index is None:
+            index = range(len(channels)) if several else -1
+        numbers, widths = ([*index], [*wanted]) if several and not isinstance(index, int) else ([index], [wanted])
+        if all(type(x) is int and -len(channels) <= x < len(channels) for x in numbers):
+            found = [channels[number] for number in numbers]
+            if found == widths:
+                continue
+            read, there = f"{name}.in_channels is {wanted}", f"maps of {_listed(found)} channels"
+        else:
+            read, there = f"{name}.in_index is {index}", f"{len(channels)} maps, of {_listed(channels)} channels"
+        raise UserError(f"{read}, but the backbone gives it {there}; change it, or out_indices of the backbone")
+
+
+def _readers(config: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yields the name and the config of all that reads the backbone's maps."""
+    neck = config.get("neck")
+    if neck:
+        yield ("neck", neck) if isinstance(neck, Mapping) else ("neck[0]", neck[0])
+        return
+    for name in ("decode_head", "auxiliary_head", "panoptic_head"):
+        node = config.get(name)
+        if isinstance(node, Mapping):
+            yield name, node
+        for number, one in enumerate(node if isinstance(node, list | tuple) else ()):
+            yield f"{name}[{number}]", one
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))

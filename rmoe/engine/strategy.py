@@ -30,6 +30,7 @@ from rmoe.engine.checkpoint.weights import load_weights
 from rmoe.engine.clipping import check_precision, loss_scaler, mend_clipping
 from rmoe.engine.cost import Parameters, count_parameters
 from rmoe.engine.leaves import mend_leaves
+from rmoe.engine.model_config import check_maps
 from rmoe.engine.precision import set_float32_products
 from rmoe.engine.terminal import keep_short
 from rmoe.engine.trained import Count, count_parts, table
@@ -154,6 +155,7 @@ class Strategy(DeepSpeedStrategy):
         """See `BaseStrategy`; without a GPU, synchronised batch norm becomes batch norm of each process."""
         with user_errors("model"):
             built = super().build_model(model)
+        check_maps(model, built)
         if not torch.cuda.is_available():
             return revert_sync_batchnorm(built)
         # Images travel as bytes from pinned memory and become floats on the device.

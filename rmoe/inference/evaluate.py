@@ -251,6 +251,11 @@ def _merging(predictor: Predictor) -> nn.Module:
         return MODELS.build({"type": "SegTTAModel", "module": predictor.model})
     model: Any = predictor.model
     settings = model.test_cfg.get("rcnn", model.test_cfg)
+    if "nms" not in settings:
+        raise UserError(
+            f"a {type(model).__name__} has no nms in its test_cfg, by which the answers to flipped and scaled images "
+            "are merged: evaluate it without --flip and --scales"
+        )
     kept = {"nms": settings["nms"], "max_per_img": settings["max_per_img"]}
     return MODELS.build({"type": "DetTTAModel", "module": _BoxesAlone(model), "tta_cfg": Config(kept)})
 

@@ -26,6 +26,7 @@ from rmoe.reporting.tracing import Precision, trace, training_loss, without_valu
 from rmoe.tasks.classification import TimmClassifier
 
 _SENT_AS_COMPUTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_STRIPES = 8  # classes in a made-up label map
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,15 @@ def run_once(cfg: Config, setting: Setting) -> Work:
     if cfg.get("default_scope"):
         init_default_scope(cfg.default_scope)
     model = _build(cfg.model, "meta")
-    if detects := _detects(model):
+    if valued := _needs_values(model):
         torch.manual_seed(0)  # its work hangs on weights and images: the same estimate every time
         model = _build(cfg.model, "cpu")
     paramwise = (cfg.get("optim_wrapper") or {}).get("paramwise_cfg") or {}
     freeze_others(model, paramwise.get("train_only"))
     layers = list(moe_layers(model).values())
     setting = _filled_in(cfg, setting, layers)
-    with nullcontext() if detects else without_values():
-        if not detects:
+    with nullcontext() if valued else without_values():
+        if not valued:
             model.to_empty(device="cpu")
         images = _images(model, setting)
         tokens = _tokens_of(layers)
@@ -142,7 +143,12 @@ def _build(config: Mapping[str, Any], device: str) -> nn.Module:
 
 
 def _detects(model: nn.Module) -> bool:
-    return hasattr(model, "bbox_head") or hasattr(model, "roi_head")
+    return any(hasattr(model, name) for name in ("bbox_head", "roi_head", "panoptic_head"))
+
+
+def _needs_values(model: nn.Module) -> bool:
+    """Returns whether a model looks at values in training: detectors do, and Mask2Former, to match answers to truth."""
+    return _detects(model) or hasattr(getattr(model, "decode_head", None), "pixel_decoder")
 
 
 def _filled_in(cfg: Config, setting: Setting, layers: Sequence[ResidualMoE]) -> Setting:
@@ -165,7 +171,9 @@ def _image_size(cfg: Config) -> tuple[int, int] | None:
     """Returns the size of the training images: what a segmentor's preprocessor pads to, what a classifier's transform
     gives, or what a detector is evaluated on, lying; its training has many sizes, few of them larger.
     """
-    size = (cfg.model.get("data_preprocessor") or {}).get("size")
+    preprocessor = cfg.model.get("data_preprocessor") or {}
+    sizes = [preprocessor.get("size"), *(one.get("size") for one in preprocessor.get("batch_augments") or ())]
+    size = next((one for one in sizes if one is not None), None)
     if size is None:
         size = cfg.get("train_dataloader", {}).get("dataset", {}).get("transform", {}).get("input_size")
     if size is None:
@@ -186,11 +194,14 @@ def _images(model: nn.Module, setting: Setting) -> dict[str, Any]:
         pixels = torch.randint(256, (setting.micro_batch, 3, *setting.image_size), dtype=torch.uint8)
         samples = [made_up_objects(*setting.image_size) for _ in pixels]
         return model.data_preprocessor({"inputs": list(pixels), "data_samples": samples}, True)  # type: ignore[operator]
-    inputs = torch.empty(setting.micro_batch, 3, *setting.image_size)
+    inputs = torch.rand(setting.micro_batch, 3, *setting.image_size)
     if isinstance(model, TimmClassifier):
         return {"inputs": inputs, "labels": torch.empty(setting.micro_batch, dtype=torch.int64)}
     sample = BaseDataElement(metainfo={"img_shape": setting.image_size, "ori_shape": setting.image_size})
-    sample.gt_sem_seg = PixelData(data=torch.empty(1, *setting.image_size, dtype=torch.int64))
+    rows, columns = setting.image_size
+    classes: Any = model.num_classes
+    stripes = torch.arange(columns) * min(_STRIPES, classes) // columns
+    sample.gt_sem_seg = PixelData(data=stripes.expand(1, rows, columns))
     return {"inputs": inputs, "data_samples": [sample] * setting.micro_batch}
 
 

@@ -16,10 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from mmcv.ops.focal_loss import SigmoidFocalLossFunction
-from mmcv.ops.modulated_deform_conv import ModulatedDeformConv2dFunction
-from mmcv.ops.nms import NMSop
-from mmcv.ops.roi_align import RoIAlignFunction
 from mmdet.datasets import CocoDataset
 from mmdet.datasets.api_wrappers import COCO, COCOeval
 from mmdet.datasets.transforms import LoadAnnotations
@@ -28,7 +24,6 @@ from mmdet.structures import DetDataSample
 from mmdet.structures.mask import BitmapMasks
 from mmengine.structures import InstanceData
 from pycocotools.mask import encode
-from torch import Tensor
 
 from rmoe.data.arguments import check_arguments
 from rmoe.data.check import require
@@ -36,6 +31,7 @@ from rmoe.data.classes import class_list
 from rmoe.data.coco import check_annotations, read_annotations
 from rmoe.errors import UserError, nearest
 from rmoe.registry import DATASETS, METRICS, TRANSFORMS
+from rmoe.tasks import mmcv_precision as mmcv_precision  # imported for what it changes
 
 _ITEMS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 
@@ -233,23 +229,3 @@ def made_up_objects(height: int, width: int, objects: int = 8) -> DetDataSample:
     truth = {"bboxes": boxes, "labels": torch.zeros(objects).long(), "masks": BitmapMasks(masks, height, width)}
     sample.gt_instances, sample.ignored_instances = InstanceData(**truth), InstanceData(bboxes=torch.zeros(0, 4))
     return sample
-
-
-def _compute_in_float32(function: type[torch.autograd.Function]) -> None:
-    """Makes an operation of mmcv that lacks autocast's format compute in float32 and return that format."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    plain_forward = torch.amp.custom_fwd(function.forward, device_type=device, cast_inputs=torch.float32)
-    plain_backward = function.backward
-
-    def forward(ctx: Any, first: Tensor, *rest: Any) -> Tensor:
-        result = plain_forward(ctx, first, *rest)
-        return result.to(first.dtype) if result.is_floating_point() else result
-
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        return plain_backward(ctx, gradient.float())
-
-    function.forward, function.backward = staticmethod(forward), staticmethod(backward)  # type: ignore[method-assign]
-
-
-for _function in (NMSop, RoIAlignFunction, ModulatedDeformConv2dFunction, SigmoidFocalLossFunction):
-    _compute_in_float32(_function)

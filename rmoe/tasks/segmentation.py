@@ -25,6 +25,7 @@ from rmoe.data.images import IGNORED, read_label_map
 from rmoe.data.palette import palette
 from rmoe.errors import UserError
 from rmoe.registry import DATASETS, TRANSFORMS
+from rmoe.tasks import mmcv_precision as mmcv_precision  # imported for what it changes
 from rmoe.tasks.images import fetch
 
 

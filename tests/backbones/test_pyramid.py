@@ -157,7 +157,7 @@ def test_maps_of_patch_14_are_interpolated_in_place():
     pyramid = without_norms(TimmPyramid(DINO, SMALL_VIT | {"img_size": 56}, out_indices=(0, 1, 2)).eval())
     level = torch.stack(torch.meshgrid(14 * (torch.arange(8) + 0.5), 14 * (torch.arange(11) + 0.5), indexing="ij"))
     padded = torch.zeros(1, 3, 112, 154)
-    moved = pyramid._regular(level[None], 14, padded, 101, 150)[0]
+    moved = pyramid._brought(level[None], 14, 16, padded, 101, 150)[0]
     expected = torch.stack(torch.meshgrid(16 * (torch.arange(7) + 0.5), 16 * (torch.arange(10) + 0.5), indexing="ij"))
     inside = (slice(None), slice(0, 6), slice(0, 9))  # beyond the last centre, its value is repeated
     torch.testing.assert_close(moved[inside], expected[inside])
@@ -235,6 +235,84 @@ def test_a_vits_middle_map_is_timms():
     images = image(64, 32)
     timms = pyramid.model.forward_intermediates(images, indices=[2], intermediates_only=True)
     torch.testing.assert_close(pyramid(images)[2], timms[0])
+
+
+def deconvolved(level: Tensor, layer: nn.ConvTranspose2d) -> Tensor:
+    """Writes each cell of a map [B, C, H, W] into its own 2 x 2 cells, [B, O, 2H, 2W], one corner at a time."""
+    batch, _, height, width = level.shape
+    result = torch.zeros(batch, layer.weight.shape[1], 2 * height, 2 * width)
+    for row in (0, 1):
+        for column in (0, 1):
+            corner = torch.einsum("bchw,co->bohw", level, layer.weight[:, :, row, column])
+            result[..., row::2, column::2] = corner + layer.bias[:, None, None]
+    return result
+
+
+def normed(level: Tensor, norm: nn.Module) -> Tensor:
+    """Norms every cell of a map over its channels, as LayerNorm is defined."""
+    centred = level - level.mean(1, keepdim=True)
+    scaled = centred / (centred.square().mean(1, keepdim=True) + norm.eps).sqrt()
+    return scaled * norm.weight[:, None, None] + norm.bias[:, None, None]
+
+
+@pytest.mark.parametrize("name", ["ViT, patch 16", "DINOv3"])
+def test_the_simple_feature_pyramid_is_made_of_the_last_map_alone(name):
+    """Compares with section 3 of arXiv 2203.16527, computed cell by cell, from the map that timm gives."""
+    torch.manual_seed(0)
+    model, kwargs = BRIGHT[name]
+    pyramid = TimmPyramid(model, kwargs, (3,), strides=(4, 8, 16, 32)).eval()
+    with torch.no_grad():
+        for parameter in [*pyramid.rescale.parameters(), *pyramid.norms.parameters()]:
+            parameter.normal_()  # so that no norm is the identity and no bias is 0
+        images = image(64, 96)
+        (last,) = pyramid.model.forward_intermediates(images, indices=[3], intermediates_only=True)
+        (two, norm, act, four), (eight,) = pyramid.rescale[0], pyramid.rescale[1]
+        batch, channels, height, width = last.shape
+        expected = [
+            deconvolved(act(normed(deconvolved(last, two), norm)), four),
+            deconvolved(last, eight),
+            last,
+            last.reshape(batch, channels, height // 2, 2, width // 2, 2).amax((3, 5)),
+        ]
+        assert isinstance(act, nn.GELU)
+        assert pyramid.channels == [channels // 4, channels // 2, channels, channels]
+        for ours, level, norm in zip(pyramid(images), expected, pyramid.norms, strict=True):
+            torch.testing.assert_close(ours, normed(level, norm), rtol=1e-4, atol=1e-4)
+
+
+SIMPLE = ["ViT, patch 16", "ViT, patch 8", "DINOv2, patch 14", "DINOv2, registers", "DINOv3", "EVA-02, patch 14"]
+
+
+@pytest.mark.parametrize("name", SIMPLE)
+def test_the_simple_feature_pyramid_takes_images_of_any_size(name):
+    pyramid = TimmPyramid(*BRIGHT[name], (3,), strides=(4, 8, 16, 32)).eval()
+    for size in ((50, 75), (5, 3)):  # the second is smaller than a patch
+        for channels, stride, level in zip(pyramid.channels, (4, 8, 16, 32), pyramid(image(*size)), strict=True):
+            assert level.shape == (2, channels, *(-(-side // stride) for side in size))
+
+
+def test_maps_keep_the_stride_of_the_patches_where_that_is_asked_for():
+    pyramid = without_norms(TimmPyramid(DINO, SMALL_VIT | {"img_size": 56}, (1, 3), strides=(14, 14)).eval())
+    images = image(56, 84)
+    timms = pyramid.model.forward_intermediates(images, indices=[1, 3], intermediates_only=True)
+    for ours, theirs in zip(pyramid(images), timms, strict=True):
+        assert torch.equal(ours, theirs)
+    assert [level.shape[-2:] for level in pyramid(image(57, 85))] == [(5, 7), (5, 7)]
+
+
+def test_one_map_of_one_stride_is_no_simple_pyramid():
+    pyramid = TimmPyramid(VIT, SMALL_VIT, (3,), strides=(8,))
+    assert pyramid.channels == [12]
+
+
+def test_a_simple_pyramid_with_experts_trains_all_of_its_parameters():
+    pyramid = TimmPyramid(
+        VIT, SMALL_VIT, (3,), strides=(4, 8, 16, 32), moe={"num_experts": 2, "train_core": True, "noise": 0.0}
+    )
+    with collect() as records:
+        total = sum((level * level.detach().cos()).sum() for level in pyramid(image(64, 64)))
+    (total + records.loss()).backward()
+    assert [name for name, p in pyramid.named_parameters() if p.grad is None] == []
 
 
 def test_each_level_is_normalised():

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 from mmengine.config import ConfigDict
 
-from rmoe.engine.model_config import allow_random_cores, for_one_process, mappings, moe_dicts
+from rmoe.engine.model_config import allow_random_cores, check_maps, for_one_process, mappings, moe_dicts
+from rmoe.errors import UserError
 from rmoe.tasks.classification import TimmClassifier
 
 MODEL = ConfigDict(
@@ -50,3 +55,56 @@ def test_weights_that_are_loaded_later_are_told_to_every_backbone() -> None:
         "parts": [{"type": TimmClassifier, "allow_random_core": True}, {"type": "TimmPyramid", "core": "x.pth"}],
         "head": {"type": "UPerHead"},
     }
+
+
+BUILT = SimpleNamespace(backbone=SimpleNamespace(channels=[2, 4, 8]))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"neck": {"in_channels": [2, 4, 8]}, "decode_head": {"in_channels": 256}},
+        {"neck": [{"in_channels": (2, 4, 8)}, {"in_channels": 256}]},
+        {
+            "decode_head": {"in_channels": [2, 8], "in_index": [0, 2]},
+            "auxiliary_head": {"in_channels": 4, "in_index": 1},
+        },
+        {"decode_head": {"in_channels": 8}, "auxiliary_head": None},
+        {"decode_head": [{"in_channels": 8, "in_index": -1}], "bbox_head": {"in_channels": 256}},
+        {"panoptic_head": {"in_channels": [2, 4, 8]}},
+        {"decode_head": {"type": "of somebody"}},
+    ],
+)
+def test_readers_that_fit_the_maps(config: dict[str, Any]) -> None:
+    check_maps(ConfigDict(config), BUILT)
+    check_maps(ConfigDict(config), SimpleNamespace(backbone=SimpleNamespace()))
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"neck": {"in_channels": [2, 4]}},
+            r"neck.in_channels is \[2, 4\], but the backbone gives it maps of 2, 4, 8 channels; change it",
+        ),
+        (
+            {"neck": [{"in_channels": [8, 4, 2]}]},
+            r"neck\[0\].in_channels is \[8, 4, 2\], but .* maps of 2, 4, 8 channels",
+        ),
+        (
+            {"decode_head": {"in_channels": [2, 4, 8, 8], "in_index": [0, 1, 2, 3]}},
+            r"decode_head.in_index is \[0, 1, 2, 3\], but the backbone gives it 3 maps, .*out_indices",
+        ),
+        ({"decode_head": {"in_channels": 8, "in_index": 3}}, "decode_head.in_index is 3, but .* 3 maps"),
+        (
+            {"decode_head": {"in_channels": 4}},
+            "decode_head.in_channels is 4, but the backbone gives it maps of 8 channels",
+        ),
+        ({"auxiliary_head": [{}, {"in_channels": 4, "in_index": "a"}]}, r"auxiliary_head\[1\].in_index is a"),
+        ({"panoptic_head": {"in_channels": [2]}}, r"panoptic_head.in_channels is \[2\], but .* maps of 2, 4, 8"),
+        ({"decode_head": {"in_channels": [2, 4], "in_index": 1}}, r"decode_head.in_channels is \[2, 4\]"),
+    ],
+)
+def test_readers_that_do_not_fit(config: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_maps(ConfigDict(config), BUILT)

@@ -95,6 +95,26 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
     "pyramid: fractions": (lambda: pyramid(out_indices=(0.0, 1.0)), r"out_indices are \(0.0, 1.0\)"),
     "pyramid: words": (lambda: pyramid(out_indices="01"), "out_indices are '01'"),
     "pyramid: None": (lambda: pyramid(out_indices=None), "out_indices are None"),
+    "pyramid: more strides than maps": (
+        lambda: pyramid(strides=(4, 8, 16)),
+        "there are 3 strides and 2 out_indices; give one stride for each, or one index",
+    ),
+    "pyramid: a stride between": (
+        lambda: pyramid(strides=(4, 12)),
+        r"strides are \(4, 12\); they are a list of numbers, each 16, the side of the patches of .*, or a power of two",
+    ),
+    "pyramid: no strides": (lambda: pyramid(strides=()), r"strides are \(\)"),
+    "pyramid: strides a word": (lambda: pyramid(strides="48"), "strides are '48'"),
+    "pyramid: strides a number": (lambda: pyramid(strides=8), "strides are 8"),
+    "pyramid: a stride of 0": (lambda: pyramid(strides=(0, 4)), r"strides are \(0, 4\)"),
+    "pyramid: strides of stages": (
+        lambda: TimmPyramid(SWIN, SMALL_SWIN, strides=(4, 8, 16, 32)),
+        "swin_tiny_patch4_window7_224 has stages, whose strides are theirs: leave strides out",
+    ),
+    "pyramid: channels that cannot be halved": (
+        lambda: TimmPyramid(VIT, SMALL | {"embed_dim": 6}, (1,), strides=(4, 8)),
+        "the 6 channels of the map cannot be halved 2 times for stride 4",
+    ),
     "pyramid: lists of features": (lambda: pyramid(kwargs={"features_only": True}), "no forward_intermediates|cannot"),
     "pyramid: random core": (lambda: pyramid(moe={}), "no core, so that random weights would stay"),
     "pyramid: random full core": (lambda: pyramid(moe={"residual": "full"}), "no core, so that random"),

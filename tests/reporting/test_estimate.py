@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import small_runs
 import torch
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
@@ -372,3 +373,17 @@ def test_hostile_words(words: list[str], message: str, capsys: pytest.CaptureFix
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("instances", [False, True])
+def test_mask2former_is_estimated(instances: bool) -> None:
+    """It matches answers with the truth, which takes values: made-up images have some."""
+    cfg = Config(dict(model=small_runs.mask2former(instances), train_dataloader=dict(batch_size=IMAGES)))
+    cfg.default_scope = "mmdet" if instances else "mmseg"
+    guess = estimate(cfg, Setting(processes=1, image_size=(SIZE, SIZE)))
+    assert guess.flops > 0
+
+
+def test_an_images_size_is_that_of_fixed_padding() -> None:
+    augments = [dict(type="BatchFixedSizePad", size=(96, 64))]
+    assert _image_size(Config(dict(model=dict(data_preprocessor=dict(batch_augments=augments))))) == (96, 64)
