@@ -74,7 +74,7 @@ def test_gradients_of_cosines() -> None:
 def test_any_router_leaves_the_function(residual: str) -> None:
     core, x = Mlp(WIDTH, 2 * WIDTH), tokens()
     expected = core(x)
-    for router in ROUTERS:
+    for router in ("linear", "cosine"):
         config = ResidualMoEConfig(num_experts=EXPERTS, residual=residual, router=router, expert_drop=0.4)  # type: ignore[arg-type]
         torch.testing.assert_close(ResidualMoE(core, config)(x), expected)
 
