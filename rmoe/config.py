@@ -304,7 +304,7 @@ class ResidualMoEConfig:
         learns = any(dataclasses.asdict(self.losses).values())
         if learns or self.balance_rate or self.expert_drop or self.capacity_factor is not None:
             raise UserError(
-                "router='task' learns and balances nothing: leave out losses, balance_rate, expert_drop, capacity_factor"
+                "router='task' learns and balances nothing: leave losses, balance_rate, expert_drop, capacity out"
             )
 
     @property

@@ -90,7 +90,7 @@ class TimmPyramid(nn.Module):
         if with_cp:
             timm.layers.set_reentrant_ckpt(False)  # the reentrant kind loses the gate's losses
             net.set_grad_checkpointing(True)
-        self.model = net
+        self.model, self.with_cp = net, with_cp
         self.spread = len({*reductions}) == 1  # a backbone without stages
         self.strides = [4 * 2**level for level in range(len(levels))] if self.spread else self.given
         self.rescale = nn.ModuleList(
