@@ -30,8 +30,8 @@ class PredictionsHook(Hook):
 
     A run has one of its own accord. The visualizer gets `prediction_N`, image, truth and answer side by side;
     WORK_DIR/predictions has the newest as single pictures, and index.json beside them, which `rmoe report` reads. Of
-    several tasks each has a folder there, and its name before those of its pictures. Nothing is drawn of models that are
-    neither classifiers nor segmentors nor detectors.
+    several tasks each has a folder there, and its name before those of its pictures. Nothing is drawn of models that
+    are neither classifiers nor segmentors nor detectors.
 
     Args:
         images: how many; 0 draws none.
