@@ -30,6 +30,7 @@ from rmoe.data.emoji_scenes.scenes import metainfo, render
 from rmoe.engine import launch
 from rmoe.engine.check_values import check_values
 from rmoe.engine.read_config import read_config
+from rmoe.engine.task_config import join_tasks
 from rmoe.errors import UserError
 
 FOLDER = ROOT / "rmoe" / "configs"
@@ -83,16 +84,21 @@ LOSSES = {
     "MaskRCNN": {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"},
     "ATSS": {"loss_cls", "loss_bbox", "loss_centerness"},
 }
+BOTH = {"segmentation": "segmentation", "detection": "MaskRCNN"}
+LOSSES["rmoe.MultiTask"] = {f"{task}/{name}" for task, kind in BOTH.items() for name in LOSSES[kind]}
 METRICS = {
     "classification": {"accuracy/top1"},
     "segmentation": {"mIoU"},
     "MaskRCNN": {"coco/bbox_mAP", "coco/segm_mAP"},
     "ATSS": {"coco/bbox_mAP"},
+    "rmoe.MultiTask": {"segmentation/mIoU", "detection/bbox_mAP", "detection/segm_mAP"},
 }
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(FOLDER / name, import_custom_modules=False)
+    config = Config.fromfile(FOLDER / name, import_custom_modules=False)
+    join_tasks(config)
+    return config
 
 
 def docstring(name: str) -> str:
@@ -144,14 +150,16 @@ def cut_down(config: Config, folder: Path) -> Config:
         part.kwargs.img_size = SIDE  # classifiers have one size; pyramids and CvTs take any
     if family == "vit" and "out_indices" in part:
         part.out_indices = tuple(range(SMALL["vit"]["depth"]))
-    widths = [WIDTHS[family][index] for index in part.get("out_indices", ())]
     if "core" in part:
         part.core = str(folder / part.core)
     config.default_hooks.logger.interval = 1
     config.experiment_name = uuid4().hex  # or the logs of runs within a second mix
-    classes = CLASSES.get(task(config))
+    tasks = config.model.get("tasks") or {}
 
-    def cut(key: str, node: Any) -> Any:
+    def cut(key: str, node: Any, classes: int | None, indices: Any) -> Any:
+        if key in tasks:
+            classes, indices = CLASSES.get(key), tasks[key].backbone.out_indices
+        widths = [WIDTHS[family][index] for index in indices]
         if isinstance(node, dict):
             node = dict(node)
             if (kind := node.get("type")) in RESIZED:
@@ -165,19 +173,22 @@ def cut_down(config: Config, folder: Path) -> Config:
                 node["in_channels"] = widths if isinstance(node["in_channels"], list) else CHANNELS
                 if isinstance(level, int) and "in_index" in node:
                     node["in_channels"] = widths[level]
-            return {inner: cut(inner, value) for inner, value in node.items()}
+            return {inner: cut(inner, value, classes, indices) for inner, value in node.items()}
         if key == "num_classes" and classes:
             return classes
         if key in KEYS:
             return KEYS[key]
         if isinstance(node, (list, tuple)):
-            return type(node)(cut("", value) for value in node)
+            return type(node)(cut("", value, classes, indices) for value in node)
         if isinstance(node, str):
             place = max((known for known in DATA if f"{node}/".startswith(f"{known}/")), key=len, default=None)
             return str(folder / f"{DATA[place]}{node.removeprefix(place)}") if place else node
         return node
 
-    return Config(cut("", config.to_dict()), filename=config.filename)
+    found = cut("", config.to_dict(), CLASSES.get(task(config)), part.get("out_indices", ()))
+    if tasks:
+        found["train_dataloader"]["batch_size"] = sum(found["train_dataloader"]["sampler"]["batch_sizes"].values())
+    return Config(found, filename=config.filename)
 
 
 def main(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def join_tasks(cfg: Config) -> None:
         raise UserError(
             f"model has {unknown[0]} beside tasks; it has a backbone, and the rest stands in tasks.NAME.model"
         )
-    own = {name: _read(cfg, name, {"backbone": changed.get("backbone") or {}}) for name in names}
+    own = {name: _read(cfg, name, changed.get("backbone") or {}) for name in names}
     backbones = {name: one.model.backbone.to_dict() for name, one in own.items()}
     maps = {name: [*one.pop("out_indices", (0, 1, 2, 3))] for name, one in backbones.items()}
     first = backbones[names[0]]
@@ -75,8 +76,8 @@ def join_tasks(cfg: Config) -> None:
     cfg._cfg_dict.pop("tasks")
 
 
-def _read(cfg: Config, name: str, shared: Mapping[str, Any]) -> Config:
-    """Returns the config of one task, with what is changed in it."""
+def _read(cfg: Config, name: str, backbone: Mapping[str, Any]) -> Config:
+    """Returns the config of one task, with what is changed in it, and in the backbone of all."""
     from rmoe.engine.read_config import read_config  # which reads those of several tasks by this module
 
     entry, where = cfg.tasks[name], f"tasks.{name}"
@@ -88,8 +89,7 @@ def _read(cfg: Config, name: str, shared: Mapping[str, Any]) -> Config:
     beside = Path(cfg.filename or ".").parent / entry["config"]
     path = beside if beside.is_file() else find_config(Path(entry["config"]))
     own = read_config(path, {})
-    for change in ({key: entry[key] for key in _SECTIONS if key in entry}, {"model": dict(shared)}):
-        own.merge_from_dict(change)
+    own.merge_from_dict({key: entry[key] for key in _SECTIONS if key in entry})
     if model_tasks(own.get("model")):
         raise UserError(f"{where}.config {path} has several tasks itself; name the configs of each")
     for key in ("model", "train_dataloader"):
@@ -97,6 +97,7 @@ def _read(cfg: Config, name: str, shared: Mapping[str, Any]) -> Config:
             raise UserError(f"{where}: {path} has no {key}, which a task needs; give it in {where}.{key}")
     if not own.model.get("backbone"):
         raise UserError(f"{where}: the model of {path} has no backbone to share, as segmentors and detectors have")
+    own.merge_from_dict({"model": {"backbone": copy.deepcopy(backbone)}})  # of which a merge takes _delete_
     return own
 
 

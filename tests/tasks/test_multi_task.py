@@ -17,6 +17,7 @@ from two_tasks import CATEGORIES, CLASSES, MOE, SIDE, detection, segmentation
 
 import rmoe.tasks.detection
 import rmoe.tasks.segmentation  # noqa: F401  registers what the configs name
+from rmoe.engine.checkpoint.weights import fill
 from rmoe.engine.model_config import for_one_process
 from rmoe.engine.task_config import model_of, read_alone, state_of
 from rmoe.errors import UserError
@@ -232,3 +233,11 @@ def test_names_that_are_none(name: Any) -> None:
 def test_weights_are_1_where_they_are_left_out() -> None:
     assert checked_weights({"b": 2}, ["a", "b"]) == {"a": 1.0, "b": 2.0}
     assert isinstance(built(None), MultiTask)
+
+
+def test_weights_of_a_single_tasks_run_are_another_models() -> None:
+    model = built(None)
+    described = Config({"model": config(None)}).model.to_dict()
+    alone = state_of(described, global_state_dict(model), "segmentation")
+    with pytest.raises(UserError, match=r"single.pth is another model's: \d+ missing .*; give the checkpoint of this"):
+        fill(model, alone, Path("single.pth"))
