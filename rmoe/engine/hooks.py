@@ -27,6 +27,7 @@ from rmoe.engine.task_config import config_of, model_tasks
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers, residual_norms
 from rmoe.registry import HOOKS
+from rmoe.tasks.multi_task import MultiTask
 
 _FILE = ".pth"  # suffix of a file of weights
 _EXPERTS = 16  # of a layer whose load is logged one by one
@@ -259,6 +260,7 @@ class ExportHook(Hook):
             if is_main_process():
                 config = _plain(runner.cfg.model.to_dict())
                 metainfo = getattr(runner.train_loop.dataloader.dataset, "metainfo", None) or {}
+                told: dict[str, Any]
                 if names := model_tasks(config):
                     told = {"tasks": {name: _about(metainfo[name], config_of(runner.cfg, name)) for name in names}}
                 else:
@@ -304,7 +306,7 @@ class GateBalanceHook(Hook):
     def before_train(self, runner: Any) -> None:
         """Looks up the names of layers and tasks."""
         self._names = {layer: name for name, layer in moe_layers(runner.model.module).items()}
-        self._tasks = model_tasks(runner.cfg.model)
+        self._tasks = [*model.tasks] if isinstance(model := runner.model.module, MultiTask) else []
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Looks at the gates, whose sums over all processes are at hand, and at the residuals: see `residual_norms`."""

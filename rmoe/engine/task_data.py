@@ -95,7 +95,7 @@ class TaskSampler(Sampler[int]):
         while True:
             for draws, size, start in parts:
                 for draw in itertools.islice(draws, size):
-                    yield Draw(draw + start, draw.position)  # type: ignore[attr-defined]
+                    yield Draw(draw + start, draw.position)
 
     def skip(self, num_samples: int) -> None:
         """Starts the next iteration after the first `num_samples` draws, whole steps (mmengine's contract)."""

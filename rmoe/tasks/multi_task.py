@@ -124,7 +124,8 @@ class MultiTask(BaseModel):
             mode: "loss" returns losses by name, TASK/NAME, those of each task times its weight; "predict" the answers
                 of all batches, in the order of the tasks; "tensor" the tasks' feature maps by name.
         """
-        ordered = [(name, self.tasks[name], batches[name]) for name in self.tasks if name in batches]
+        models: dict[str, Any] = {name: self.tasks[name] for name in self.tasks if name in batches}
+        ordered = [(name, model, batches[name]) for name, model in models.items()]
         if mode == "loss":
             found = {name: model(**batch, mode="loss") for name, model, batch in ordered}
             return {

@@ -10,6 +10,7 @@ import yapf.yapflib.yapf_api
 from mmengine.config import Config
 from two_tasks import MOE, write
 
+from rmoe.data.preflight import preflight
 from rmoe.engine.read_config import read_config
 from rmoe.engine.rescale import rescale
 from rmoe.engine.task_config import check_batch, check_tasks, checked_task, config_of, model_tasks, task_config
@@ -168,6 +169,13 @@ def test_names_of_no_task(joined: Config, key: str, value: Any, said: str) -> No
 def test_a_json_with_another_batch_size(joined: Config) -> None:
     with pytest.raises(UserError, match="gives 4 images to each step of a process, and the tasks' .* add up to 3"):
         check_batch(joined, 4)
+
+
+def test_a_task_whose_data_are_not_there(joined: Config) -> None:
+    preflight(joined)
+    joined.train_dataloader.dataset.datasets.detection.data_root = "nowhere"
+    with pytest.raises(UserError, match="nowhere/annotations/instances_train2017.json"):
+        preflight(joined)
 
 
 def test_which_task_is_meant(joined: Config) -> None:
