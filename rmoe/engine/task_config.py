@@ -208,13 +208,26 @@ def _check_best(saver: Mapping[str, Any], names: Sequence[str]) -> None:
             )
 
 
-def check_batch(cfg: Config, size: int) -> None:
-    """Checks that DeepSpeed's JSON leaves a step the images that the tasks have in it.
+def check_json(cfg: Config, size: int, stage: int) -> None:
+    """Checks that several tasks can train as DeepSpeed's JSON says.
+
+    Args:
+        cfg: of the run.
+        size: images of each step of a process.
+        stage: of ZeRO.
 
     Raises:
-        UserError: it has another number.
+        UserError: a step has another number of images than its tasks, or the stage is 3: it takes a mixture's
+            gradients as done after the first of its backward passes.
     """
-    if model_tasks(cfg.model) and size != (own := sum(cfg.train_dataloader.sampler.batch_sizes.values())):
+    if not model_tasks(cfg.model):
+        return
+    if stage == 3:
+        raise UserError(
+            "zero_optimization.stage is 3, for which a network runs once in a step, and the backbone of several tasks "
+            "runs once for each; use stage 2 (ds_configs/zero2.json)"
+        )
+    if size != (own := sum(cfg.train_dataloader.sampler.batch_sizes.values())):
         raise UserError(
             f"the DeepSpeed JSON gives {size} images to each step of a process, and the tasks' batch sizes add up to "
             f"{own}: write 'auto' for train_batch_size and train_micro_batch_size_per_gpu"

@@ -13,7 +13,7 @@ from two_tasks import MOE, write
 from rmoe.data.preflight import preflight
 from rmoe.engine.read_config import read_config
 from rmoe.engine.rescale import rescale
-from rmoe.engine.task_config import check_batch, check_tasks, checked_task, config_of, model_tasks, task_config
+from rmoe.engine.task_config import check_json, check_tasks, checked_task, config_of, model_tasks, task_config
 from rmoe.errors import UserError
 
 NAMES = ["detection", "segmentation"]
@@ -41,7 +41,7 @@ def test_a_run_of_several_is_one_config(joined: Config, both: Path) -> None:
     assert joined.default_scope == "mmengine"
     assert joined.custom_imports.imports == ["two_tasks", "rmoe.tasks.detection", "rmoe.tasks.segmentation"]
     check_tasks(joined)
-    check_batch(joined, 3)
+    check_json(joined, 3, 2)
 
 
 def test_a_dumped_config_is_the_same(joined: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +168,12 @@ def test_names_of_no_task(joined: Config, key: str, value: Any, said: str) -> No
 
 def test_a_json_with_another_batch_size(joined: Config) -> None:
     with pytest.raises(UserError, match="gives 4 images to each step of a process, and the tasks' .* add up to 3"):
-        check_batch(joined, 4)
+        check_json(joined, 4, 2)
+
+
+def test_zero_3_takes_a_network_that_runs_once(joined: Config) -> None:
+    with pytest.raises(UserError, match=r"stage is 3, .* use stage 2 \(ds_configs/zero2.json\)"):
+        check_json(joined, 3, 3)
 
 
 def test_a_task_whose_data_are_not_there(joined: Config) -> None:
