@@ -169,9 +169,9 @@ def test_experts_of_tasks_train_by_their_task_alone(runs: Runs) -> None:
 
 def test_gates_begin_as_clusters_of_what_all_tasks_give_them(runs: Runs) -> None:
     """The function stays, and so does what the first step sees."""
+    assert runs.weights("calibrated")
     plain, calibrated = (runs.scalars(name, "detection/loss_cls") for name in ("alone", "calibrated"))
     assert calibrated[0] == pytest.approx(plain[0], abs=1e-6)
-    assert runs.weights("calibrated")
     logs = "".join(path.read_text() for path in (runs.folder / "calibrated").glob("*/*.log"))
     assert logs.count("gates set from clusters") == 1
 
