@@ -165,7 +165,8 @@ def _loader(cfg: Config, kind: str, loaders: Mapping[str, dict[str, Any]], scope
 def model_tasks(model: Any) -> list[str]:
     """Returns the names of the tasks of a model, by its config; none of a model of one task."""
     kind = (model or {}).get("type") if isinstance(model, Mapping) else None
-    return task_names(model["tasks"]) if kind is not None and short_name(kind) == "MultiTask" else []
+    several = isinstance(kind, str | type) and short_name(kind) == "MultiTask"
+    return task_names(model.get("tasks")) if several else []
 
 
 def check_tasks(cfg: Config) -> None:

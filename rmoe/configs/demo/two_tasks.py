@@ -1,4 +1,4 @@
-"""Demo: one core, segmentation and detection at once, with residual experts whose gates know the task.
+"""Demo, two tasks at once: one core for segmentation and detection, with residual experts whose gates know the task.
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/two_tasks.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/two_tasks
