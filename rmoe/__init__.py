@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rmoe.moe.calibrate import calibrate
     from rmoe.moe.layer import ResidualMoE
     from rmoe.moe.records import collect
+    from rmoe.moe.tasks import task
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "collect",
     "from_pretrained",
     "load",
+    "task",
     "upcycle",
 ]
 
@@ -40,6 +42,7 @@ _LAZY = {
     "collect": "rmoe.moe.records",
     "from_pretrained": "rmoe.inference.pretrained",
     "load": "rmoe.inference.load",
+    "task": "rmoe.moe.tasks",
     "upcycle": "rmoe.backbones.upcycle",
 }
 

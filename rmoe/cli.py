@@ -372,6 +372,7 @@ def _add_analyze(groups: argparse._SubParsersAction) -> None:
     )
     parser = groups.add_parser("analyze", help="look into a trained mixture of experts", description=text)
     parser.add_argument("work_dir", type=Path, metavar="RUN", help="work dir of a finished run")
+    parser.add_argument("--task", metavar="NAME", help="which one, of a run of several")
     parser.add_argument("--before", type=Path, metavar="RUN", help="work dir of the run that it started from")
     parser.add_argument("--images", type=int, default=100, metavar="N", help="for the load (default: %(default)s)")
     parser.add_argument(
@@ -386,7 +387,7 @@ def _add_analyze(groups: argparse._SubParsersAction) -> None:
 def _analyze(arguments: argparse.Namespace) -> None:
     from rmoe.reporting.report import analyze
 
-    analyze(arguments.work_dir, arguments.out, arguments.before, arguments.images)
+    analyze(arguments.work_dir, arguments.out, arguments.before, arguments.images, arguments.task)
 
 
 def _add_verify(groups: argparse._SubParsersAction) -> None:

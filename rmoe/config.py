@@ -14,7 +14,7 @@ ExpertInit = Literal["core", "random"]
 Combine = Literal["auto", "residual", "straight_through", "softmax"]
 Exchange = Literal["auto", "tokens", "weights"]
 GateInput = Literal["token", "image"]
-Router = Literal["linear", "cosine", "mlp", "expert_choice"]
+Router = Literal["linear", "cosine", "mlp", "expert_choice", "task"]
 Blocks = Literal["alternate_last_two_stages", "alternate", "last_two", "all"]
 
 
@@ -55,12 +55,15 @@ class GateLosses:
         balance: experts × Σ mean probability × share of first choices (GShard, arXiv 2006.16668, algorithm 1; Switch).
             CuMo (arXiv 2405.05949) finetunes upcycled experts with it, at 0.1, and with `z`, at 0.01.
         z: mean squared log-sum-exp of the logits (ST-MoE, arXiv 2202.08906, eq. 5).
+        task_information: the negative mutual information of task and expert, of a mixture with `tasks`: experts become
+            some tasks' own (Mod-Squad, arXiv 2212.08066, section 3); see `rmoe.moe.tasks.task_information`.
     """
 
     importance: float = 0.005
     load: float = 0.0
     balance: float = 0.0
     z: float = 0.0
+    task_information: float = 0.0
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -101,8 +104,11 @@ class ResidualMoEConfig:
             token uses every expert.
         losses: weights of the gate's auxiliary losses.
         router: how the gate decides: by `linear` logits, s · cos(w_e, x) + b_e with s learnt (`cosine`; X-MoE, arXiv
-            2204.09179) or w_e · relu(V x) + b_e (`mlp`; ModuleFormer, arXiv 2306.04640); or each expert takes its best
-            tokens of each image, K experts per token on average (`expert_choice`, arXiv 2202.09368).
+            2204.09179) or w_e · relu(V x) + b_e (`mlp`; ModuleFormer, arXiv 2306.04640); each expert takes its best
+            tokens of each image, K experts per token on average (`expert_choice`, arXiv 2202.09368); or task t uses
+            expert t alone, and nothing is learnt (`task`).
+        tasks: how many tasks share the mixture. With several a gate has a learnt bias for each of them besides that for
+            all, and a model runs inside of `rmoe.task`, as `rmoe.MultiTask` does.
         expert_drop: chance with which each expert is left out of a layer's choice, anew for each training batch (MoE
             Jetpack, arXiv 2406.04801, drops 0.4 of them); at least `top_k` stay.
         temperature: the gate's logits are divided by it; below 1 decides harder, above 1 more softly.
@@ -136,6 +142,7 @@ class ResidualMoEConfig:
     noise: float = 1.0
     losses: GateLosses = GateLosses()
     router: Router = "linear"
+    tasks: int = 1
     expert_drop: float = 0.0
     temperature: float = 1.0
     gate_input: GateInput = "token"
@@ -155,7 +162,7 @@ class ResidualMoEConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("num_experts", "top_k", "rank", "ep_size"):
+        for name in ("num_experts", "top_k", "rank", "tasks", "ep_size"):
             if getattr(self, name) != "all" and not 1 <= getattr(self, name) <= _MOST:
                 raise UserError(f"ResidualMoEConfig.{name} is {getattr(self, name)}; it is 1 to {_MOST}")
         if self.blocks == ():
@@ -205,6 +212,7 @@ class ResidualMoEConfig:
             raise UserError(
                 "capacity_factor is for tokens that use some of the experts: set it to None, or top_k lower"
             )
+        self._check_tasks()
         if self.losses.load and not (self.noise and self.chooses):
             raise UserError("losses.load needs noise and a choice: set noise > 0 and top_k lower, or losses.load = 0")
         if self.losses.load and self.balance_rate:
@@ -247,6 +255,24 @@ class ResidualMoEConfig:
                 f"router='expert_choice' adds up the residuals of any number of experts inside one network, and "
                 f"combine is '{self.combined}', exchange '{self.exchange}': use combine='residual' and "
                 "exchange='weights'"
+            )
+
+    def _check_tasks(self) -> None:
+        if self.losses.task_information and self.tasks == 1:
+            raise UserError("losses.task_information is for a mixture of several tasks: set it to 0, or give tasks")
+        if self.router != "task":
+            return
+        if self.tasks == 1 or (self.num_experts, self.experts_per_token) != (self.tasks, 1):
+            raise UserError(
+                f"router='task' gives each task one expert, but tasks is {self.tasks}, num_experts {self.num_experts} "
+                f"and top_k {self.top_k}: set num_experts to tasks, at least 2, and top_k to 1"
+            )
+        if self.losses == GateLosses():
+            object.__setattr__(self, "losses", GateLosses(importance=0.0))
+        learns = any(dataclasses.asdict(self.losses).values())
+        if learns or self.balance_rate or self.expert_drop or self.capacity_factor is not None:
+            raise UserError(
+                "router='task' learns and balances nothing: leave losses, balance_rate, expert_drop, capacity out"
             )
 
     @property

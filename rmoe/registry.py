@@ -11,9 +11,10 @@ from mmengine.registry import Registry
 
 _CLASSIFICATION = "rmoe.tasks.classification"
 
-_BACKBONES = ["rmoe.backbones.pyramid", "rmoe.backbones.level_convs"]
-MODELS = Registry("model", parent=registry.MODELS, scope="rmoe", locations=[*_BACKBONES, _CLASSIFICATION])
-DATASETS = Registry("dataset", parent=registry.DATASETS, scope="rmoe", locations=[_CLASSIFICATION])
+_MODELS = ["rmoe.backbones.pyramid", "rmoe.backbones.level_convs", "rmoe.tasks.multi_task", _CLASSIFICATION]
+MODELS = Registry("model", parent=registry.MODELS, scope="rmoe", locations=_MODELS)
+_DATASETS = [_CLASSIFICATION, "rmoe.engine.task_data"]
+DATASETS = Registry("dataset", parent=registry.DATASETS, scope="rmoe", locations=_DATASETS)
 METRICS = Registry("metric", parent=registry.METRICS, scope="rmoe", locations=[_CLASSIFICATION])
 _HOOKS = ["rmoe.engine.hooks", "rmoe.engine.predictions"]
 HOOKS = Registry("hook", parent=registry.HOOKS, scope="rmoe", locations=_HOOKS)

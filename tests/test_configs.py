@@ -37,6 +37,7 @@ from rmoe.engine import launch
 from rmoe.engine.check_values import check_values
 from rmoe.engine.model_config import check_maps, for_one_process
 from rmoe.engine.read_config import read_config
+from rmoe.engine.task_config import join_tasks
 from rmoe.errors import UserError
 
 FOLDER = ROOT / "rmoe" / "configs"
@@ -109,6 +110,8 @@ LOSSES = {
     "MaskRCNN": {"loss_rpn_cls", "loss_rpn_bbox", "loss_cls", "loss_bbox", "loss_mask"},
     "ATSS": {"loss_cls", "loss_bbox", "loss_centerness"},
 }
+BOTH = {"segmentation": "segmentation", "detection": "MaskRCNN"}
+LOSSES["rmoe.MultiTask"] = {f"{task}/{name}" for task, kind in BOTH.items() for name in LOSSES[kind]}
 METRICS = {
     "classification": {"accuracy/top1"},
     "segmentation": {"mIoU"},
@@ -116,11 +119,14 @@ METRICS = {
     "Mask2Former": {"coco/bbox_mAP", "coco/segm_mAP"},
     "MaskRCNN": {"coco/bbox_mAP", "coco/segm_mAP"},
     "ATSS": {"coco/bbox_mAP"},
+    "rmoe.MultiTask": {"segmentation/mIoU", "detection/bbox_mAP", "detection/segm_mAP"},
 }
 
 
 def load(name: str) -> Config:
-    return Config.fromfile(FOLDER / name, import_custom_modules=False)
+    config = Config.fromfile(FOLDER / name, import_custom_modules=False)
+    join_tasks(config)
+    return config
 
 
 def docstring(name: str) -> str:
@@ -188,16 +194,17 @@ def cut_down(config: Config, folder: Path) -> Config:
         part.kwargs.img_size = SIDE  # classifiers have one size; pyramids and CvTs take any
     if family in PLAIN and "out_indices" in part:
         part.out_indices = tuple(range(SMALL[family]["depth"]))[-len(part.out_indices) :]
-    widths = [WIDTHS[family][index] for index in part.get("out_indices", ())]
-    if len(part.get("strides") or ()) > len(widths):
-        widths = SIMPLE
     if part.get("core"):
         part.core = str(folder / part.core)
     config.default_hooks.logger.interval = 1
     config.experiment_name = uuid4().hex  # or the logs of runs within a second mix
-    classes = CLASSES.get(task(config))
+    tasks = config.model.get("tasks") or {}
 
-    def cut(key: str, node: Any) -> Any:
+    def cut(key: str, node: Any, classes: int | None, indices: Any) -> Any:
+        if key in tasks:
+            classes, indices = CLASSES.get(key), tasks[key].backbone.out_indices
+        simple = len(part.get("strides") or ()) > len(indices)
+        widths = SIMPLE if simple else [WIDTHS[family][index] for index in indices]
         if isinstance(node, dict):
             node = dict(node)
             if (kind := node.get("type")) in RESIZED:
@@ -211,7 +218,7 @@ def cut_down(config: Config, folder: Path) -> Config:
                 node["in_channels"] = widths if isinstance(node["in_channels"], list) else CHANNELS
                 if isinstance(level, int) and "in_index" in node:
                     node["in_channels"] = widths[level]
-            return {inner: cut(inner, value) for inner, value in node.items()}
+            return {inner: cut(inner, value, classes, indices) for inner, value in node.items()}
         if key in ("num_classes", "num_things_classes") and classes:
             return classes
         if key == "class_weight" and classes:
@@ -219,13 +226,16 @@ def cut_down(config: Config, folder: Path) -> Config:
         if key in KEYS:
             return KEYS[key]
         if isinstance(node, (list, tuple)):
-            return type(node)(cut("", value) for value in node)
+            return type(node)(cut("", value, classes, indices) for value in node)
         if isinstance(node, str):
             place = max((known for known in DATA if f"{node}/".startswith(f"{known}/")), key=len, default=None)
             return str(folder / f"{DATA[place]}{node.removeprefix(place)}") if place else node
         return node
 
-    return Config(cut("", config.to_dict()), filename=config.filename)
+    found = cut("", config.to_dict(), CLASSES.get(task(config)), part.get("out_indices", ()))
+    if tasks:
+        found["train_dataloader"]["batch_size"] = sum(found["train_dataloader"]["sampler"]["batch_sizes"].values())
+    return Config(found, filename=config.filename)
 
 
 def main(folder: Path) -> None:

@@ -117,7 +117,7 @@ class TimmPyramid(nn.Module):
         if with_cp:
             timm.layers.set_reentrant_ckpt(False)  # the reentrant kind loses the gate's losses
             net.set_grad_checkpointing(True)
-        self.model = net
+        self.model, self.with_cp = net, with_cp
         self.rescale = nn.ModuleList(module for module, _ in made)
         self.norms = nn.ModuleList(norms)
 

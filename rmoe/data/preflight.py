@@ -37,6 +37,7 @@ def _leaves(node: Any) -> Iterator[Mapping[str, Any]]:
     """Yields the data sets inside mmengine's wrappers."""
     if isinstance(node, Mapping):
         several = node.get("datasets")
+        several = [*several.values()] if isinstance(several, Mapping) else several  # of several tasks
         inner = [node["dataset"]] if "dataset" in node else []
         inner += several if isinstance(several, (list, tuple)) else []
         for one in inner:

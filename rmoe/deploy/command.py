@@ -70,7 +70,7 @@ def _deploy(arguments: argparse.Namespace) -> None:
         check_packages()
         check_opset(arguments.opset)
     say(f"loading {arguments.folder}")
-    run = load(arguments.folder, device="cpu")
+    run = load(arguments.folder, task=arguments.task, device="cpu")
     size = arguments.image_size and tuple(arguments.image_size)
     graph = graph_of(run, arguments.part, size, arguments.normalised)
     program = traced(graph)
@@ -90,7 +90,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
     images = find_images(arguments.images) if arguments.images else []
     say(f"loading {arguments.folder}")
-    found = merge(arguments.folder, arguments.out, average=arguments.average, images=images)
+    found = merge(arguments.folder, arguments.out, task=arguments.task, average=arguments.average, images=images)
     kind = "computes what the mixture does" if found.exact else "an approximation of the mixture"
     print(f"{arguments.out}: written, a dense model: {kind}")
     if found.metrics is None:

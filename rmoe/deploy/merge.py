@@ -49,11 +49,19 @@ class Merged:
     not_measured: str | None = None
 
 
-def merge(path: str | Path, out: str | Path, *, average: bool = False, images: Sequence[Picture] = ()) -> Merged:
+def merge(
+    path: str | Path,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    average: bool = False,
+    images: Sequence[Picture] = (),
+) -> Merged:
     """Writes a dense run into `out`: `model.safetensors`, `backbone.safetensors` for timm, the config, `merged.json`.
 
     Args:
         path: of the mixture's run, see `rmoe.load`.
+        task: see `rmoe.load`.
         out: folder to make.
         average: take θ0 + Σ v_e Δ_e, an approximation, where no one network computes the same; v_e = 1/E, or …
         images: … the mean gate values that the run's gates give on these images.
@@ -63,7 +71,7 @@ def merge(path: str | Path, out: str | Path, *, average: bool = False, images: S
             `average` is not given; `out` is there, or cannot be written.
     """
     out = _new_folder(Path(out))
-    run = load(path, device="cpu")
+    run = load(path, task=task, device="cpu")
     layers = moe_layers(run.model)
     if not layers:
         raise UserError(f"{run.source} is dense; there is nothing to merge")
@@ -84,7 +92,7 @@ def merge(path: str | Path, out: str | Path, *, average: bool = False, images: S
     try:
         out.mkdir()
         _write(run, networks, out)
-        found = _measured(found, run.source.parent, path, out)
+        found = _measured(found, run.source.parent, path, task, out)
         write_json(out / MERGED, asdict(found))
     except OSError as error:
         raise UserError(f"{out} cannot be written ({described(error)}); give another place") from error
@@ -144,7 +152,7 @@ def _write(run: Predictor, networks: Mapping[str, Network], out: Path) -> None:
     known = {key: run.metadata.get(key) for key in ("classes", "palette", "inputs", "core_sha256")}
     write_model(out, global_state_dict(model), config, stage=STAGE, **known)
     if len(list(run.source.parent.glob("*.py"))) == 1:
-        whole = run_config(run.source.parent)
+        whole = run_config(run.source.parent, task=run.metadata.get("of_task"))
         whole.merge_from_dict({"model": {**_dense(whole.model.to_dict()), "_delete_": True}, "stage": STAGE})
         whole.dump(out / next(run.source.parent.glob("*.py")).name)
 
@@ -158,11 +166,11 @@ def _dense(config: Any) -> Any:
     return changed
 
 
-def _measured(found: Merged, folder: Path, path: str | Path, out: Path) -> Merged:
+def _measured(found: Merged, folder: Path, path: str | Path, task: str | None, out: Path) -> Merged:
     """Adds the metrics of both models where the run's validation set is at hand."""
     try:
-        run_config(folder)
-        after, before = evaluate(out), evaluate(path)
+        run_config(folder, task=task)
+        after, before = evaluate(out), evaluate(path, task=task)
     except UserError as error:
         return Merged(found.source, found.exact, found.gate_values, not_measured=str(error))
     return Merged(found.source, found.exact, found.gate_values, after.metrics, before.metrics)

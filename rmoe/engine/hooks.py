@@ -23,9 +23,11 @@ from rmoe.engine.checkpoint import export
 from rmoe.engine.checkpoint.files import PARTIAL, all_or_none, write_json
 from rmoe.engine.ds_json import zero_stage
 from rmoe.engine.precision import precision
+from rmoe.engine.task_config import config_of, model_tasks
 from rmoe.errors import UserError
 from rmoe.moe.state import local_experts, moe_layers, residual_norms
 from rmoe.registry import HOOKS
+from rmoe.tasks.multi_task import MultiTask
 
 _FILE = ".pth"  # suffix of a file of weights
 _EXPERTS = 16  # of a layer whose load is logged one by one
@@ -258,17 +260,13 @@ class ExportHook(Hook):
             if is_main_process():
                 config = _plain(runner.cfg.model.to_dict())
                 metainfo = getattr(runner.train_loop.dataloader.dataset, "metainfo", None) or {}
-                palette = metainfo.get("palette")
-                export.write_model(
-                    folder,
-                    state,
-                    config,
-                    stage=self._stage,
-                    classes=metainfo.get("classes"),
-                    palette=None if palette is None else [[int(shade) for shade in colour] for colour in palette],
-                    inputs=_plain(export.inputs_of(runner.cfg)),
-                    core_sha256=runner.message_hub.runtime_info.get(self._KEY),
-                )
+                told: dict[str, Any]
+                if names := model_tasks(config):
+                    told = {"tasks": {name: _about(metainfo[name], config_of(runner.cfg, name)) for name in names}}
+                else:
+                    told = _about(metainfo, runner.cfg)
+                digest = runner.message_hub.runtime_info.get(self._KEY)
+                export.write_model(folder, state, config, stage=self._stage, core_sha256=digest, **told)
                 about = {"stage": self._stage, "iterations": runner.iter, "model": config}
                 write_json(folder / "model.json", about)
 
@@ -282,7 +280,8 @@ class GateBalanceHook(Hook):
     A run has one of its own accord, at the interval of its log. A line has for every mixture the largest share of the
     tokens that one expert holds, the entropy of the load (1 is even), and the mean of the largest gate probability. The
     visualizer gets these, the share of each of the first sixteen experts, and the mean norm of the residuals as a part
-    of the core's.
+    of the core's. Of several tasks there is a line for each as well, and, where gates know them, `task_information`,
+    what experts tell of tasks, in nats.
 
     Args:
         interval: iterations from one look to the next; only then is anything computed.
@@ -305,27 +304,38 @@ class GateBalanceHook(Hook):
         self._since: dict[str, int] = {}  # layer → the iteration at which it was first seen collapsed
 
     def before_train(self, runner: Any) -> None:
-        """Looks up the layers' names."""
+        """Looks up the names of layers and tasks."""
         self._names = {layer: name for name, layer in moe_layers(runner.model.module).items()}
+        self._tasks = [*model.tasks] if isinstance(model := runner.model.module, MultiTask) else []
 
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Looks at the gates, whose sums over all processes are at hand, and at the residuals: see `residual_norms`."""
         if not self.every_n_train_iters(runner, self._interval) or not self._names:
             return
+        records, scalars = runner.model.records, self._look(runner, None, "")
+        for number, task in enumerate(self._tasks):
+            scalars |= self._look(runner, number, task)
+        told = records.information() if self._tasks else {}
+        scalars |= {f"gate/{self._names[layer]}/task_information": float(one) for layer, one in told.items()}
+        scalars |= {f"residual/{name}": float(norm) for name, norm in residual_norms(runner.model.module).items()}
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+    def _look(self, runner: Any, number: int | None, task: str) -> dict[str, float]:
+        """Logs a line, of all tokens or of those of one task, and returns what the visualizer gets."""
         found: list[str] = []
         scalars: dict[str, float] = {}
-        loads = runner.model.records.loads()
-        for layer, balance in runner.model.records.balance().items():
+        loads, place = runner.model.records.loads(number), f"{task}/" if task else ""
+        for layer, balance in runner.model.records.balance(number).items():
             name, values = self._names[layer], [float(value) for value in balance]
             found.append(f"{name} " + " / ".join(f"{value:.3f}" for value in values))
-            scalars |= {f"gate/{name}/{key}": value for key, value in zip(balance._fields, values, strict=True)}
+            scalars |= {f"gate/{place}{name}/{key}": value for key, value in zip(balance._fields, values, strict=True)}
             shares = loads[layer][:_EXPERTS].tolist()
-            scalars |= {f"load/{name}/{e}": share for e, share in enumerate(shares)}
-            if 1 <= layer.config.experts_per_token < layer.num_experts:
+            scalars |= {f"load/{place}{name}/{e}": share for e, share in enumerate(shares)}
+            if not task and layer.config.router != "task" and layer.config.chooses:
                 self._judge(runner, name, values[0])
-        scalars |= {f"residual/{name}": float(norm) for name, norm in residual_norms(runner.model.module).items()}
-        runner.logger.info(f"gates, largest share / entropy of the load / confidence: {', '.join(found)}")
-        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+        of = f" of {task}" if task else ""
+        runner.logger.info(f"gates{of}, largest share / entropy of the load / confidence: {', '.join(found)}")
+        return scalars
 
     def _judge(self, runner: Any, name: str, share: float) -> None:
         if not share > self._share:
@@ -378,8 +388,22 @@ class TemperatureHook(Hook):
             gate.heat = self._begin + (1.0 - self._begin) * done
 
 
+def _about(metainfo: Mapping[str, Any], cfg: Any) -> dict[str, Any]:
+    """Returns what a run's file of weights says of classes and inputs, from the data set's metainfo and the config."""
+    palette = metainfo.get("palette")
+    return {
+        "classes": metainfo.get("classes"),
+        "palette": None if palette is None else [[int(shade) for shade in colour] for colour in palette],
+        "inputs": _plain(export.inputs_of(cfg)),
+    }
+
+
 def _samples(batch: Any) -> int:
-    """Returns the number of samples of a collated batch: a dict of lists or tensors, or a sequence of them."""
+    """Returns the number of samples of a collated batch: a dict of lists or tensors, or a sequence of them; or of the
+    batches of several tasks, in a dict.
+    """
+    if isinstance(batch, Mapping) and all(isinstance(one, Mapping) for one in batch.values()):
+        return sum(map(_samples, batch.values()))
     first = (
         next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0] if isinstance(batch, Sequence) else batch
     )

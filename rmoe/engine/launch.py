@@ -97,7 +97,8 @@ def train(arguments: argparse.Namespace) -> None:
         with without_noise():
             cfg = read_config(arguments.config, options, arguments.safe_config)
         with user_errors("the config"):
-            notes = rescale(cfg, arguments.steps, content, options) if arguments.steps else []
+            own = {key: value for key, value in options.items() if not key.startswith("tasks.")}  # those are joined
+            notes = rescale(cfg, arguments.steps, content, own) if arguments.steps else []
             notes += prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
         join(arguments.timeout)
         folder = Path(cfg.work_dir)

@@ -185,7 +185,7 @@ def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]
 
 
 def _is_bias(name: str) -> bool:
-    return name.rpartition(".")[2] in ("bias", *BIASES)
+    return name.rpartition(".")[2] in ("bias", "task_bias", *BIASES)
 
 
 def _undecayed(model: nn.Module) -> set[str]:

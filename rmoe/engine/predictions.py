@@ -13,8 +13,10 @@ from mmengine.hooks import Hook
 from PIL import Image
 
 from rmoe.engine.checkpoint.files import PARTIAL
+from rmoe.engine.task_data import TaskDatasets
 from rmoe.errors import UserError
 from rmoe.registry import HOOKS
+from rmoe.tasks.multi_task import OneTask
 from rmoe.tasks.scenes import Picture, drawable, evenly_spread, picture, strip
 
 FOLDER, INDEX = "predictions", "index.json"  # in the work dir
@@ -27,8 +29,9 @@ class PredictionsHook(Hook):
         custom_hooks = [dict(type="rmoe.PredictionsHook", images=6)]
 
     A run has one of its own accord. The visualizer gets `prediction_N`, image, truth and answer side by side;
-    WORK_DIR/predictions has the newest as single pictures, and index.json beside them, which `rmoe report` reads.
-    Nothing is drawn of models that are neither classifiers nor segmentors nor detectors.
+    WORK_DIR/predictions has the newest as single pictures, and index.json beside them, which `rmoe report` reads. Of
+    several tasks each has a folder there, and its name before those of its pictures. Nothing is drawn of models that
+    are neither classifiers nor segmentors nor detectors.
 
     Args:
         images: how many; 0 draws none.
@@ -51,15 +54,23 @@ class PredictionsHook(Hook):
         """
         if batch_idx or not self._images or not outputs or not drawable(outputs[0]):
             return
-        scenes = evenly_spread(runner.val_dataloader.dataset, self._images)
-        answers = [scene.answer(runner.model) for scene in scenes]
+        dataset, folder = runner.val_dataloader.dataset, Path(runner.work_dir) / FOLDER
+        if not isinstance(dataset, TaskDatasets):
+            self._show(runner, runner.model, dataset, folder, "")
+            return
+        for name, one in dataset.of.items():
+            self._show(runner, OneTask(runner.model, name), one, folder / name, f"{name}/")
+
+    def _show(self, runner: Any, model: Any, dataset: Any, folder: Path, prefix: str) -> None:
+        scenes = evenly_spread(dataset, self._images)
+        answers = [scene.answer(model) for scene in scenes]
         if not is_main_process():
             return
         shown = [(scene.name, picture(scene, answer)) for scene, answer in zip(scenes, answers, strict=True)]
         for number, (_, one) in enumerate(shown):
-            runner.visualizer.add_image(f"prediction_{number}", strip(one), step=runner.iter)
+            runner.visualizer.add_image(f"{prefix}prediction_{number}", strip(one), step=runner.iter)
         try:
-            write_pictures(Path(runner.work_dir) / FOLDER, shown, runner.iter)
+            write_pictures(folder, shown, runner.iter)
         except OSError as error:
             runner.logger.warning(f"the predictions on validation images could not be written: {error}")
 

@@ -18,6 +18,7 @@ from rmoe.engine.lock import check_folder
 from rmoe.engine.model_config import allow_random_cores, moe_dicts
 from rmoe.engine.precision import autocasts
 from rmoe.engine.processes import backend
+from rmoe.engine.task_config import check_json, check_tasks
 from rmoe.errors import UserError, nearest
 
 _CONSTRUCTORS = (None, "DefaultOptimWrapperConstructor", "rmoe.ParamGroups")
@@ -29,6 +30,7 @@ _SAMPLERS = {
     "InfiniteSampler": "rmoe.InfiniteSampler",
     "DefaultSampler": "rmoe.EpochSampler",
     "EpochSampler": "rmoe.EpochSampler",
+    "TaskSampler": "rmoe.TaskSampler",
 }
 _HOOKS = "rmoe.engine.hooks"
 _BALANCE = "rmoe.GateBalanceHook"
@@ -53,10 +55,12 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     """
     notes: list[str] = []
     check_values(cfg)
+    check_tasks(cfg)
     moe = [ResidualMoEConfig.from_dict(values) for values in moe_dicts(cfg.model)]
     check_calibration(cfg.get("calibrate"), moe)
     _check_experts(moe, ds_json.zero_stage(content), processes)
     config = _deepspeed_config(cfg, content, processes)
+    check_json(cfg, config["train_micro_batch_size_per_gpu"], ds_json.zero_stage(config))
     cfg.train_dataloader.batch_size = config["train_micro_batch_size_per_gpu"]
     cfg.randomness = dict(cfg.get("randomness") or {}, seed=(cfg.get("randomness") or {}).get("seed") or 0)
     layout = Layout(

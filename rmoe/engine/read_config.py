@@ -14,11 +14,12 @@ from mmengine.runner import FlexibleRunner
 from rmoe.engine import safe_config
 from rmoe.engine.building import described, user_errors
 from rmoe.engine.shipped import find_config
+from rmoe.engine.task_config import join_tasks
 from rmoe.errors import UserError, nearest
 
 
 def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> Config:
-    """Returns the config with `options` (dotted keys) set in it.
+    """Returns the config with `options` (dotted keys) set in it, and its `tasks` joined.
 
     Args:
         path: of the config, or the name of a shipped one.
@@ -52,6 +53,9 @@ def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> C
             raise UserError(f"--cfg-options: '{key}' has an empty part; write names and numbers with one dot between")
     with user_errors("--cfg-options do not fit the config"):
         cfg.merge_from_dict(dict(options))
+    if safe and cfg.get("tasks") is not None:
+        raise UserError(f"--safe-config: {path} names configs of tasks, which are programs; dump the whole config")
+    join_tasks(cfg)
     return cfg
 
 

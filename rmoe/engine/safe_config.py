@@ -40,7 +40,7 @@ OURS = {
         "rmoe.engine.faults.spare_worker",
     ),
 }
-_OF_TRAINING = ("rmoe.engine.hooks", "rmoe.engine.optim", "rmoe.engine.randomness")
+_OF_TRAINING = ("rmoe.engine.hooks", "rmoe.engine.optim", "rmoe.engine.randomness", "rmoe.engine.task_data")
 _FORMATS = (".json", ".yaml", ".yml")
 _SCOPES = ("mmengine", "mmcv", "mmseg", "mmdet", "rmoe")
 _MODULE = re.compile(r"(mmengine|mmcv|mmseg|mmdet|rmoe\.(tasks|backbones))(\.\w+)*")

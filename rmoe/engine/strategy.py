@@ -17,7 +17,7 @@ from mmengine._strategy import BaseStrategy
 from mmengine._strategy.deepspeed import DeepSpeedStrategy, MMDeepSpeedEngineWrapper
 from mmengine.hooks import CheckpointHook
 from mmengine.logging import MMLogger
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import BaseDataPreprocessor, revert_sync_batchnorm
 from mmengine.optim import BaseOptimWrapper
 from mmengine.runner import EpochBasedTrainLoop, FlexibleRunner
 from torch import Tensor, nn
@@ -159,7 +159,9 @@ class Strategy(DeepSpeedStrategy):
         if not torch.cuda.is_available():
             return revert_sync_batchnorm(built)
         # Images travel as bytes from pinned memory and become floats on the device.
-        built.data_preprocessor._non_blocking = True
+        for module in built.modules():
+            if isinstance(module, BaseDataPreprocessor):
+                module._non_blocking = True
         return built
 
     def _init_model_weights(self, model: nn.Module) -> nn.Module:

@@ -27,7 +27,7 @@ from rmoe.engine.model_config import moe_dicts
 from rmoe.errors import UserError
 from rmoe.inference.card import card
 from rmoe.inference.folders import new_folder
-from rmoe.inference.load import checked_device, find_run, predictor, read_description
+from rmoe.inference.load import checked_device, predictor, read_description, read_run
 from rmoe.inference.predictor import Predictor
 from rmoe.moe.stacked import EXPERT_KEY
 
@@ -132,13 +132,19 @@ class Core:
 
 
 def export_adapter(
-    run: str | Path, out: str | Path, *, core: str | Path | None = None, license: str | None = None
+    run: str | Path,
+    out: str | Path,
+    *,
+    task: str | None = None,
+    core: str | Path | None = None,
+    license: str | None = None,
 ) -> Adapter:
     """Writes `adapter.safetensors` into a new folder: what a finished run has and its core has not.
 
     Args:
         run: see `rmoe.load`.
         out: the folder, which must be empty or not there.
+        task: see `rmoe.load`.
         core: the run's core; by default the one that its config names.
         license: for the model card, by its identifier on the hub.
 
@@ -148,11 +154,11 @@ def export_adapter(
     Raises:
         UserError: the run is not finished; its core is not there, or is another one; or `out` cannot be written.
     """
-    where, metadata = find_run(run)
+    where, metadata, state = read_run(run, task)
     core = core or core_of(metadata["model"])
     if core is None:
         raise UserError(f"{where} does not say what core it was made from; give it by --core (core= in Python)")
-    state, base = read_weights(where), Core(core, device="cpu")
+    base = Core(core, device="cpu")
     taken = {
         key: name
         for key, name in _pairs(state, base.weights, metadata["model"]).items()

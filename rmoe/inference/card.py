@@ -53,7 +53,7 @@ def card(
         raise UserError(
             f"license is {license!r:.100}; it is an identifier in small letters, such as apache-2.0 or other"
         )
-    records, pipeline = _records(run.source), _PIPELINES.get(run.task or "")
+    records, pipeline = _records(run), _PIPELINES.get(run.task or "")
     with user_errors(f"{run.source.parent}: what the run has left for its model card"):
         metrics = _metrics(records, run.source) if records else {}
         data = _data(records) if records else {}
@@ -121,13 +121,14 @@ def _load(run: Predictor, timm: str | None, adapter_of: str | None) -> str:
     return f"## How to load it\n\n```python\n{code}\n```"
 
 
-def _records(source: Path) -> Run | None:
+def _records(run: Predictor) -> Run | None:
     """Returns what the run has left beside its weights; None where there is nothing but those."""
+    source = run.source
     folder = source if source.is_dir() else source.parent
     if source.is_dir() and not (folder / "cost.json").is_file():
         folder = source.parent  # a checkpoint of the run
     try:
-        return Run(folder, trusted=False)
+        return Run(folder, task=run.metadata.get("of_task"), trusted=False)
     except UserError:
         return None
 

@@ -69,6 +69,7 @@ def add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--import", dest="modules", action="append", default=[], metavar="MODULE", help="code of yours that it needs"
     )
+    parser.add_argument("--task", metavar="NAME", help="which one, of a run of several")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
@@ -80,7 +81,7 @@ def _predict(arguments: argparse.Namespace) -> int:
 
     say(f"loading {arguments.folder}")
     chosen = {"dtype": arguments.dtype, "precision": arguments.precision}
-    predictor = load(arguments.folder, device=arguments.device, **chosen)
+    predictor = load(arguments.folder, task=arguments.task, device=arguments.device, **chosen)
     if predictor.precision == "int8":
         print(f"weights that are 8-bit integers: {share_in_int8(predictor.model):.0%}")
     print(f"weights: {predictor.source}", flush=True)
@@ -106,6 +107,7 @@ def _test(arguments: argparse.Namespace) -> None:
         raise UserError(f"--json {arguments.json} cannot be written: its folder must be there; make it first")
     found = evaluate(
         arguments.folder,
+        task=arguments.task,
         split=arguments.split,
         data_root=arguments.data_root,
         options=arguments.cfg_options or {},

@@ -22,6 +22,7 @@ import rmoe
 from rmoe.engine.building import user_errors
 from rmoe.engine.check_values import short_name
 from rmoe.engine.read_config import read_config
+from rmoe.engine.task_config import task_config
 from rmoe.engine.terminal import progress_bar
 from rmoe.errors import UserError
 from rmoe.inference.load import load, quiet
@@ -68,6 +69,7 @@ class Evaluation:
 def evaluate(
     path: str | Path,
     *,
+    task: str | None = None,
     split: str = "val",
     data_root: str | Path | None = None,
     options: Mapping[str, Any] | None = None,
@@ -82,6 +84,7 @@ def evaluate(
 
     Args:
         path: of the run, see `rmoe.load`; the config that it dumped is read.
+        task: see `rmoe.load`.
         split: "val", "test" or "train": the config's data set that is evaluated on, by the validation's transforms.
         data_root: a folder that stands in for the data set's own, with the same layout and classes.
         options: what to change in the config, by dotted keys.
@@ -100,8 +103,8 @@ def evaluate(
         raise UserError(f"the scale {wrong[0]} is out of range; it is more than 0 and at most {_LARGEST:g}")
     if batch_size is not None and batch_size < 1:
         raise UserError(f"the batch size is {batch_size}; it is at least 1")
-    predictor = load(path, device=device, dtype=dtype, precision=precision)
-    config = run_config(predictor.source.parent, options)
+    predictor = load(path, task=task, device=device, dtype=dtype, precision=precision)
+    config = run_config(predictor.source.parent, options, task)
     where = f"{predictor.source.parent}: val_dataloader and val_evaluator"
     if not config.get("val_dataloader") or not config.get("val_evaluator"):
         raise UserError(f"{where}: the config has none, so that there is nothing to evaluate by; give --cfg-options")
@@ -139,16 +142,22 @@ def evaluate(
     return Evaluation(str(predictor.source), split, root, len(dataset), tuple(scales), flip, metrics, classes)
 
 
-def run_config(folder: Path, options: Mapping[str, Any] | None = None) -> Config:
-    """Returns the config that a run has dumped into its work dir, with `options` set in it.
+def run_config(folder: Path, options: Mapping[str, Any] | None = None, task: str | None = None) -> Config:
+    """Returns the config that a run has dumped into its work dir, with `options` set in it; of a run of several tasks,
+    that of a run of the one.
 
     Raises:
-        UserError: there is none, or more than one.
+        UserError: there is none, or more than one; or see `rmoe.engine.task_config.checked_task`.
     """
     configs = sorted(folder.glob("*.py"))
     if len(configs) != 1:
         raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
-    return read_config(configs[0], options or {})
+    if task is None:
+        return read_config(configs[0], options or {})
+    config = task_config(read_config(configs[0], {}), task, folder)
+    with user_errors("--cfg-options do not fit the config"):
+        config.merge_from_dict(dict(options or {}))
+    return config
 
 
 def show(found: Evaluation) -> None:

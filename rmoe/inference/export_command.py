@@ -53,12 +53,16 @@ def _export(arguments: argparse.Namespace) -> None:
     if arguments.trained_only:
         from rmoe.inference.adapters import export_adapter
 
-        print(export_adapter(arguments.folder, arguments.out, core=arguments.core, license=arguments.license))
+        print(
+            export_adapter(
+                arguments.folder, arguments.out, task=arguments.task, core=arguments.core, license=arguments.license
+            )
+        )
         return
     from rmoe.inference.load import load
     from rmoe.inference.pretrained import save_pretrained, save_timm
 
-    run = load(arguments.folder, device="cpu")
+    run = load(arguments.folder, task=arguments.task, device="cpu")
     if arguments.timm:
         save_timm(run, arguments.out)
         print(f"{arguments.out}: written; timm.create_model('local-dir:{arguments.out}', pretrained=True) loads it")

@@ -31,6 +31,7 @@ from rmoe.engine.checkpoint.export import ADAPTER, MODEL, read_metadata
 from rmoe.engine.checkpoint.files import is_checkpoint
 from rmoe.engine.checkpoint.weights import fill, read_weights
 from rmoe.engine.model_config import for_one_process
+from rmoe.engine.task_config import checked_task, model_of, model_tasks, read_alone, state_of
 from rmoe.engine.terminal import without_noise
 from rmoe.errors import UserError
 from rmoe.inference.inputs import Inputs
@@ -44,7 +45,12 @@ _GIVE = "give the work dir of a finished run, or a file of it"
 
 
 def load(
-    path: str | Path, *, device: str | torch.device | None = None, dtype: Any = None, precision: Any = None
+    path: str | Path,
+    *,
+    task: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: Any = None,
+    precision: Any = None,
 ) -> Predictor:
     """Loads a finished run.
 
@@ -53,6 +59,7 @@ def load(
             or a file or training checkpoint in it, for just those weights. Where a run averaged its weights, they are
             the average. A folder with `model.safetensors` alone, or that file, will do; and so will a folder in
             Hugging Face's layout.
+        task: which one, of a run of several (`rmoe.MultiTask`); the model is then an ordinary one of that task.
         device: such as "cpu" or "cuda:1"; a GPU if there is one.
         dtype: what is computed in, "bfloat16" or "float16" by autocast; float32 by default. Weights stay as they are.
         precision: what weights become, "bfloat16" or, on a CPU, "int8"; see `rmoe.inference.precision.lowered`.
@@ -64,10 +71,33 @@ def load(
         UserError: no such run, an unfinished one, one of a newer rmoe, weights of another model, a model that names
             what neither we nor OpenMMLab register, or a device, dtype or precision that is not there.
     """
-    where, metadata = find_run(path)
     device, dtype = checked_device(device), _dtype(dtype)
     precision = check_precision(precision, device, dtype)  # before weights are read
-    return predictor(metadata, read_weights(where), where, device, dtype, precision)
+    where, metadata, state = read_run(path, task)
+    return predictor(metadata, state, where, device, dtype, precision)
+
+
+def read_run(path: str | Path, task: str | None = None) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+    """Returns what `find_run` does, and the weights; of a run of several tasks, as if it were one of `task` alone.
+
+    Raises:
+        UserError: see `load`.
+    """
+    where, metadata = find_run(path)
+    model = metadata["model"]
+    with user_errors(f"{where}: the model that it describes"):
+        task = checked_task(model_tasks(model), task, where)
+    state = read_weights(where)
+    if task is None:
+        return where, metadata, state
+    with user_errors(f"{where}: the model that it describes"):
+        about = {**metadata, **((metadata.get("tasks") or {}).get(task) or {}), "model": model_of(model, task)}
+        about = {key: value for key, value in about.items() if key != "tasks"} | {"of_task": task}
+        found = state_of(model, state, task)
+        last, of_all = (max(one["backbone"].get("out_indices", (0,))) for one in (about["model"], model))
+        if last < of_all:  # the backbone ends with the task's last map
+            found = read_alone(found, build_model(about, where))
+    return where, about, found
 
 
 def find_run(path: str | Path) -> tuple[Path, dict[str, Any]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from rmoe.engine.building import user_errors
 from rmoe.engine.changes import parsed
 from rmoe.engine.checkpoint.export import MODEL
 from rmoe.engine.model_config import for_one_process
+from rmoe.engine.task_config import model_tasks, read_alone, state_of, task_config
 from rmoe.errors import UserError
 from rmoe.inference.evaluate import run_config
 from rmoe.moe.state import load_global_state_dict
@@ -76,15 +77,29 @@ _TASKS = {  # by the type of the config's val_evaluator
 }
 
 
+def _of_task(task: _Task, name: str) -> _Task:
+    """Returns what is measured of a task that is one of several of a run, in whose logs metrics have its name."""
+    measures = (one._replace(logged=f"{name}/{one.logged.rpartition('/')[2]}") for one in task.measures)
+    return replace(task, measures=tuple(measures))
+
+
+def runs_in(folder: Path) -> list[Run]:
+    """Returns the run in a work dir, or one for each of its tasks where it has several."""
+    names = model_tasks(run_config(folder).get("model"))
+    return [Run(folder, task=name) for name in names] if names else [Run(folder)]
+
+
 class Run:
     """A run's work dir.
 
     Args:
         folder: the work dir.
+        task: which one, of a run of several; it is then as if a run of that task alone had left the folder.
         trusted: whether its dumped config, which is a program, may be run; otherwise it is read as data.
 
     Attributes:
         folder: the work dir.
+        part: the task of several that this is the run of; else None.
         config: as the run has dumped it.
         task: what was trained.
         stage: of the pipeline, as the config says.
@@ -93,20 +108,27 @@ class Run:
         UserError: the folder is no run's, or its metric is unknown.
     """
 
-    def __init__(self, folder: Path, *, trusted: bool = True) -> None:
-        self.folder = folder
-        self.config = run_config(folder) if trusted else _literal_config(folder)
+    def __init__(self, folder: Path, *, task: str | None = None, trusted: bool = True) -> None:
+        self.folder, self.part = folder, task
+        whole = run_config(folder) if trusted else _literal_config(folder)
+        with user_errors(f"{folder} is no run's: its dumped config lacks what a report needs"):
+            self._model = whole.get("model")
+            self.config = task_config(whole, task, folder)
         with user_errors(f"{folder} is no run's: its dumped config lacks what a report needs"):
             kind, stage = self.config.val_evaluator.type, self.config.stage
         if kind not in _TASKS:
             raise UserError(f"{folder} was evaluated by {kind}; a report knows {', '.join(_TASKS)}")
-        self.task = _TASKS[kind]
+        self.task = _TASKS[kind] if task is None else _of_task(_TASKS[kind], task)
         self.stage = str(stage)
 
     @property
     def seed(self) -> int:
         """Returns the seed of the run; 0 where the config names none, as in training."""
         return (self.config.get("randomness") or {}).get("seed") or 0
+
+    def left(self, kind: str) -> Path:
+        """Returns the folder of that name that the run has left, of its task where it has several."""
+        return self.folder / kind / (self.part or "")
 
     def cost(self) -> dict[str, Any]:
         """Returns the content of cost.json.
@@ -167,7 +189,8 @@ class Run:
         """
         if self.task.name == "detection":
             masks = "segm" in (self.config.val_evaluator.get("metric") or "bbox")
-            named = ((re.fullmatch(r"coco/(.+)_precision", name), points) for name, points in self.scalars.items())
+            place = re.escape("coco" if self.part is None else self.part)
+            named = ((re.fullmatch(rf"{place}/(.+)_precision", name), points) for name, points in self.scalars.items())
             return "mask AP" if masks else "box AP", {match[1]: 100 * x[-1][1] for match, x in named if match}
         logs = sorted(self.folder.glob("*/*.log")) if self.task.name == "segmentation" else []
         texts = "".join(log.read_text(errors="replace") for log in logs)
@@ -203,7 +226,10 @@ class Run:
         with user_errors(f"{self.folder}: its model and model.safetensors"):
             init_default_scope(self.config.default_scope)
             model = MODELS.build(for_one_process(self.config.model))
-            load_global_state_dict(model, load_file(self._file(MODEL)))
+            state = load_file(self._file(MODEL))
+            if self.part is not None:
+                state = read_alone(state_of(self._model, state, self.part), model)
+            load_global_state_dict(model, state)
             return model.eval()
 
     def _log(self) -> Iterator[dict[str, Any]]:

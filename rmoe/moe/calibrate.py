@@ -34,6 +34,7 @@ from rmoe.moe.experts import LowRank, Residuals
 from rmoe.moe.gate import Gate, gate_inputs
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.state import local_experts, moe_layers
+from rmoe.moe.tasks import task
 
 _ROUNDS = 10  # of k-means
 _MOVES = (20, 150)  # of the biases, in each round and at last
@@ -111,9 +112,10 @@ def calibrate(
     found = {}
     for name, layer in layers.items():
         x_NC = samples.pop(name).gathered(name)
-        found[name] = _set_gate(name, layer.gate, x_NC, config, _seed(seed, name))
-        if config.subspaces:
-            _set_subspaces(layer, x_NC)
+        with task(0):  # all tasks begin alike
+            found[name] = _set_gate(name, layer.gate, x_NC, config, _seed(seed, name))
+            if config.subspaces:
+                _set_subspaces(layer, x_NC)
     return found
 
 
@@ -229,8 +231,9 @@ def _set_gate(name: str, gate: Gate, x_NC: Tensor, config: Calibration, seed: in
     bias_E = strength * offset_E.double() - weight_EC @ mean_C.double()
     gate.weight.copy_(weight_EC - weight_EC.mean(0))
     gate.bias.copy_(bias_E - bias_E.mean())
-    if gate.choice_bias is not None:
-        gate.choice_bias.zero_()
+    for more in (gate.choice_bias, gate.task_bias):
+        if more is not None:
+            more.zero_()
     if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast(gate.weight.data, 0)
         dist.broadcast(gate.bias.data, 0)

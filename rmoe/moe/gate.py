@@ -23,9 +23,10 @@ from torch.autograd.function import once_differentiable
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
+from rmoe.moe.tasks import task_of
 from rmoe.moe.triton_here import has_triton
 
-OPTIONAL = ("bias", "choice_bias")  # of a gate's state: zeros where a checkpoint lacks them
+OPTIONAL = ("bias", "choice_bias", "task_bias")  # of a gate's state: zeros where a checkpoint lacks them
 
 
 class GateSums(NamedTuple):
@@ -66,16 +67,20 @@ class Gate(nn.Module):
         choice_bias: [E], added to the probabilities where experts are chosen and nowhere else (loss-free balancing,
             arXiv 2408.15664); None without `balance_rate`. `Records.balance_experts` moves it.
         width: C.
+        task_bias: [tasks, E], zeros at the start, added to `bias` in passes of each task; None without `tasks`.
         heat: a factor of the temperature that training may change (`rmoe.TemperatureHook`); 1, and not saved.
     """
 
     choice_bias: Tensor | None
+    task_bias: nn.Parameter | None
 
     def __init__(self, width: int, config: ResidualMoEConfig) -> None:
         super().__init__()
         self.config, self.width = config, width
         self.weight = nn.Parameter(torch.randn(config.num_experts, width) * config.gate_std)
         self.bias = nn.Parameter(torch.zeros(config.num_experts))
+        several = nn.Parameter(torch.zeros(config.tasks, config.num_experts)) if config.tasks > 1 else None
+        self.register_parameter("task_bias", several)
         self.register_buffer("choice_bias", torch.zeros(config.num_experts) if config.balance_rate else None)
         self.heat = 1.0
         # Tokens of each expert since the optimizer's last step; checkpoints are made between steps.
@@ -117,7 +122,7 @@ class Gate(nn.Module):
         with torch.autocast(x_TC.device.type, enabled=False):
             if std:
                 noise_ET = torch.empty(config.num_experts, len(x_TC), device=x_TC.device).normal_(std=std)
-            linear = self.weight.float(), self.bias.float()
+            linear = self.weight.float(), self.whole_bias().float()
             found = route(
                 x_TC, *linear, noise_ET, self.choice_bias, self.temperature, config.chooses, config.normalises
             )
@@ -154,10 +159,18 @@ class Gate(nn.Module):
 
     def logits(self, x_DC: Tensor) -> Tensor:
         """Returns the logits of what the gate reads, without noise, [E, D]."""
-        weight_EC, bias_E = self.weight.to(x_DC.dtype), self.bias.to(x_DC.dtype)
+        weight_EC, bias_E = self.weight.to(x_DC.dtype), self.whole_bias().to(x_DC.dtype)
         if self.temperature != 1:
             weight_EC, bias_E = weight_EC / self.temperature, bias_E / self.temperature
         return torch.addmm(bias_E[:, None], weight_EC, x_DC.T)
+
+    def whole_bias(self) -> Tensor:
+        """Returns the bias [E] of the present pass, that of its task included.
+
+        Raises:
+            UserError: the gate knows tasks, and the pass is of none of them.
+        """
+        return self.bias if self.task_bias is None else self.bias + self.task_bias[task_of(len(self.task_bias))]
 
     def _choose(self, score_ED: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Returns the scores of the chosen experts and which they are, [K, D] each, of an input of a `shape`."""
@@ -336,7 +349,8 @@ def gate_balance(sums: GateSums) -> Balance:
 
 
 def gate_loss(sums: GateSums, weights: GateLosses) -> Tensor:
-    """Returns the weighted sum of the losses of one gate; formulas and sources are at `rmoe.config.GateLosses`.
+    """Returns the weighted sum of the losses of one gate, that of tasks aside (`rmoe.moe.tasks.task_information`);
+    formulas and sources are at `rmoe.config.GateLosses`.
 
     Of several gates, whose sums are stacked along a first dimension, it returns a loss each.
     """

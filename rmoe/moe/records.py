@@ -24,6 +24,7 @@ from torch import Tensor
 from rmoe.config import GateLosses
 from rmoe.moe.exchange import SumOverProcesses
 from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_load, gate_loss
+from rmoe.moe.tasks import current_task, task_information
 
 if TYPE_CHECKING:
     from rmoe.moe.layer import ResidualMoE
@@ -34,22 +35,23 @@ class Records:
 
     Attributes:
         routing: the last routing of each layer that ran.
-        sums: of each layer that ran in training, what its losses need. Several forward passes in one block add up, as
-            the parts of one batch would.
+        sums: of each layer that ran in training, by the task of the pass (0 outside of `rmoe.task`), what its losses
+            need. Several forward passes in one block add up, as the parts of one batch would. All processes run the
+            same layers and tasks in the same order.
     """
 
     def __init__(self) -> None:
         self.routing: dict[ResidualMoE, Routing] = {}
-        self.sums: dict[ResidualMoE, GateSums] = {}
-        self._over_processes: dict[ResidualMoE, GateSums] | None = None
+        self.sums: dict[tuple[ResidualMoE, int], GateSums] = {}
+        self._over_processes: dict[tuple[ResidualMoE, int], GateSums] | None = None
 
     def add(self, layer: ResidualMoE, routing: Routing) -> None:
         """Takes in the decisions of one forward pass of `layer`."""
         self.routing[layer] = routing
         if routing.sums is not None:
-            before = self.sums.get(layer)
-            both = routing.sums if before is None else GateSums(*map(torch.add, before, routing.sums))
-            self.sums[layer], self._over_processes = both, None
+            key = layer, current_task() or 0
+            self.sums[key] = _added([self.sums[key], routing.sums]) if key in self.sums else routing.sums
+            self._over_processes = None
 
     def loss(self) -> Tensor:
         """Returns the gates' losses over the global batch, weighted and summed over layers: a float32 scalar.
@@ -60,7 +62,7 @@ class Records:
         Raises:
             RuntimeError: the gates ran without gradient, as under reentrant activation checkpointing.
         """
-        trained = torch.is_grad_enabled() and any(layer.gate.weight.requires_grad for layer in self.sums)
+        trained = torch.is_grad_enabled() and any(layer.gate.weight.requires_grad for layer, _ in self.sums)
         if trained and not any(part.requires_grad for sums in self.sums.values() for part in sums):
             raise RuntimeError("the gates ran without gradient: checkpoint activations with use_reentrant=False")
         alike: dict[tuple[int, GateLosses], list[GateSums]] = {}  # layers whose losses are one computation
@@ -70,6 +72,8 @@ class Records:
             gate_loss(group[0], weights) if len(group) == 1 else gate_loss(_stacked(group), weights).sum()
             for (_, weights), group in alike.items()
         ]
+        if any(layer.config.losses.task_information for layer, _ in self.sums):
+            losses += [-layer.config.losses.task_information * one for layer, one in self.information().items()]
         return sum(losses[1:], losses[0]) if losses else torch.zeros(())
 
     def average(self, values_N: Tensor) -> Tensor:
@@ -81,17 +85,27 @@ class Records:
         processes = dist.get_world_size() if dist.is_initialized() else 1
         return self._add_up(values_N.detach().float()) / processes
 
+    def information(self) -> dict[ResidualMoE, Tensor]:
+        """Returns what the experts of each layer with `tasks` tell of the tasks of the global batch, see
+        `rmoe.moe.tasks.task_information`: scalars; collective as `loss`.
+        """
+        shares: dict[ResidualMoE, list[Tensor]] = {}
+        for (layer, _), sums in self._by_task().items():
+            if layer.config.tasks > 1:
+                shares.setdefault(layer, []).append(sums.probability_E / sums.tokens)
+        return {layer: task_information(torch.stack(found)) for layer, found in shares.items()}
+
     def join(self, losses: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the task's `losses` and, where a gate ran in training, the gates' as `loss_moe_aux`; see `loss`."""
         return {**losses, "loss_moe_aux": self.loss()} if self.sums else dict(losses)
 
     @torch.no_grad()
-    def balance(self) -> dict[ResidualMoE, Balance]:
-        """Returns how evenly the gate of each layer spread the tokens of the global batch.
+    def balance(self, task: int | None = None) -> dict[ResidualMoE, Balance]:
+        """Returns how evenly the gate of each layer spread the tokens of the global batch, or those of one task.
 
         It reuses the sums of `loss`; called alone it is collective as that is.
         """
-        return {layer: gate_balance(sums) for layer, sums in self._totals().items()}
+        return {layer: gate_balance(sums) for layer, sums in self._totals(task).items()}
 
     def balance_experts(self, step: bool = True) -> None:
         """Moves the biases by which gates with a `balance_rate` choose (loss-free balancing, arXiv 2408.15664).
@@ -103,16 +117,24 @@ class Records:
             step: whether the optimizer makes a step with this batch; False for the parts of one that accumulates
                 gradients, save the last.
         """
-        if any(layer.config.balance_rate for layer in self.sums):
+        if any(layer.config.balance_rate for layer, _ in self.sums):
             for layer, sums in self._totals().items():
                 layer.gate.balance(sums.chosen_E.detach(), step)
 
     @torch.no_grad()
-    def loads(self) -> dict[ResidualMoE, Tensor]:
+    def loads(self, task: int | None = None) -> dict[ResidualMoE, Tensor]:
         """Returns the share of the global batch's tokens that use each expert, [E], by layer; as `balance`."""
-        return {layer: gate_load(sums) for layer, sums in self._totals().items()}
+        return {layer: gate_load(sums) for layer, sums in self._totals(task).items()}
 
-    def _totals(self) -> dict[ResidualMoE, GateSums]:
+    def _totals(self, task: int | None = None) -> dict[ResidualMoE, GateSums]:
+        """Returns the sums over all processes, and over the tasks unless one is named."""
+        found: dict[ResidualMoE, list[GateSums]] = {}
+        for (layer, number), sums in self._by_task().items():
+            if task in (None, number):
+                found.setdefault(layer, []).append(sums)
+        return {layer: _added(parts) for layer, parts in found.items()}
+
+    def _by_task(self) -> dict[tuple[ResidualMoE, int], GateSums]:
         """Returns the sums over all processes, communicated once."""
         if self._over_processes is None:
             self._add_up(torch.zeros(0))
@@ -120,7 +142,7 @@ class Records:
         return self._over_processes
 
     def _add_up(self, values_N: Tensor) -> Tensor:
-        """Sums over all processes, in one all-reduce, what the losses need, for `_totals`, and `values_N`."""
+        """Sums over all processes, in one all-reduce, what the losses need, for `_by_task`, and `values_N`."""
         parts = [part for sums in self.sums.values() for part in sums]
         parts += [values_N] if len(values_N) else []
         if parts and dist.is_initialized() and dist.get_world_size() > 1:
@@ -128,8 +150,14 @@ class Records:
             summed = flat.split([part.numel() for part in parts])
             parts = [total.view_as(part) for total, part in zip(summed, parts, strict=True)]
         every = iter(parts)
-        self._over_processes = {layer: GateSums(*(next(every) for _ in GateSums._fields)) for layer in self.sums}
+        self._over_processes = {key: GateSums(*(next(every) for _ in GateSums._fields)) for key in self.sums}
         return next(every, values_N).detach()
+
+
+def _added(parts: list[GateSums]) -> GateSums:
+    return (
+        parts[0] if len(parts) == 1 else GateSums(*(sum(column[1:], column[0]) for column in zip(*parts, strict=True)))
+    )
 
 
 def _stacked(group: list[GateSums]) -> GateSums:

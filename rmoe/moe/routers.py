@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.moe.gate import Gate, GateSums, check_images
+from rmoe.moe.tasks import task_of
 
 _FIRST, _LARGEST = 10.0, 100.0  # factor of the cosines
 
@@ -35,7 +36,7 @@ class CosineGate(Gate):
     def logits(self, x_DC: Tensor) -> Tensor:
         """Returns the logits of what the gate reads, without noise, [E, D]."""
         scale = self.log_scale.to(x_DC.dtype).clamp(max=math.log(_LARGEST)).exp() / self.temperature
-        weight_EC, bias_E = F.normalize(self.weight.to(x_DC.dtype)), self.bias.to(x_DC.dtype)
+        weight_EC, bias_E = F.normalize(self.weight.to(x_DC.dtype)), self.whole_bias().to(x_DC.dtype)
         return torch.addmm(bias_E[:, None] / self.temperature, scale * weight_EC, F.normalize(x_DC).T)
 
 
@@ -87,4 +88,30 @@ class ExpertChoice(Gate):
         return False
 
 
-ROUTERS: dict[str, type[Gate]] = {"linear": Gate, "cosine": CosineGate, "mlp": MLPGate, "expert_choice": ExpertChoice}
+class TaskGate(Gate):
+    """Gives all tokens of task t to expert t, with a gate value of 1: one core, and one set of residuals for each task.
+
+    It has a gate's weight and biases, which are zeros, read nothing and do not train.
+    """
+
+    def __init__(self, width: int, config: ResidualMoEConfig) -> None:
+        super().__init__(width, config)
+        for parameter in self.parameters():
+            nn.init.zeros_(parameter.requires_grad_(False))
+
+    def logits(self, x_DC: Tensor) -> Tensor:
+        """Returns 0 for the task's expert and -∞ for the others, [E, D]."""
+        own_E = torch.arange(self.config.num_experts, device=x_DC.device) == task_of(self.config.tasks)
+        return x_DC.new_zeros(len(own_E), len(x_DC)).masked_fill(~own_E[:, None], -math.inf)
+
+    def _std(self) -> float:
+        return 0.0
+
+
+ROUTERS: dict[str, type[Gate]] = {
+    "linear": Gate,
+    "cosine": CosineGate,
+    "mlp": MLPGate,
+    "expert_choice": ExpertChoice,
+    "task": TaskGate,
+}

@@ -28,7 +28,7 @@ class Entry:
 
     Attributes:
         config: its path as one types it: from the working directory, if it lies in there.
-        task: classification, segmentation or detection.
+        task: classification, segmentation or detection, or several of them.
         backbone: its name in timm.
         pipeline: Lower bound, RMoE-D, …
         published: the figure to compare a run with, and where it was published.
@@ -77,9 +77,11 @@ def show(found: Sequence[Entry]) -> None:
 
 def _entry(path: Path) -> Entry:
     config, here = Config.fromfile(path, import_custom_modules=False), Path.cwd()
+    named = [path.parent / one.config for one in (config.get("tasks") or {}).values()] or [path]
+    each = [Config.fromfile(one, import_custom_modules=False) for one in named]
     return Entry(
         config=str(path.relative_to(here) if path.is_relative_to(here) else path),
-        task=_TASKS[config.default_scope],
-        backbone=config.model.get("backbone", config.model).model,
+        task=", ".join(_TASKS[one.default_scope] for one in each),
+        backbone=each[0].model.get("backbone", each[0].model).model,
         **config.card,
     )

@@ -176,7 +176,7 @@ def compare(runs: Sequence[Run], majorities: Sequence[dict[str, float]] | None =
     Raises:
         UserError: the logs or cost.json of a run are damaged.
     """
-    names = _names([run.folder for run in runs])
+    names = _names([run.left("") for run in runs])
     notes: list[str] = []
     configs = [dict(_leaves(run.config.to_dict())) for run in runs]
     members: dict[str, list[int]] = {}

@@ -106,15 +106,15 @@ def _predictions(group: Group) -> Iterator[dict[str, Any]]:
     """Yields, for each validation image that some run has kept, it and the answers: of one run of each arm."""
     shown: dict[str, tuple[Entry, dict[str, Any]]] = {}
     for entry in group.entries:
-        kept = _stored(entry.run.folder / FOLDER / INDEX)
+        kept = _stored(entry.run.left(FOLDER) / INDEX)
         if kept is not None and entry.arm not in shown:
             shown[entry.arm] = entry, kept
     items: dict[tuple[str, str], dict[str, Any]] = {}
     for entry, kept in shown.values():
-        with user_errors(f"{entry.run.folder / FOLDER / INDEX} is damaged"):
+        with user_errors(f"{entry.run.left(FOLDER) / INDEX} is damaged"):
             for one in kept["items"]:
                 pictures = {
-                    kind: png(entry.run.folder / FOLDER / Path(str(one[kind])).name)
+                    kind: png(entry.run.left(FOLDER) / Path(str(one[kind])).name)
                     for kind in ("image", "truth", "answer")
                     if kind in one
                 }
@@ -153,7 +153,7 @@ def png(path: Path) -> str:
 
 def _routing(name: str, entry: Entry, drawn: dict[str, charts.Chart]) -> dict[str, Any] | None:
     """Returns what is known of a run's mixtures; None of a dense one."""
-    gates, folder = charts.gates(entry), entry.run.folder / ANALYSIS
+    gates, folder = charts.gates(entry), entry.run.left(ANALYSIS)
     analysis = _stored(folder / ANALYSIS_JSON)
     if not gates and analysis is None:
         return None

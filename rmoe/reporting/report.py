@@ -13,7 +13,7 @@ from rich.console import Console
 
 from rmoe.engine.lock import check_folder
 from rmoe.errors import UserError
-from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON, Run
+from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON, Run, runs_in
 from rmoe.moe.state import moe_layers
 from rmoe.reporting.analysis import (
     layer_means,
@@ -47,7 +47,8 @@ def report(
     """Prints runs and arms side by side, as wide as the terminal.
 
     Args:
-        folders: work dirs; the arm of the first one is what the others are compared with.
+        folders: work dirs; one of several tasks counts as a run of each. The arm of the first is what the others are
+            compared with.
         out: folder for summary.json and pictures that the models draw on validation images: predictions.png of runs of
             segmentation, detections.png of those of detection, experts_RUN.png of each mixture. Then majorities are
             told, too. It takes the data sets, and finished runs alone.
@@ -57,7 +58,7 @@ def report(
     Raises:
         UserError: a folder that is no run's, or is damaged; a file that cannot be written.
     """
-    runs = [Run(Path(folder)) for folder in folders]
+    runs = [run for folder in folders for run in runs_in(Path(folder))]
     if out is not None:
         check_folder(Path(out), "--out")
         for run in runs:
@@ -109,7 +110,11 @@ def _draw(group: Group, out: Path, suffix: str) -> None:
 
 
 def analyze(
-    folder: str | Path, out: str | Path | None = None, before: str | Path | None = None, images: int = 100
+    folder: str | Path,
+    out: str | Path | None = None,
+    before: str | Path | None = None,
+    images: int = 100,
+    task: str | None = None,
 ) -> dict[str, Any]:
     """Looks into the mixture of a finished run: prints a table, writes OUT/analysis.json, and draws OUT/weights.png,
     OUT/load.png and OUT/experts.png; OUT/norms.png, if the run has logged norms; with an earlier run, OUT/movement.png.
@@ -119,6 +124,7 @@ def analyze(
         out: folder for the results; made if need be. Without it they are in the work dir, where a report finds them.
         before: work dir of a run of the same experts, such as the upstream one that this one started from.
         images: validation images that are sent through the gates.
+        task: which one, of a run of several, whose results are in a folder of that name.
 
     Returns:
         What analysis.json holds: by layer, see `rmoe.reporting.analysis`.
@@ -128,7 +134,8 @@ def analyze(
     """
     if images < 1:
         raise UserError(f"--images is {images}; it is at least 1")
-    run, out = Run(Path(folder)), Path(out) if out is not None else Path(folder) / ANALYSIS
+    run = Run(Path(folder), task=task)
+    out = Path(out) if out is not None else run.left(ANALYSIS)
     check_folder(out, "--out")
     model = run.model()
     weights = weight_statistics(model)

@@ -28,6 +28,7 @@ _JSON = (
     "classes",
     "palette",
     "inputs",
+    "tasks",
     "initial",
     "adapter",
 )  # the keys of the metadata whose strings are JSON
@@ -42,12 +43,14 @@ def write_model(
     classes: Sequence[str] | None = None,
     palette: Sequence[Sequence[int]] | None = None,
     inputs: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, Any] | None = None,
     core_sha256: str | None = None,
 ) -> None:
     """Writes `model.safetensors` and, for a dense timm model, `backbone.safetensors` into `folder`.
 
     The metadata of both, which `read_metadata` reads, are `format` ("pt"), `rmoe` (the version that wrote it), `stage`,
-    `model` (the model's config), `classes`, `palette`, `inputs` and `core_sha256`, without those that are not known.
+    `model` (the model's config), `classes`, `palette`, `inputs`, `tasks` and `core_sha256`, without those that are not
+    known.
     The backbone's says with `initial` which of its weights the model does not have, see `timm_state`.
 
     Args:
@@ -58,10 +61,11 @@ def write_model(
         classes: their names, in the order of their indices.
         palette: their colours, each [red, green, blue] in 0 … 255.
         inputs: how images become the model's inputs, see `inputs_of`.
+        tasks: of a model of several, by name, their own classes, palette and inputs.
         core_sha256: see `core_sha256`.
     """
     known: dict[str, Any] = {"stage": stage, "core_sha256": core_sha256}
-    known |= {"classes": classes, "palette": palette, "inputs": inputs}
+    known |= {"classes": classes, "palette": palette, "inputs": inputs, "tasks": tasks}
     metadata: dict[str, Any] = {"format": "pt", "rmoe": rmoe.__version__, "model": config}
     metadata |= {key: value for key, value in known.items() if value is not None}
     write_tensors(folder / MODEL, state, metadata)
