@@ -32,7 +32,8 @@ from torch.autograd import Function
 from benchmarks import common
 from benchmarks.common import JUDGED, SETTINGS, Row
 from rmoe.config import ResidualMoEConfig
-from rmoe.moe.gate import count_choices, gate_loss
+from rmoe.moe.gate import count_choices
+from rmoe.moe.gate_losses import gate_loss
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 

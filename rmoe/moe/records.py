@@ -23,7 +23,8 @@ from torch import Tensor
 
 from rmoe.config import GateLosses
 from rmoe.moe.exchange import SumOverProcesses
-from rmoe.moe.gate import Balance, GateSums, Routing, gate_balance, gate_load, gate_loss
+from rmoe.moe.gate import Routing
+from rmoe.moe.gate_losses import Balance, GateSums, gate_balance, gate_load, gate_loss
 from rmoe.moe.tasks import current_task, task_information
 
 if TYPE_CHECKING:

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.moe.gate import Gate, GateSums, check_images
+from rmoe.moe.gate import Gate, check_images
+from rmoe.moe.gate_losses import GateSums
 from rmoe.moe.tasks import task_of
 
 _FIRST, _LARGEST = 10.0, 100.0  # factor of the cosines

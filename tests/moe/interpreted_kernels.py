@@ -14,10 +14,12 @@ from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.moe import folded_passes as plain
 from rmoe.moe import folded_triton as fast
 from rmoe.moe import gate as gates
+from rmoe.moe import gate_losses
 from rmoe.moe.experts import LowRank, Network
 from rmoe.moe.folded import folded_low_rank
 from rmoe.moe.folded_passes import Linear
-from rmoe.moe.gate import Gate, gate_loss
+from rmoe.moe.gate import Gate
+from rmoe.moe.gate_losses import gate_loss
 
 LOSSES = GateLosses(importance=0.5, balance=0.3, z=0.1)
 
@@ -160,8 +162,8 @@ def check_squared_variation(layers: int, experts: int, stacked: bool) -> None:
 
     def value_and_gradient(kernel: bool) -> list[Tensor]:
         leaf = x.clone().requires_grad_()
-        with mock.patch.object(gates, "has_triton", return_value=kernel):
-            found = gates._SquaredVariation.apply(leaf, 0.3)
+        with mock.patch.object(gate_losses, "has_triton", return_value=kernel):
+            found = gate_losses._SquaredVariation.apply(leaf, 0.3)
         return [found, *torch.autograd.grad((found * upstream).sum(), leaf)]
 
     for found, expected in zip(value_and_gradient(True), value_and_gradient(False), strict=True):

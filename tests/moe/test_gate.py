@@ -10,7 +10,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.moe.gate import Gate, GateSums, Routing, drop_over_capacity, gate_balance, gate_loss
+from rmoe.moe.gate import Gate, Routing, drop_over_capacity
+from rmoe.moe.gate_losses import GateSums, gate_balance, gate_loss
 
 
 def gate(**config: object) -> Gate:

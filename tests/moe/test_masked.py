@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.cost import counted_flops
-from rmoe.moe import cpu_kernels, folded_passes, gate, masked
+from rmoe.moe import cpu_kernels, folded_passes, gate, gate_losses, masked
 from rmoe.moe import mix as mixing
 from rmoe.moe.experts import Activation, LowRank, Network, Residuals, reference
 from rmoe.moe.folded import folded_low_rank
@@ -301,7 +301,7 @@ def test_launches_of_a_whole_layer_with_its_gate_and_losses(kernel: bool, most: 
     with (
         as_on_a_gpu(),
         mock.patch.object(gate, "_has_kernel", return_value=kernel),
-        mock.patch.object(gate, "has_triton", return_value=kernel),
+        mock.patch.object(gate_losses, "has_triton", return_value=kernel),
         mock.patch.object(folded_passes, "has_triton", return_value=kernel),
         mock.patch.multiple("rmoe.moe.gate_kernel", **of_gate),
         mock.patch.multiple("rmoe.moe.folded_triton", **of_folded),
