@@ -70,6 +70,7 @@ class TimmPyramid(nn.Module):
     Attributes:
         channels: of each map.
         strides: of each map, in pixels.
+        spread: whether these follow from how many maps there are.
 
     Raises:
         UserError: the model or an argument is unknown, or the model has no such index or stride; also what `load_core`
@@ -94,6 +95,7 @@ class TimmPyramid(nn.Module):
         reductions = [info["reduction"] for info in net.feature_info]
         plain = len({*reductions}) == 1  # a backbone without stages
         self.strides = _strides(model, [stride for _, stride in levels], strides, plain)
+        self.spread = plain and strides is None
         simple = len(levels) < len(self.strides)
         levels = levels * len(self.strides) if simple else levels
         self.given = [stride for _, stride in levels]

@@ -47,7 +47,8 @@ class SharedLevels(nn.Module):
                 f"a task reads the maps {wanted} and the shared backbone has {there}, whose strides follow from how "
                 "many there are, as a ViT's do: give all tasks the same out_indices"
             )
-        self._levels = [there.index(one) for one in wanted]
+        # Of a backbone whose maps are all made of one of its own, a task that wants that one gets all.
+        self._levels = None if wanted == there else [there.index(one) for one in wanted]
         self.__dict__["_shared"], self._number = backbone, number  # not among the parameters of this module
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
@@ -55,7 +56,7 @@ class SharedLevels(nn.Module):
         backbone = self.__dict__["_shared"]
         with task(self._number, recomputes=getattr(backbone, "with_cp", True)):
             maps = backbone(images)
-        return tuple(maps[level] for level in self._levels)
+        return maps if self._levels is None else tuple(maps[level] for level in self._levels)
 
 
 @MODELS.register_module()

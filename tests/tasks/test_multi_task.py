@@ -17,13 +17,14 @@ from two_tasks import CATEGORIES, CLASSES, MOE, SIDE, detection, segmentation
 
 import rmoe.tasks.detection
 import rmoe.tasks.segmentation  # noqa: F401  registers what the configs name
+from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.engine.checkpoint.weights import fill
 from rmoe.engine.model_config import for_one_process
 from rmoe.engine.task_config import model_of, read_alone, state_of
 from rmoe.errors import UserError
 from rmoe.moe.records import collect
 from rmoe.moe.state import global_state_dict, load_global_state_dict, moe_layers
-from rmoe.tasks.multi_task import MultiTask, checked_weights, task_names
+from rmoe.tasks.multi_task import MultiTask, SharedLevels, checked_weights, task_names
 
 OWN = {"num_experts": 2, "rank": 2, "blocks": "all", "tasks": 2, "router": "task"}
 MAPS = {"segmentation": (1,), "detection": (0, 1)}
@@ -241,3 +242,27 @@ def test_weights_of_a_single_tasks_run_are_another_models() -> None:
     alone = state_of(described, global_state_dict(model), "segmentation")
     with pytest.raises(UserError, match=r"single.pth is another model's: \d+ missing .*; give the checkpoint of this"):
         fill(model, alone, Path("single.pth"))
+
+
+def plain_backbone(**changed: Any) -> Any:
+    tiny = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
+    return TimmPyramid("vit_tiny_patch16_224", tiny, allow_random_core=True, **changed)
+
+
+def test_a_task_gets_all_maps_that_are_made_of_one() -> None:
+    backbone, levels = plain_backbone(out_indices=(1,), strides=(8, 16, 32)), SharedLevels((1,))
+    levels.share(backbone, 0)
+    images = torch.randn(1, 3, 32, 32)
+    for found, expected in zip(levels(images), backbone(images), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_some_maps_of_a_plain_backbone_need_strides_that_are_named() -> None:
+    levels = SharedLevels((1,))
+    with pytest.raises(UserError, match="strides follow from how many"):
+        levels.share(plain_backbone(out_indices=(0, 1)), 0)
+    backbone = plain_backbone(out_indices=(0, 1), strides=(8, 16))
+    levels.share(backbone, 0)
+    images = torch.randn(1, 3, 32, 32)
+    (found,) = levels(images)
+    assert torch.equal(found, backbone(images)[1])
