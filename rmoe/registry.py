@@ -16,6 +16,6 @@ MODELS = Registry("model", parent=registry.MODELS, scope="rmoe", locations=_MODE
 _DATASETS = [_CLASSIFICATION, "rmoe.engine.task_data"]
 DATASETS = Registry("dataset", parent=registry.DATASETS, scope="rmoe", locations=_DATASETS)
 METRICS = Registry("metric", parent=registry.METRICS, scope="rmoe", locations=[_CLASSIFICATION])
-_HOOKS = ["rmoe.engine.hooks", "rmoe.engine.predictions"]
+_HOOKS = ["rmoe.engine.hooks", "rmoe.engine.gate_hooks", "rmoe.engine.predictions"]
 HOOKS = Registry("hook", parent=registry.HOOKS, scope="rmoe", locations=_HOOKS)
 TRANSFORMS = Registry("transform", parent=registry.TRANSFORMS, scope="rmoe", locations=["rmoe.tasks.images"])

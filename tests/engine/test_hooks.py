@@ -17,7 +17,8 @@ from toy import ToyModel, ToyTokens
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import hooks
-from rmoe.engine.hooks import EMAHook, GateBalanceHook, LocalExpertsHook, RunningStatsHook, TemperatureHook
+from rmoe.engine.gate_hooks import GateBalanceHook, TemperatureHook
+from rmoe.engine.hooks import EMAHook, LocalExpertsHook, RunningStatsHook
 from rmoe.engine.strategy import Engine
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE

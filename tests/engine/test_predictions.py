@@ -18,7 +18,7 @@ from timm.layers import Mlp
 from torch import nn
 
 from rmoe.config import ResidualMoEConfig
-from rmoe.engine.hooks import GateBalanceHook
+from rmoe.engine.gate_hooks import GateBalanceHook
 from rmoe.engine.predictions import PredictionsHook
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE

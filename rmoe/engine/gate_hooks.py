@@ -1,0 +1,132 @@
+"""Hooks of mmengine's runner for gates: what they decide is told, and how sharply they decide may change."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from mmengine.hooks import Hook
+
+from rmoe.errors import UserError
+from rmoe.moe.state import moe_layers, residual_norms
+from rmoe.registry import HOOKS
+from rmoe.tasks.multi_task import MultiTask
+
+_EXPERTS = 16  # of a layer whose load is logged one by one
+
+
+@HOOKS.register_module()
+class GateBalanceHook(Hook):
+    """Logs how evenly each gate spreads the tokens, as text and to the visualizer, and warns of a gate that collapses.
+
+        custom_hooks = [dict(type="rmoe.GateBalanceHook", interval=50, share=0.8, steps=100)]
+
+    A run has one of its own accord, at the interval of its log. A line has for every mixture the largest share of the
+    tokens that one expert holds, the entropy of the load (1 is even), and the mean of the largest gate probability. The
+    visualizer gets these, the share of each of the first sixteen experts, and the mean norm of the residuals as a part
+    of the core's. Of several tasks there is a line for each as well, and, where gates know them, `task_information`,
+    what experts tell of tasks, in nats.
+
+    Args:
+        interval: iterations from one look to the next; only then is anything computed.
+        share: of the tokens, above which an expert holds too many. Gates that use all experts are not judged.
+        steps: for how many iterations it holds them before the layer is named in a warning.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    priority = "LOW"
+
+    def __init__(self, interval: int = 10, share: float = 0.8, steps: int = 100) -> None:
+        if not (interval >= 1 and 0 < share <= 1 and steps >= 0):
+            raise UserError(
+                f"rmoe.GateBalanceHook: interval is {interval}, share {share} and steps {steps}; interval is at least "
+                "1, share between 0 and 1, and steps not negative"
+            )
+        self._interval, self._share, self._steps = interval, share, steps
+        self._since: dict[str, int] = {}  # layer → the iteration at which it was first seen collapsed
+
+    def before_train(self, runner: Any) -> None:
+        """Looks up the names of layers and tasks."""
+        self._names = {layer: name for name, layer in moe_layers(runner.model.module).items()}
+        self._tasks = [*model.tasks] if isinstance(model := runner.model.module, MultiTask) else []
+
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Looks at the gates, whose sums over all processes are at hand, and at the residuals: see `residual_norms`."""
+        if not self.every_n_train_iters(runner, self._interval) or not self._names:
+            return
+        records, scalars = runner.model.records, self._look(runner, None, "")
+        for number, task in enumerate(self._tasks):
+            scalars |= self._look(runner, number, task)
+        told = records.information() if self._tasks else {}
+        scalars |= {f"gate/{self._names[layer]}/task_information": float(one) for layer, one in told.items()}
+        scalars |= {f"residual/{name}": float(norm) for name, norm in residual_norms(runner.model.module).items()}
+        runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
+
+    def _look(self, runner: Any, number: int | None, task: str) -> dict[str, float]:
+        """Logs a line, of all tokens or of those of one task, and returns what the visualizer gets."""
+        found: list[str] = []
+        scalars: dict[str, float] = {}
+        loads, place = runner.model.records.loads(number), f"{task}/" if task else ""
+        for layer, balance in runner.model.records.balance(number).items():
+            name, values = self._names[layer], [float(value) for value in balance]
+            found.append(f"{name} " + " / ".join(f"{value:.3f}" for value in values))
+            scalars |= {f"gate/{place}{name}/{key}": value for key, value in zip(balance._fields, values, strict=True)}
+            shares = loads[layer][:_EXPERTS].tolist()
+            scalars |= {f"load/{place}{name}/{e}": share for e, share in enumerate(shares)}
+            if not task and layer.config.router != "task" and layer.config.chooses:
+                self._judge(runner, name, values[0])
+        of = f" of {task}" if task else ""
+        runner.logger.info(f"gates{of}, largest share / entropy of the load / confidence: {', '.join(found)}")
+        return scalars
+
+    def _judge(self, runner: Any, name: str, share: float) -> None:
+        if not share > self._share:
+            self._since.pop(name, None)
+            return
+        since = self._since.setdefault(name, runner.iter)
+        if since >= 0 and runner.iter - since >= self._steps:
+            self._since[name] = -1  # told; until it recovers
+            runner.logger.warning(
+                f"the gate of {name} has collapsed: one expert has had more than {self._share:.0%} of the tokens for "
+                f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance or moe.noise, or lower the "
+                "gate's learning rate (paramwise_cfg.gate_lr_mult)"
+            )
+
+
+@HOOKS.register_module()
+class TemperatureHook(Hook):
+    """Lets the temperature of the gates fall to that of their config, in equal steps, as MoE Jetpack does.
+
+        custom_hooks = [dict(type="rmoe.TemperatureHook", begin=2.0, until=0.5)]
+
+    While it falls, evaluation in training has it too; weights that are saved by then are evaluated at the end's.
+
+    Args:
+        begin: the factor of the temperature at the first step, above 0; below 1 it rises.
+        until: the share of training after which it is 1.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+
+    def __init__(self, begin: float = 2.0, until: float = 1.0) -> None:
+        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (begin, until))
+        if not (numbers and 0 < begin < math.inf and 0 < until <= 1):
+            raise UserError(
+                f"rmoe.TemperatureHook: begin is {begin!r} and until {until!r}; begin is above 0, until above 0 and at "
+                "most 1"
+            )
+        self._begin, self._until = begin, until
+
+    def before_train(self, runner: Any) -> None:
+        """Finds the gates."""
+        self._gates = [layer.gate for layer in moe_layers(runner.model.module).values()]
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        """Sets the temperature of a step, which follows from its number alone."""
+        last = max(self._until * runner.max_iters - 1, 1)
+        done = min(runner.iter / last, 1.0)
+        for gate in self._gates:
+            gate.heat = self._begin + (1.0 - self._begin) * done
