@@ -20,9 +20,9 @@ from rmoe.engine import command
 from rmoe.errors import UserError, exit_code
 from rmoe.inference.command import add_predict, add_test
 from rmoe.inference.export_command import add_attach, add_export
+from rmoe.reporting.estimate_command import add_estimate
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
-_MOST = 65536  # processes, images of one, pixels of a side
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         add_merge,
         add_export,
         add_attach,
-        _add_estimate,
+        add_estimate,
         _add_report,
         _add_analyze,
         _add_verify,
@@ -56,18 +56,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def console() -> NoReturn:
     """Runs the installed command and ends the process."""
     sys.exit(main())
-
-
-def _new_file(text: str) -> Path:
-    """Returns the path of a file to write, once it is clear that it can be written when the work is done."""
-    path = Path(text)
-    try:
-        fits = not path.is_dir() and path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)
-    except (OSError, ValueError):
-        fits = False
-    if not fits:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: its folder must be there; make it first")
-    return path
 
 
 def _add_train(groups: argparse._SubParsersAction) -> None:
@@ -83,7 +71,7 @@ def _add_configs(groups: argparse._SubParsersAction) -> None:
     )
     parser = groups.add_parser("configs", help="list the shipped configs", description=text)
     parser.add_argument("words", nargs="*", metavar="WORD", help="only those that have all of these in what is told")
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the list to FILE as well")
+    parser.add_argument("--json", type=command.new_file, metavar="FILE", help="write the list to FILE as well")
     parser.set_defaults(run=_configs)
 
 
@@ -181,7 +169,7 @@ def _add_check(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--num-classes", type=int, help="ade20k: classes without void (default: as its class list says)"
     )
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write what was found to FILE as well")
+    parser.add_argument("--json", type=command.new_file, metavar="FILE", help="write what was found to FILE as well")
     parser.set_defaults(run=_check)
 
 
@@ -260,87 +248,6 @@ def _split(arguments: argparse.Namespace) -> None:
     print(f"{arguments.out}.master and .rank0 to .rank{arguments.ranks - 1}: written")
 
 
-def _add_estimate(groups: argparse._SubParsersAction) -> None:
-    text = (
-        "Says what a training step of a config costs on each GPU: FLOPs, memory, traffic, seconds; and the hours of "
-        "its whole pipeline on 8, 64 and 512 GPUs. Nothing of it needs a GPU."
-    )
-    parser = groups.add_parser("estimate", help="what a training will cost", description=text)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="config of a classifier, a segmentor or a detector")
-    parser.add_argument("--gpus", type=int, required=True, metavar="N", help="processes, one for each GPU")
-    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="machines (default: %(default)s)")
-    parser.add_argument("--gpu", default="h100", metavar="NAME", help="which (default: %(default)s)")
-    parser.add_argument(
-        "--link",
-        type=float,
-        default=50.0,
-        metavar="GB/s",
-        help="that a node sends to the others, all its network cards together (default: %(default)g)",
-    )
-    parser.add_argument(
-        "--share",
-        type=float,
-        default=0.4,
-        help="of the GPU's peak that matrix products reach (default: %(default)s, a guess until you have measured it)",
-    )
-    parser.add_argument(
-        "--overlap",
-        type=float,
-        default=0.0,
-        help="share of the gradients' reduction that is hidden by the backward pass (default: %(default)s, the worst)",
-    )
-    parser.add_argument("--ep-size", type=int, metavar="N", help="GPUs that share the experts (default: the config's)")
-    parser.add_argument("--zero", type=int, choices=(0, 1, 2), default=2, help="ZeRO stage (default: %(default)s)")
-    parser.add_argument("--micro-batch", type=int, metavar="N", help="images of each GPU (default: the config's)")
-    parser.add_argument("--image-size", type=int, nargs=2, metavar=("H", "W"), help="in pixels (default: the config's)")
-    parser.add_argument(
-        "--precision",
-        choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of matrix products (default: %(default)s, which GPUs compute in TF32)",
-    )
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write the numbers to FILE as well")
-    parser.set_defaults(run=_estimate)
-
-
-def _estimate(arguments: argparse.Namespace) -> None:
-    from rmoe.engine.building import user_errors
-    from rmoe.engine.read_config import read_config
-    from rmoe.reporting.budget import costs, show
-    from rmoe.reporting.estimate import Setting, share_out, work_of
-    from rmoe.reporting.machines import Cluster, find_gpu
-
-    for name in ("gpus", "nodes", "ep_size", "micro_batch", "image_size"):
-        given = getattr(arguments, name)
-        for value in given if isinstance(given, list) else [] if given is None else [given]:
-            if not 1 <= value <= _MOST:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it is at least 1 and at most {_MOST}")
-    per_node, left = divmod(arguments.gpus, arguments.nodes)
-    if left or not per_node:
-        raise UserError(
-            f"--nodes {arguments.nodes} does not divide --gpus {arguments.gpus}: every node has as many; change either"
-        )
-    gpu, link = find_gpu(arguments.gpu), 1e9 * arguments.link
-    cluster = Cluster(gpu, arguments.nodes, per_node, link, arguments.share, arguments.overlap)
-    setting = Setting(
-        processes=arguments.gpus,
-        ep_size=arguments.ep_size,
-        zero=arguments.zero,
-        micro_batch=arguments.micro_batch,
-        precision=arguments.precision,
-        image_size=arguments.image_size and tuple(arguments.image_size),
-    )
-    cfg = read_config(arguments.config, {})
-    with user_errors(str(arguments.config)):
-        work = work_of(cfg, setting)
-        found = share_out(work, cluster)
-        pipeline = list(costs(arguments.config, cfg, work, cluster))
-    show(found, pipeline)
-    if arguments.json:
-        content = dataclasses.asdict(found) | {"pipeline": [dataclasses.asdict(one) for one in pipeline]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def _add_report(groups: argparse._SubParsersAction) -> None:
     text = (
         "Sets runs side by side: what they achieved and cost, and arms over seeds, with paired differences to the arm "
@@ -348,8 +255,10 @@ def _add_report(groups: argparse._SubParsersAction) -> None:
     )
     parser = groups.add_parser("report", help="compare runs", description=text)
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="work dir of a run")
-    parser.add_argument("--html", type=_new_file, metavar="FILE", help="write a page, which needs no network, to FILE")
-    parser.add_argument("--json", type=_new_file, metavar="FILE", help="write everything that is told to FILE")
+    parser.add_argument(
+        "--html", type=command.new_file, metavar="FILE", help="write a page, which needs no network, to FILE"
+    )
+    parser.add_argument("--json", type=command.new_file, metavar="FILE", help="write everything that is told to FILE")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder for summary.json and new pictures on validation images"
     )

@@ -105,6 +105,18 @@ def folder_name(text: str) -> Path:
     return Path(text)
 
 
+def new_file(text: str) -> Path:
+    """Returns the path of a file to write, once it is clear that it can be written when the work is done."""
+    path = Path(text)
+    try:
+        fits = not path.is_dir() and path.absolute().parent.is_dir() and os.access(path.absolute().parent, os.W_OK)
+    except (OSError, ValueError):
+        fits = False
+    if not fits:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: its folder must be there; make it first")
+    return path
+
+
 def number_of_steps(text: str) -> int:
     """Returns the number of steps that a word of the command line says."""
     if not (text.isdecimal() and 1 <= int(text) <= _MOST_STEPS):

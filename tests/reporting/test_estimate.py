@@ -354,6 +354,18 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert found["pipeline"] == []
 
 
+def test_the_command_changes_the_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, numbers = tmp_path / "config.py", tmp_path / "estimate.json"
+    CONFIGS["ViT, low_rank"].dump(path)
+    weights = []
+    for words in ([], ["--cfg-options", "model.moe.residual=full"]):
+        assert main(["estimate", str(path), "--gpus", "1", "--json", str(numbers), *words]) == 0
+        weights.append(json.loads(numbers.read_text())["memory"]["weights"])
+    assert weights[1] > 1.5 * weights[0]
+    assert main(["estimate", str(path), "--gpus", "1", "--cfg-options", "modle.moe=None"]) == 2
+    assert "--cfg-options: the config has no 'modle'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
