@@ -22,7 +22,7 @@ from rmoe.moe.forms import Form, form_of
 from rmoe.moe.layer import ResidualMoE, keep_input
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-# The classes of timm whose names begin so give one token for a whole image.
+# The classes of timm and transformers whose names have this give one token for a whole image.
 _POOLING = ("ClassAtt", "AttentionPool", "GlobalContext")
 _IDENTITIES = (nn.Identity, nn.Dropout, DropPath)  # those that drop something are refused before
 _ELSEWHERE = "leave it dense by naming other blocks"
@@ -50,7 +50,8 @@ def find_networks(model: nn.Module) -> dict[str, nn.Module]:
     if not found:
         raise UserError(
             f"no feed-forward network found in {type(model).__name__}: looked for modules with linear layers 'fc1' (or "
-            "'fc1_g' and 'fc1_x') and 'fc2' and an activation 'act', as timm's Mlp and SwiGLU; use a Swin, ViT or CvT"
+            "'fc1_g' and 'fc1_x') and 'fc2' and an activation 'act', as timm's Mlp and SwiGLU, or named as in "
+            "transformers; use a Swin, ViT or CvT"
         )
     return found
 
@@ -70,7 +71,8 @@ def _surplus(network: nn.Module, form: Form) -> Iterator[tuple[str, nn.Module]]:
 
 def _gets_one_token(modules: Mapping[str, nn.Module], name: str) -> bool:
     parent = modules[name.rpartition(".")[0]]
-    return any(type(module).__name__.startswith(_POOLING) for module in (parent, *parent.children()))
+    kinds = [type(module).__name__ for module in (parent, *parent.children())]
+    return any(words in kind for words in _POOLING for kind in kinds)
 
 
 @torch.no_grad()
@@ -87,7 +89,7 @@ def check_networks(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
         form = _form(network)
         _check_parts(name, network, form)
         _check_weights(name, network)
-        _check_act(f"{name}.act", network, form)
+        _check_act(f"{name}.{form.act}", network, form)
         _check_forward(name, network, form)
 
 
@@ -129,7 +131,7 @@ def _check_parts(name: str, network: nn.Module, form: Form) -> None:
             raise UserError(f"'{where}' has another forward than its class, which a mixture would drop; remove it")
     for child, part in network.named_children():
         kind = type(part).__name__
-        if child in (*form.firsts, "fc2") and type(part) not in (nn.Linear, nn.Conv2d):
+        if child in (*form.firsts, form.last) and type(part) not in (nn.Linear, nn.Conv2d):
             raise UserError(f"'{name}.{child}' is a {kind}; a mixture computes torch.nn.Linear alone: {_ELSEWHERE}")
         if child in form.between and any(True for _ in part.buffers()):
             raise UserError(
@@ -154,7 +156,7 @@ def _check_weights(name: str, network: nn.Module) -> None:
 
 
 def _check_act(name: str, network: nn.Module, form: Form) -> None:
-    act: Any = _randomised(name, network.act)  # type: ignore[arg-type]
+    act: Any = _randomised(name, getattr(network, form.act))
     keep_input(act)  # as the mixture does
     for training in (True, False):
         act.train(training)

@@ -58,7 +58,8 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
 
     Args:
         model: any model whose blocks hold timm-style networks (linear `fc1`, activation `act`, linear `fc2`; gated,
-            with a norm or of convolutions: `rmoe.moe.forms`): timm's Swin and ViT, bare or inside a larger model.
+            with a norm or of convolutions: `rmoe.moe.forms`): those of timm and transformers, bare or inside a larger
+            model.
         config: which blocks, how many experts, what kind of residual.
         copy: leave `model` as it is and upcycle a copy.
 
@@ -104,7 +105,7 @@ def _restored_on_error(model: nn.Module) -> Iterator[None]:
 
 def _mixture(name: str, network: Any, config: ResidualMoEConfig) -> ResidualMoE:
     layer = ResidualMoE(network, config)
-    if config.preserves and config.ep_size == 1 and not network.fc2.weight.is_meta:
+    if config.preserves and config.ep_size == 1 and not layer.form.network(network).w2_CH.is_meta:
         _compare(name, network, layer, example(network, layer.form))
     return layer
 

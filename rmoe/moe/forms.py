@@ -5,7 +5,8 @@
     with a GRN     fc2(grn(act(fc1 x)))                                       ConvNeXtV2
     gated          fc2(norm(act(g) ⊙ u)), [g; u] = fc1 x or fc1_g x, fc1_x x  GluMlp, SwiGLUPacked; SwiGLU
 
-Linear layers may be 1×1 convolutions of [B, C, …] tensors. The residuals are those of the linear layers alone; what
+The names are timm's; those of transformers are known as well (`_LINEARS`, `_ACTS`). Linear layers may be 1×1
+convolutions of [B, C, …] tensors. The residuals are those of the linear layers alone; what
 stands between them belongs to the core and is one for all experts. Plain networks have arithmetic of their own
 (mix.py); the others run their own modules, and the residuals are added to what these give (`mix_around`).
 
@@ -26,6 +27,14 @@ from rmoe.moe.experts import Network, Residuals
 from rmoe.moe.mix import compute_dtype, mix, residual_products
 
 _LINEAR = (nn.Linear, nn.Conv2d)
+# Names of the linear layers: the first ones, that which goes through the activation before the other, and the last.
+_LINEARS = (
+    (("fc1_g", "fc1_x"), "fc2"),
+    (("fc1",), "fc2"),
+    (("gate_proj", "up_proj"), "down_proj"),
+    (("up_proj",), "down_proj"),
+)
+_ACTS = ("act", "activation_fn", "act_fn", "activation")
 _ELSEWHERE = ("norm", "grn")  # what may stand between the linear layers beside the activation
 
 
@@ -35,13 +44,17 @@ class Form:
 
     Attributes:
         firsts: names of the linear layers that read the input; they are one, stacked, in a `Network`.
-        between: names of what is computed between, in this order; each is a module of the network.
+        last: name of the linear layer that leads back.
+        act: name of the activation.
+        between: names of what is computed between, the activation among them, in this order; each is a module.
         gated: which half of what the first layers give goes through the activation, and multiplies the other.
         channels: the dimension of channels: -1, or 1 for convolutions.
         plain: whether the network is FFN(x; θ) of linear layers around an activation without parameters.
     """
 
     firsts: tuple[str, ...]
+    last: str
+    act: str
     between: tuple[str, ...]
     gated: Literal["first", "last"] | None
     channels: int
@@ -51,14 +64,14 @@ class Form:
         """Returns what is computed as a formula, such as fc2(act(fc1(x)))."""
         text = f"{self.firsts[0]}(x)"
         for name in self.between:
-            other = f" * {self.firsts[-1]}(x)" if name == "act" and self.gated else ""
+            other = f" * {self.firsts[-1]}(x)" if name == self.act and self.gated else ""
             text = f"{name}({text}){other}"
-        return f"fc2({text})"
+        return f"{self.last}({text})"
 
     @property
     def parts(self) -> tuple[str, ...]:
         """Returns the names of all modules that are computed."""
-        return (*self.firsts, *self.between, "fc2")
+        return (*self.firsts, *self.between, self.last)
 
     def network(self, core: Any) -> Network:
         """Returns θ0: views of the weights of `core`, [F, C], [F], [C, H] and [C]; stacked where the first are two."""
@@ -66,18 +79,19 @@ class Form:
         weights, biases = [one.weight.flatten(1) for one in firsts], [one.bias for one in firsts]
         bias = None if biases[0] is None else biases[0] if len(biases) == 1 else torch.cat(biases)
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
-        return Network(weight, bias, core.fc2.weight.flatten(1), core.fc2.bias)
+        last = getattr(core, self.last)
+        return Network(weight, bias, last.weight.flatten(1), last.bias)
 
     def state(self, network: Network) -> dict[str, Tensor]:
-        """Returns θ under the names and in the shapes of the linear layers of a dense network, as timm's files have."""
+        """Returns θ under the names and in the shapes of the linear layers of a dense network."""
         w1_FC, b1_F, w2_CH, b2_C = network
         many = len(self.firsts)
         state = {f"{name}.weight": w for name, w in zip(self.firsts, w1_FC.chunk(many), strict=True)}
         if b1_F is not None:
             state |= {f"{name}.bias": b for name, b in zip(self.firsts, b1_F.chunk(many), strict=True)}
-        state["fc2.weight"] = w2_CH
+        state[f"{self.last}.weight"] = w2_CH
         if b2_C is not None:
-            state["fc2.bias"] = b2_C
+            state[f"{self.last}.bias"] = b2_C
         if self.channels == 1:
             state = {key: x[..., None, None] if key.endswith("weight") else x for key, x in state.items()}
         return state
@@ -91,10 +105,10 @@ class Form:
         return x if self.channels == -1 else x.movedim(1, -1)
 
     def inside(self, core: Any, h: Tensor) -> Tensor:
-        """Returns what fc2 reads, of h as the first layers give it; channels as in the input."""
+        """Returns what the last layer reads, of h as the first layers give it; channels as in the input."""
         for name in self.between:
             part = getattr(core, name)
-            if name == "act" and self.gated:
+            if name == self.act and self.gated:
                 one, other = h.chunk(2, self.channels)
                 h = part(one) * other if self.gated == "first" else one * part(other)
             else:
@@ -108,7 +122,7 @@ class Form:
 
     def dense(self, core: Any, x: Tensor) -> Tensor:
         """Returns what a network of this form computes, and nothing else that it may do."""
-        return core.fc2(self.inside(core, self.first(core, x)))
+        return getattr(core, self.last)(self.inside(core, self.first(core, x)))
 
     def mix(
         self,
@@ -131,7 +145,7 @@ class Form:
         if self.plain:
             theta = self.network(core) if has_core else None
             x_TC = x.reshape(-1, x.shape[-1])
-            y_TC = mix(x_TC, expert_TK, gate_TK, theta, residuals, core.act, mixes_weights, ready, drops)
+            y_TC = mix(x_TC, expert_TK, gate_TK, theta, residuals, getattr(core, self.act), mixes_weights, ready, drops)
             return y_TC.reshape(x.shape)
         if ready is not None:
             ready()
@@ -167,7 +181,7 @@ def mix_around(
             return of_core(x) + added if has_core else added
 
         h = linear(x, first, lambda x: form.first(core, x))
-        return linear(form.inside(core, h), second, lambda a: core.fc2(a))
+        return linear(form.inside(core, h), second, lambda a: getattr(core, form.last)(a))
 
     if mixes_weights:
         return network(expert_TK, gate_TK)
@@ -185,9 +199,13 @@ def form_of(network: nn.Module) -> Form | None:
     What stands in it besides, and whether it computes no more than its form, is not looked at.
     """
     children = dict(network.named_children())
-    firsts = ("fc1_g", "fc1_x") if "fc1_g" in children else ("fc1",)
-    layers = [children.get(name) for name in (*firsts, "fc2")]
-    if "act" not in children or not all(isinstance(one, _LINEAR) and _is_pointwise(one) for one in layers):
+    named = ((firsts, last) for firsts, last in _LINEARS if {*firsts, last} <= {*children})
+    acts = [name for name in _ACTS if name in children]
+    if (linears := next(named, None)) is None or len(acts) != 1:
+        return None
+    (firsts, last), act = linears, acts[0]
+    layers = [children[name] for name in (*firsts, last)]
+    if not all(isinstance(one, _LINEAR) and _is_pointwise(one) for one in layers):
         return None
     if len({isinstance(one, nn.Conv2d) for one in layers}) > 1:
         return None
@@ -202,10 +220,10 @@ def form_of(network: nn.Module) -> Form | None:
         return None
     inside = [name for name, part in children.items() if name in _ELSEWHERE and not isinstance(part, nn.Identity)]
     # A norm is computed where it stands; but a gate is always that of what the first layer gives.
-    before = [name for name in inside if not gated and [*children].index(name) < [*children].index("act")]
-    between = (*before, "act", *(name for name in inside if name not in before))
-    bare = between == ("act",) and not any(True for _ in children["act"].parameters())
-    return Form(firsts, between, gated, channels, bare and not gated and channels == -1)
+    before = [name for name in inside if not gated and [*children].index(name) < [*children].index(act)]
+    between = (*before, act, *(name for name in inside if name not in before))
+    bare = between == (act,) and not any(True for _ in children[act].parameters())
+    return Form(firsts, last, act, between, gated, channels, bare and not gated and channels == -1)
 
 
 def _is_pointwise(layer: Any) -> bool:

@@ -206,7 +206,7 @@ def _checked_form(core: nn.Module, config: ResidualMoEConfig) -> Form:
     for name, parameter in core.named_parameters():
         if not is_weight(parameter):
             raise UserError(f"the core's {name} is {described(parameter)}; {WEIGHTS}: convert it first")
-    act: Any = core.act
+    act: Any = getattr(core, form.act)
     if isinstance(act, nn.RReLU):
         raise UserError(f"the core's activation is {act}; use one without chance: every expert computes the same one")
     if config.ep_size > 1 and config.sends_tokens and not form.plain:
@@ -220,11 +220,17 @@ def _checked_form(core: nn.Module, config: ResidualMoEConfig) -> Form:
 
 def _lack(core: nn.Module) -> str:
     """Says what a module lacks to be a feed-forward network."""
-    wanted = "it has linear layers fc1 (or fc1_g and fc1_x) and fc2 and an activation act, as timm's Mlp and SwiGLU"
+    wanted = (
+        "it has linear layers fc1 (or fc1_g and fc1_x) and fc2 and an activation act, as timm's Mlp and SwiGLU, or "
+        "up_proj (and gate_proj), down_proj and act_fn, as in transformers"
+    )
     kinds: dict[str, Any] = {"fc1": (nn.Linear, nn.Conv2d), "act": nn.Module, "fc2": (nn.Linear, nn.Conv2d)}
     if lacking := [name for name, kind in kinds.items() if not isinstance(getattr(core, name, None), kind)]:
         return f"without {lacking[0]}; {wanted}"
-    return f"of {core.fc1} and {core.fc2}; fc2 must lead back from fc1's outputs, or half of them, to its inputs"
+    return (
+        f"of {core.fc1} and {core.fc2}; fc2 must lead back from fc1's outputs, or half of them, to its inputs, and there "
+        "must be one activation"
+    )
 
 
 def keep_input(act: nn.Module) -> None:
