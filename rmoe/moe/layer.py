@@ -228,8 +228,8 @@ def _lack(core: nn.Module) -> str:
     if lacking := [name for name, kind in kinds.items() if not isinstance(getattr(core, name, None), kind)]:
         return f"without {lacking[0]}; {wanted}"
     return (
-        f"of {core.fc1} and {core.fc2}; fc2 must lead back from fc1's outputs, or half of them, to its inputs, and there "
-        "must be one activation"
+        f"of {core.fc1} and {core.fc2}; fc2 must lead back from fc1's outputs, or half of them, to its inputs, and "
+        "there must be one activation"
     )
 
 

@@ -73,5 +73,5 @@ def test_they_become_mixtures_that_learn(name: str, residual: str) -> None:
 
 def test_two_activations_are_no_network() -> None:
     core = nn.ModuleDict({"fc1": nn.Linear(4, 8), "act": nn.GELU(), "act_fn": nn.GELU(), "fc2": nn.Linear(8, 4)})
-    with pytest.raises(UserError, match="must be one activation"):
+    with pytest.raises(UserError, match="there must be one activation"):
         rmoe.ResidualMoE(core, ResidualMoEConfig())
