@@ -99,6 +99,7 @@ def draw_method(arguments: common.Arguments, rows: Sequence[Row], file: str = "m
             by_arm.set_yticklabels([f"{row['arm']} ({len(row['seeds_to_dense'])})" for row in shown])
             by_arm.grid(axis="y", alpha=0.3)
             by_cost.axhline(0.0, color="black", linewidth=0.5)
+            by_cost.margins(0.2)  # room for the names
             by_cost.set(xlabel="FLOPs of the finetune, × dense", ylabel=f"{metric} − dense")
 
 
