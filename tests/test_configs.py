@@ -205,6 +205,8 @@ def cut_down(config: Config, folder: Path) -> Config:
             classes, indices = CLASSES.get(key), tasks[key].backbone.out_indices
         simple = len(part.get("strides") or ()) > len(indices)
         widths = SIMPLE if simple else [WIDTHS[family][index] for index in indices]
+        if key == "kwargs":
+            return node  # of a backbone, cut above
         if isinstance(node, dict):
             node = dict(node)
             if (kind := node.get("type")) in RESIZED:
