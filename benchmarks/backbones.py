@@ -50,6 +50,7 @@ CUTS: tuple[dict[str, Any], ...] = (
     {"dims": (16, 16, 32, 32), "depths": (1, 1, 2, 1)},
     {"depth": 3},
     {"depths": (1, 1, 2, 1)},
+    {"embed_dim": 24, "num_heads": 1, "stages": (1, 1, 2, 1)},
 )
 # What the names of small models have, the smallest first, and how many are tried.
 _SMALL: tuple[str, ...] = (

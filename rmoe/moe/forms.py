@@ -218,7 +218,9 @@ def form_of(network: nn.Module) -> Form | None:
         gated = "first" if len(firsts) == 2 or not getattr(network, "gate_last", True) else "last"
     elif len(firsts) == 2:
         return None
-    inside = [name for name, part in children.items() if name in _ELSEWHERE and not isinstance(part, nn.Identity)]
+    # What stands before the first layer is no part of the network.
+    later = [*children][[*children].index(firsts[-1]) :]
+    inside = [name for name in later if name in _ELSEWHERE and not isinstance(children[name], nn.Identity)]
     # A norm is computed where it stands; but a gate is always that of what the first layer gives.
     before = [name for name in inside if not gated and [*children].index(name) < [*children].index(act)]
     between = (*before, act, *(name for name in inside if name not in before))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 
 import rmoe
-from rmoe.backbones.networks import find_networks
+from rmoe.backbones.networks import check_networks, find_networks
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
@@ -367,3 +367,17 @@ def test_a_mixture_that_computes_something_else_is_refused(monkeypatch: pytest.M
     assert not moe_layers(network)
     assert all(p.requires_grad for p in network.parameters())
     assert rmoe.upcycle(network, ResidualMoEConfig(num_experts=3, blocks="all", combine="softmax")).report.blocks
+
+
+def test_a_norm_before_the_first_layer_is_named() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.fc1, self.act, self.fc2 = nn.LayerNorm(4), nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(self.act(self.fc1(self.norm(x))))
+
+    model = nn.ModuleDict({"mlp": Normed()})
+    with pytest.raises(UserError, match=r"'mlp' has 'norm' \(LayerNorm\) inside"):
+        check_networks(model, find_networks(model))
