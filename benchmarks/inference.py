@@ -62,11 +62,11 @@ def seconds(size: int, small: bool, exported: Sequence[str], pace: dict[str, Any
     runs = {"dense": run_of(None, size, small)}
     runs |= {name: run_of(moe, size, small) for name, moe in MIXTURES.items()}
     runs["merged"] = merged(runs["low_rank"])
-    answers: dict[tuple[str, str], Answer] = {("torch", name): in_torch(run, size) for name, run in runs.items()}
+    answers: dict[tuple[str, str], Answer] = {("torch", name): in_torch(run) for name, run in runs.items()}
     for name, (of, precision) in LOWERED.items():
         if precision == "bfloat16" and lacks_bfloat16(torch.device("cpu")):
             continue
-        answers["torch", name] = in_torch(brought_to(runs[of], precision), size)
+        answers["torch", name] = in_torch(brought_to(runs[of], precision))
     with TemporaryDirectory() as folder:
         for name in exported:
             answers["onnxruntime", name] = in_onnxruntime(runs[name], size, Path(folder, f"{name}.onnx"))
@@ -113,7 +113,7 @@ def brought_to(run: Predictor, precision: Any) -> Predictor:
     return Predictor(lowered(copy.deepcopy(run.model), precision), None, (), (), run.source, {}, dtype, precision)
 
 
-def in_torch(run: Predictor, size: int) -> Answer:
+def in_torch(run: Predictor) -> Answer:
     """Returns a run's function of normalised images, as `rmoe.load` computes it."""
     from rmoe.deploy.graph import function_of
 

@@ -44,6 +44,19 @@ def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> C
         ) from error
     except (Exception, SystemExit) as error:  # a config is a program, which may raise anything
         raise UserError(f"{path} cannot be read as a config: {described(error)}") from error
+    change(cfg, options)
+    if safe and cfg.get("tasks") is not None:
+        raise UserError(f"--safe-config: {path} names configs of tasks, which are programs; dump the whole config")
+    join_tasks(cfg)
+    return cfg
+
+
+def change(cfg: Config, options: Mapping[str, Any]) -> None:
+    """Sets `options` (dotted keys) in a config.
+
+    Raises:
+        UserError: a key that nobody reads, or that does not fit the config.
+    """
     known = {*cfg, *inspect.signature(FlexibleRunner.__init__).parameters, "stage"} - {"self", "cfg"}
     for key in options:
         first, *others = key.split(".")
@@ -53,10 +66,6 @@ def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> C
             raise UserError(f"--cfg-options: '{key}' has an empty part; write names and numbers with one dot between")
     with user_errors("--cfg-options do not fit the config"):
         cfg.merge_from_dict(dict(options))
-    if safe and cfg.get("tasks") is not None:
-        raise UserError(f"--safe-config: {path} names configs of tasks, which are programs; dump the whole config")
-    join_tasks(cfg)
-    return cfg
 
 
 def _hint(key: str, known: set[str]) -> str:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 import rmoe
 from rmoe.engine.building import user_errors
 from rmoe.engine.check_values import short_name
-from rmoe.engine.read_config import read_config
+from rmoe.engine.read_config import change, read_config
 from rmoe.engine.task_config import task_config
 from rmoe.engine.terminal import progress_bar
 from rmoe.errors import UserError
@@ -155,8 +155,7 @@ def run_config(folder: Path, options: Mapping[str, Any] | None = None, task: str
     if task is None:
         return read_config(configs[0], options or {})
     config = task_config(read_config(configs[0], {}), task, folder)
-    with user_errors("--cfg-options do not fit the config"):
-        config.merge_from_dict(dict(options or {}))
+    change(config, options or {})
     return config
 
 
