@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -117,8 +118,7 @@ def run_processes(
     """
     words = [command] if isinstance(command, (str, Path)) else list(command)
     port = str(free_port())
-    logs = folder / f"launch_{port}"
-    logs.mkdir()
+    logs = Path(tempfile.mkdtemp(prefix="launch_", dir=folder))  # a port may come twice, a folder may not
     children: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(max(nproc, 1)):

@@ -24,8 +24,8 @@ from rmoe.reporting.report import analyze
 
 BASES = Path("rmoe/configs/demo")
 DATA = Path("work_dirs/demo/data")  # where the configs there look for their data
-# Both compute in float32. Not zero0.json on a GPU, where it would mean bfloat16.
-JSON = {"cpu": "ds_configs/zero0.json", "cuda": "ds_configs/zero2_fp32.json"}
+# Both compute in float32, which zero0.json does not on a GPU.
+JSON = {"cpu": "ds_configs/zero0.json", "cuda": "ds_configs/zero0_fp32.json"}
 
 # A run's key: (stage or arm, "upstream" or task, seed).
 Key = tuple[str, str, int]

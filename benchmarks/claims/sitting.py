@@ -25,8 +25,11 @@ from rmoe.engine.cost import device_kind, software
 from rmoe.errors import UserError
 from rmoe.pipelines import Failed, Training
 
-# Seconds of a step on one core, for what no run in the ledger tells.
-_GUESS = {"segmentation": 0.5, "detection": 0.65, UPSTREAM: 0.5}
+# Seconds of a step, for what no run on this kind of machine tells: on one core, or on a GPU that others share.
+_GUESS = {
+    "cpu": {"segmentation": 0.5, "detection": 0.65, UPSTREAM: 0.5},
+    "cuda": {"segmentation": 0.15, "detection": 0.25, UPSTREAM: 0.12},
+}
 _MARGIN = 1.1  # of an estimate: other work may run beside
 
 
@@ -49,7 +52,7 @@ class Sitting:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
         self._study, self._ledger, self._folder = study, ledger, folder
         self._until = None if seconds is None else time.monotonic() + seconds
-        self._json = JSON[device]
+        self._json, self._guess = JSON[device], _GUESS[device]
         self._made: dict[tuple[Path, str], Trainings] = {}
         self._cores: dict[Cell, str] = {}  # hash of the weights of the stages that are trained here
         self._device = device_kind()
@@ -153,11 +156,14 @@ class Sitting:
         return self._until is None or sum(map(self.estimate, cells)) <= self._until - time.monotonic()
 
     def estimate(self, cell: Cell) -> float:
-        """Returns the seconds that a run will take, by those in the ledger: the same ones, or others of its kind."""
-        alike = [row for row in self._ledger.rows if (row["where"], row["width"]) == (cell.where, cell.width)]
+        """Returns the seconds that a run will take, by those on such a machine: the same ones, or others alike."""
+        here = [row for row in self._ledger.rows if row["device"] == self._device]
+        alike = [row for row in here if (row["where"], row["width"]) == (cell.where, cell.width)]
         same = [row for row in alike if row["arm"] == cell.name] or alike
         steps = self._steps(cell)
-        pace = max((row["wall_seconds"] / row["steps"] for row in same), default=_GUESS[cell.where] * cell.width**2)
+        pace = max(
+            (row["wall_seconds"] / row["steps"] for row in same), default=self._guess[cell.where] * cell.width**2
+        )
         return _MARGIN * pace * steps
 
     def _steps(self, cell: Cell) -> int:

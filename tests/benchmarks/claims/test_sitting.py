@@ -145,6 +145,8 @@ def test_estimates_are_of_runs_that_were_done(tmp_path: Path) -> None:
     assert one.estimate(cell("dense_longer")) == pytest.approx(1.1 * 900 * 1300 / 1200)  # as another arm of the task
     assert one.estimate(cell("dense", steps=400)) == pytest.approx(1.1 * 300)
     assert one.estimate(cell("dense", width=2.0)) == pytest.approx(4 * guess)
+    one._device = "another machine"  # whose seconds are others
+    assert one.estimate(cell("dense", 7)) == guess
 
 
 def test_an_interrupt_ends_what_runs_and_begins_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
