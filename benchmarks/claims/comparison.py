@@ -4,25 +4,27 @@ A pair is of one seed and one `Context` (kind of machine, core); a seed with pai
 their mean. Intervals are Student's, 95 %, and not corrected for the number of arms; `p_holm` is the two-sided p of the
 same test after Holm's correction over all arms of a task and metric that are compared with the same reference.
 
-Of several learning rates the best is taken by its mean over the seeds that all of them have: dense's as the reference,
-one low-rank expert's as the control. It is chosen on the seeds that it is judged on, which favours it, so what beats it
-beats it in spite of that.
+Of an arm's several learning rates the best is taken, by its mean difference to dense at the usual one: of dense, which
+makes the reference, of the candidates, and of their controls. It is chosen on the seeds that it is judged on, which
+favours each of them.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 from scipy.stats import t as student
 
 from benchmarks.claims.ledger import Cell, Context, Ledger, context_of
-from benchmarks.claims.method import CANDIDATES, CHOICES, CONTROLS, DENSE, ONE_LOW_RANK, RIVALS, Study
+from benchmarks.claims.method import CANDIDATES, CONTROLS, CONTROLS_OF, DENSE, FAMILIES, Study
 from benchmarks.claims.statistics import paired
 from benchmarks.common import Row
 
 METRICS = ("mIoU", "box AP", "mask AP")
+FEW = 3
 COSTS = {  # what is set in relation to dense's, by the name that `statistics.ratio` knows it by
     "cost": "pipeline_device_seconds",
     "finetune_cost": "finetune_device_seconds",
@@ -110,18 +112,15 @@ def gather(study: Study, ledger: Ledger, cells: Iterable[Cell]) -> dict[str, Run
     return dict(found)
 
 
-def best_of(names: Iterable[str], runs: Mapping[str, Runs], read: Read) -> str | None:
-    """Returns the arm with the highest mean over the seeds and contexts that all have of which there are runs.
+def best_of(family: str, runs: Mapping[str, Runs], read: Read) -> str | None:
+    """Returns the learning rate's arm that stands for a family, or an arm that has but one rate; None without a run.
 
-    None if there is no such arm, or no such seed.
+    It is the one with the highest mean difference to dense, of those with at least `FEW` seeds, if there are any.
     """
-    present = [name for name in names if runs.get(name)]
-    shared = set[tuple[int, Context]].intersection(*(set(runs[name]) for name in present)) if present else set()
-    means = dict[str, float]()
-    for name in present:
-        values = [value for key in shared if (value := read(runs[name][key])) is not None]
-        means |= {name: statistics.mean(values)} if values else {}
-    return max(means, key=lambda name: means[name]) if means else None
+    present = [name for name in FAMILIES.get(family, (family,)) if runs.get(name)]
+    found = {name: difference(runs[name], runs.get("dense", {}), read, subtract) for name in present}
+    enough = [name for name in present if len(found[name].seeds) >= FEW] or present
+    return max(enough, key=lambda name: found[name].mean if found[name].mean is not None else -inf, default=None)
 
 
 def measured(study: Study, ledger: Ledger) -> Iterator[tuple[str, str, dict[str, Runs]]]:
@@ -150,7 +149,7 @@ def rows(study: Study, ledger: Ledger) -> list[Row]:
 
 
 def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
-    mine, best = runs[name], best_of(DENSE, runs, read)
+    mine, best = runs[name], best_of("dense", runs, read)
     values: dict[int, list[float]] = {}
     for (seed, _), run in sorted(mine.items()):
         if (value := read(run)) is not None:
@@ -158,7 +157,7 @@ def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
     means = [statistics.mean(of_seed) for of_seed in values.values()]
     row: Row = {
         "arm": name,
-        "kind": "candidate" if name in CANDIDATES else "control" if name in CONTROLS else "choice",
+        "kind": _kind(name),
         "upstream": study.arms[name].upstream,
         "devices": sorted({context.device for _, context in mine}),
         "seeds": [*values],
@@ -198,24 +197,26 @@ def _flat(other: str, found: Difference) -> Row:
 
 
 def controls(study: Study, ledger: Ledger) -> list[Row]:
-    """Returns what each candidate has over each of its controls, by task and metric."""
+    """Returns what each candidate has over each of its controls, by task and metric, both at their best rates."""
     found: list[Row] = []
     for task, metric, runs in measured(study, ledger):
         read = reading(metric)
-        for candidate in (name for name in CANDIDATES if name in runs):
-            for control in _controls_of(candidate, runs, read):
-                seeds, mean, interval, p = difference(runs[candidate], runs[control], read, subtract)
-                row = {"task": task, "metric": metric, "candidate": candidate, "control": control}
-                found.append(row | {"seeds": seeds, "difference": mean, "interval95": interval, "p": p})
+        for candidate in CANDIDATES:
+            for control in CONTROLS_OF[candidate]:
+                mine, theirs = best_of(candidate, runs, read), best_of(control, runs, read)
+                if mine is None or theirs is None:
+                    continue
+                seeds, mean, interval, p = difference(runs[mine], runs[theirs], read, subtract)
+                row = {"task": task, "metric": metric, "candidate": candidate, "arm": mine, "control": control}
+                row |= {"control_arm": theirs, "seeds": seeds, "difference": mean, "interval95": interval, "p": p}
+                found.append(row)
     return found
 
 
-def _controls_of(candidate: str, runs: Mapping[str, Runs], read: Read) -> list[str]:
-    """Returns the best dense arm, and those whose rival the candidate is, of one low-rank expert the best alone."""
-    mine = [name for name, rival in RIVALS.items() if rival == candidate and name not in (*CANDIDATES, *CHOICES)]
-    best = [best_of(DENSE, runs, read), best_of((name for name in mine if name in ONE_LOW_RANK), runs, read)]
-    names = [*best, *(name for name in mine if name not in ONE_LOW_RANK)]
-    return [name for name in names if name is not None and name in runs]
+def _kind(name: str) -> str:
+    """Returns what an arm is in the study: a candidate, a control or a single choice; at any rate."""
+    family = next((one for one, names in FAMILIES.items() if name in names), name)
+    return "candidate" if family in CANDIDATES else "control" if {name, family} & CONTROLS.keys() else "choice"
 
 
 def regimes(study: Study, ledger: Ledger) -> list[Row]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks import common
 from benchmarks.claims.ideas import IDEAS, ideas
-from benchmarks.claims.method import CANDIDATES, DENSE, HEADLINE, ONE_LOW_RANK
+from benchmarks.claims.method import CANDIDATES, HEADLINE
 from benchmarks.claims.pictures import span
 from benchmarks.claims.statistics import difference, ratio
 from benchmarks.claims.verdicts import MARGIN
@@ -21,8 +21,8 @@ from benchmarks.common import Row
 
 ENOUGH, ENOUGH_HEADLINE = 5, 8
 FLOPS, FROZEN_FLOPS, SECONDS = 1.02, 1.00, 1.03  # at most, × dense
-FROZEN = ("full_calibrated", "soft_frozen")
-UPPER_BOUNDS, ONE_EXPERT = ("upper_bound_all", "upper_bound_alternate"), ("one_full", *ONE_LOW_RANK)
+FROZEN = ("full_calibrated", "full_random", "soft_frozen")
+UPPER_BOUNDS, ONE_EXPERT = ("upper_bound_all", "upper_bound_alternate"), ("one_full", "one_low_rank")
 MET, MISSED, FEW, NOT_RUN = "met", "not met", "not enough seeds", "not run"
 COMMAND, STEP_COMMAND = "python -m benchmarks.claims --part method", "python -m benchmarks.step --part real"
 
@@ -39,7 +39,7 @@ def verdicts(controls: Sequence[Row], steps: Sequence[Row]) -> list[Row]:
         mine = [row for row in controls if row["candidate"] == name]
         fewest = ENOUGH_HEADLINE if name in HEADLINE else ENOUGH
         for metric in ("mIoU", "box AP"):
-            over = _versus(mine, DENSE, metric)
+            over = _versus(mine, ("dense",), metric)
             found.append(_gain(name, f"candidate − best dense control, {metric}", over, 0.0, fewest))
         for metric in ("mIoU", "box AP"):
             over = _versus(mine, UPPER_BOUNDS, metric)
@@ -67,7 +67,7 @@ def _gain(name: str, target: str, compared: Row | None, above: float, fewest: in
         "target": target,
         "candidate": name,
         "limit": f"interval above {above:g}",
-        "against": compared["control"] if compared else "–",
+        "against": compared["control_arm"] if compared else "–",
         "measured": compared["difference"] if compared else None,
         "95 %": span(interval),
         "seeds": seeds,
@@ -98,26 +98,28 @@ def choose(found: Mapping[str, Sequence[Row]]) -> list[Row]:
     Args:
         found: content of method.json.
     """
+    arms = {(row["task"], row["metric"], row["arm"]): row for row in found["arms"]}
     return [
         {
             "task": row["task"],
             "metric": row["metric"],
             "candidate": row["arm"],
-            "− best dense": difference(row, "best_dense").mean,
-            "95 %": span(difference(row, "best_dense").interval),
-            "seeds": len(row["seeds_to_best_dense"]),
+            "against": row["control_arm"],
+            "candidate − dense": row["difference"],
+            "95 %": span(row["interval95"]),
+            "seeds": len(row["seeds"]),
             "− its upper bound": _mean(found["controls"], row, UPPER_BOUNDS),
             "− one expert": _mean(found["controls"], row, ONE_EXPERT),
-            "finetune FLOPs × dense": ratio(row, "finetune_flops").mean,
-            "parameters × dense": row["params_total_vs_dense"],
+            "finetune FLOPs × dense": ratio(one, "finetune_flops").mean,
+            "parameters × dense": one["params_total_vs_dense"],
         }
-        for row in found["arms"]
-        if row["kind"] == "candidate"
+        for row in found["controls"]
+        if row["control"] == "dense" and (one := arms[row["task"], row["metric"], row["arm"]])
     ]
 
 
 def _mean(controls: Iterable[Row], row: Row, names: Sequence[str]) -> float | None:
-    mine = (one for one in controls if (one["candidate"], one["task"]) == (row["arm"], row["task"]))
+    mine = (one for one in controls if (one["candidate"], one["task"]) == (row["candidate"], row["task"]))
     compared = _versus(mine, names, row["metric"])
     return compared["difference"] if compared else None
 
@@ -190,8 +192,8 @@ def controls_table(rows: Sequence[Row]) -> list[Row]:
         {
             "task": row["task"],
             "metric": row["metric"],
-            "candidate": row["candidate"],
-            "control": row["control"],
+            "candidate": row["arm"],
+            "control": row["control_arm"],
             "seeds": len(row["seeds"]),
             "candidate − control": row["difference"],
             "95 %": span(row["interval95"]),

@@ -57,12 +57,17 @@ def test_holm_by_hand() -> None:
     assert holm({}) == {}
 
 
-def test_the_best_is_chosen_where_all_were_run() -> None:
-    several = {"one": runs(1.0, 5.0, 100.0), "two": runs(3.0, 4.0), "three": {}}
-    assert best_of(("one", "two", "three"), several, MIOU) == "two"  # 3.0 and 3.5 over seeds 0 and 1
-    assert best_of(("one",), several, MIOU) == "one"
-    assert best_of(("three", "four"), several, MIOU) is None
-    assert best_of(("one", "other"), {"one": runs(1.0), "other": runs(None, 2.0)}, MIOU) is None
+def test_the_best_rate_is_that_with_the_highest_difference_to_dense() -> None:
+    dense = runs(1.0, 5.0, 9.0)
+    double, fourfold = {"dense_lr_double": runs(2.0, 6.0, 10.0)}, {"dense_lr_fourfold": runs(3.0, None, None)}
+    assert best_of("dense", {"dense": dense}, MIOU) == "dense"
+    assert best_of("dense", {"dense": dense} | double, MIOU) == "dense_lr_double"
+    assert best_of("dense", {"dense": dense} | fourfold, MIOU) == "dense"  # one seed chooses nothing, where three can
+    assert best_of("dense", {"dense": runs(1.0)} | fourfold, MIOU) == "dense_lr_fourfold"
+    elsewhere = {"dense_lr_double": runs(90.0, 90.0, 90.0, context=THERE)}  # and no dense beside it
+    assert best_of("dense", {"dense": dense} | elsewhere, MIOU) == "dense"
+    assert best_of("upper_bound_all", {"dense": dense, "upper_bound_all": runs(2.0)}, MIOU) == "upper_bound_all"
+    assert best_of("soft", {"dense": dense, "soft": {}}, MIOU) is None
 
 
 # Seeds 0 … 7: values of each arm less dense's.
@@ -118,13 +123,23 @@ def test_the_rows_of_the_study(tmp_path: Path) -> None:
 
 def test_controls_are_the_best_of_their_kind(tmp_path: Path) -> None:
     rows = comparison.controls(study(), ledger(study(), tmp_path / "runs.json"))
-    assert {row["control"]: round(row["difference"], 6) for row in rows} == {
+    assert {row["control_arm"]: round(row["difference"], 6) for row in rows} == {
         "dense_lr_half": 0.75,
         "one_low_rank_lr_2": 0.5,
         "upper_bound_alternate": -0.25,
         "dense_longer": 0.5,
     }
     assert {(row["candidate"], row["task"], row["metric"]) for row in rows} == {("soft", "segmentation", "mIoU")}
+    faster = GAINS | {"soft_lr_double": 2.0}
+    both = study(tuple(faster))
+    rows = comparison.controls(both, ledger(both, tmp_path / "more.json", faster))
+    assert {(row["arm"], row["control_arm"]) for row in rows if row["control"] == "dense"} == {
+        ("soft_lr_double", "dense_lr_half")
+    }
+    kinds = {row["arm"]: row["kind"] for row in comparison.rows(both, Ledger(tmp_path / "more.json"))}
+    assert [kinds[name] for name in ("soft_lr_double", "dense_lr_half", "one_low_rank_lr_4")] == [
+        *("candidate", "control", "control")
+    ]
 
 
 STEP = {"task": "segmentation", "contender": "soft", "ratio": 1.02, "ratio_low": 1.01, "ratio_high": 1.04}
@@ -168,7 +183,7 @@ def test_the_tables_and_the_opening(tmp_path: Path) -> None:
     assert page.count("\n## ") == 3
     assert "| segmentation | soft | mIoU | 8 |" in page
     opening = method_verdicts.opening(tmp_path)
-    assert "| segmentation | mIoU | soft | 0.750 |" in opening
+    assert "| segmentation | mIoU | soft | dense_lr_half | 0.750 |" in opening
     words = f"# Page\n{tables.MARKS[0]}old\n{tables.MARKS[1]}more\n"
     assert tables.opened(words, opening) == words.replace("old\n", opening)
     assert tables.opened("# Page\n", opening) == "# Page\n"
