@@ -207,7 +207,7 @@ def controls(study: Study, ledger: Ledger) -> list[Row]:
                 if mine is None or theirs is None:
                     continue
                 seeds, mean, interval, p = difference(runs[mine], runs[theirs], read, subtract)
-                row = {"task": task, "metric": metric, "candidate": candidate, "arm": mine, "control": control}
+                row: Row = {"task": task, "metric": metric, "candidate": candidate, "arm": mine, "control": control}
                 row |= {"control_arm": theirs, "seeds": seeds, "difference": mean, "interval95": interval, "p": p}
                 found.append(row)
     return found
