@@ -39,7 +39,7 @@ MORE_IN_BFLOAT16 = 0.20
 FULL_FLOOR, STOCK_FLOOR = 1.02, 1.00
 # (mixture, its ep_size, highest ratio) in two processes, with at least so many tokens in each mixture of each.
 SCALING, SCALING_TOKENS = (("low_rank", 1, 1.03), ("full", 2, 1.10)), 3_000
-# On one H100, bfloat16 under autocast, 8 experts.
+# On one Hopper GPU, bfloat16 under autocast, 8 experts.
 GPU_LAYER = {"low_rank_8": 0.90, "full": 1.10}
 GPU_LAUNCHES, GPU_WAITS = {"low_rank_8": 40, "full": 70}, 0
 GPU_STEP = {"low_rank": 1.00, "full": 1.03}
@@ -122,7 +122,7 @@ def gpu_targets(layer: Sequence[Row], step: Sequence[Row]) -> Iterator[Row]:
     for name, limit in GPU_LAYER.items():
         found = [row for row in trained if row["contender"] == name]
         found = [row for row in found if row["width"] >= 384 and row["tokens"] >= 25088]
-        what = f"{name}, H100, bfloat16, C ≥ 384, T ≥ 25,088"
+        what = f"{name}, Hopper GPU, bfloat16, C ≥ 384, T ≥ 25,088"
         yield _target(what, "dense FFN, trained", limit, found, "ratio", command)
     counted = [row for row in trained if "launches" in row]
     for name, limit in GPU_LAUNCHES.items():
@@ -132,7 +132,7 @@ def gpu_targets(layer: Sequence[Row], step: Sequence[Row]) -> Iterator[Row]:
     yield _target("waits of the host in a layer, forward + backward", "", GPU_WAITS, found, "syncs", command)
     for arm, limit in GPU_STEP.items():
         found = [row for row in step if (row.get("task"), row.get("contender")) == ("Swin-L + UPerNet", arm)]
-        what = f"training step of Swin-L + UPerNet, 640 px, H100, {arm}"
+        what = f"training step of Swin-L + UPerNet, 640 px, Hopper GPU, {arm}"
         yield _target(what, "dense step", limit, [row for row in found if "ms" in row], "ratio", f"{GPU_COMMAND} step")
 
 

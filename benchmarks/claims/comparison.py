@@ -120,7 +120,8 @@ def best_of(family: str, runs: Mapping[str, Runs], read: Read) -> str | None:
     present = [name for name in FAMILIES.get(family, (family,)) if runs.get(name)]
     found = {name: difference(runs[name], runs.get("dense", {}), read, subtract) for name in present}
     enough = [name for name in present if len(found[name].seeds) >= FEW] or present
-    return max(enough, key=lambda name: found[name].mean if found[name].mean is not None else -inf, default=None)
+    means = {name: -inf if (mean := found[name].mean) is None else mean for name in enough}
+    return max(enough, key=lambda name: means[name], default=None)
 
 
 def measured(study: Study, ledger: Ledger) -> Iterator[tuple[str, str, dict[str, Runs]]]:
