@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1] / "rmoe"
 ORDER = [
+    "quick_imports",
     "errors",
     "fields",
     "config",
@@ -70,6 +71,20 @@ def test_mmseg_and_mmdet_have_their_files(path: Path) -> None:
 def test_the_configuration_needs_no_torch() -> None:
     code = "import sys, rmoe, rmoe.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent).returncode == 0
+
+
+def test_a_run_starts_without_transformers() -> None:
+    """Which is installed here, and which mmengine and mmdet import where they can; to all others it is there."""
+    code = """
+import sys, rmoe
+import rmoe.tasks.detection, rmoe.engine.command
+assert not {"transformers", "peft"} & sys.modules.keys()
+from mmdet.models.language_models import bert
+assert bert.HFBertModel is None
+import transformers
+assert transformers.__version__
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT.parent, check=True)
 
 
 def test_the_layer_and_cores_work_with_torch_and_timm_alone(tmp_path: Path) -> None:
