@@ -1,7 +1,8 @@
 """Ideas of other papers for how experts are routed, shaped and started, each one or two changed keys of a candidate.
 
 Each is compared with dense finetuning and with the arm that it changes, under the protocol of the method study, whose
-runs it shares: segmentation, three seeds, more for what does well. Nothing is tuned for any of them.
+runs it shares: segmentation, three seeds, more for what does well. All are trained at the rate that is dense's best,
+twice the usual one; nothing else is tuned for any of them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from benchmarks.claims import method
 from benchmarks.claims.arms import FULL as SIZE
 from benchmarks.claims.arms import Arm
 from benchmarks.claims.ledger import Cell
-from benchmarks.claims.method import ARMS, FEW_SEEDS, FULL, RIVALS, SOFT, STEPS, Study
+from benchmarks.claims.method import ARMS, FEW_SEEDS, FULL, SOFT, STEPS, Study, faster
 
 _CALIBRATED, _LR_4 = ARMS["full_calibrated"].options, ARMS["soft"].options
 _OFF = {"importance": 0.0}
@@ -80,6 +81,12 @@ IDEAS: dict[str, Idea] = {
         "full_calibrated",
         _full({**_CALIBRATED, "custom_hooks": [{"type": "rmoe.TemperatureHook", "begin": 2.0, "until": 0.5}]}),
     ),
+    "averaged_experts": Idea(
+        "Δ_e ← Δ_e + 0.1 · (mean Δ − Δ_e) after each step",
+        "Experts Weights Averaging, 2308.06093",
+        "full_calibrated",
+        _full({**_CALIBRATED, "custom_hooks": [{"type": "rmoe.AverageExpertsHook", "rate": 0.1}]}),
+    ),
     "full_image_gate": Idea(
         "one decision for an image, from the mean of its tokens, gates from clusters of images",
         "MoCE, 2402.05382",
@@ -130,18 +137,23 @@ IDEAS: dict[str, Idea] = {
 
 def ideas() -> Study:
     """Returns the study of the ideas; what the method study has runs of is not run again."""
-    own = {name: idea.arm for name, idea in IDEAS.items() if idea.arm is not None}
+    arms = {run_of(name): faster(idea.arm or ARMS[name], 2.0) for name, idea in IDEAS.items()}
     cells = [
         Cell(name, "segmentation", seed, STEPS, SIZE.scenes["styles"], 1.0)
         for seed in FEW_SEEDS
-        for name in ("dense", *IDEAS)
+        for name in ("dense", run_of("dense"), *arms)
     ]
-    rivals = {**RIVALS, **{name: idea.of for name, idea in IDEAS.items() if idea.of != "dense"}}
-    return replace(method.method(), arms={**ARMS, **own}, cells=tuple(cells), rivals=rivals)
+    rivals = {run_of(name): run_of(idea.of) for name, idea in IDEAS.items()}
+    return replace(method.method(), arms=ARMS | arms, cells=tuple(cells), rivals=rivals)
+
+
+def run_of(name: str) -> str:
+    """Returns the name of an idea's runs, which the method study knows some of."""
+    return f"{name}_lr_double"
 
 
 def quick_ideas() -> Study:
     """Returns a study of seconds, which shows that everything runs."""
     few = method.quick_method()
-    cells = [cell._replace(name=name) for cell in few.cells[:1] for name in ("dense", "cosine")]
+    cells = [cell._replace(name=name) for cell in few.cells[:1] for name in ("dense", run_of("cosine"))]
     return replace(few, arms=ideas().arms, cells=tuple(cells), rivals={})

@@ -165,14 +165,14 @@ CHOICES = {
 }
 
 
-def _faster(arm: Arm, factor: float) -> Arm:
+def faster(arm: Arm, factor: float) -> Arm:
     """Returns the arm with all its learning rates times a factor."""
     return replace(arm, options={**arm.options, _LR: factor * _DENSE_LR})
 
 
 _GIVEN: dict[str, Arm] = CONTROLS | _CANDIDATES | CHOICES
 ARMS: dict[str, Arm] = _GIVEN | {
-    f"{name}_lr_{words}": _faster(_GIVEN[name], factor)
+    f"{name}_lr_{words}": faster(_GIVEN[name], factor)
     for name in RATED
     for words, factor in (("double", 2.0), ("fourfold", 4.0))
 }

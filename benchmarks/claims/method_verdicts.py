@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.claims.ideas import IDEAS, ideas
+from benchmarks.claims.ideas import IDEAS, ideas, run_of
 from benchmarks.claims.method import CANDIDATES, HEADLINE
 from benchmarks.claims.pictures import span
 from benchmarks.claims.statistics import difference, ratio
@@ -152,21 +152,21 @@ def ideas_table(rows: Sequence[Row]) -> list[Row]:
     of_arm = {row["arm"]: row for row in rows if row["metric"] == "mIoU"}
     found = []
     for name, idea in IDEAS.items():
-        row = of_arm.get(name)
-        compared = row and name not in ("dense", idea.of) and idea.of != "dense"
+        row = of_arm.get(run_of(name))
+        compared = row and idea.of != "dense"
         found.append(
             {
                 "arm": f"`{name}`",
                 "idea": idea.words,
                 "source": idea.source,
                 "keys": changed(name),
-                "seeds": len(row["seeds_to_dense"]) if row else 0,
-                "mIoU − dense": difference(row).mean if row else None,
-                "95 %": span(difference(row).interval) if row else "–",
+                "seeds": len(row["seeds_to_best_dense"]) if row else 0,
+                "mIoU − best dense": difference(row, "best_dense").mean if row else None,
+                "95 %": span(difference(row, "best_dense").interval) if row else "–",
                 "compared with": f"`{idea.of}`" if idea.of != "dense" else "–",
                 "− that": difference(row, "rival").mean if row and compared else None,
                 "its 95 %": span(difference(row, "rival").interval) if row and compared else "–",
-                "loss − dense": difference(row["train_loss"]).mean if row else None,
+                "its loss": difference(row["train_loss"], "best_dense").mean if row else None,
                 "finetune FLOPs × dense": ratio(row, "finetune_flops").mean if row else None,
                 "parameters × dense": row["params_total_vs_dense"] if row else None,
             }
@@ -177,7 +177,7 @@ def ideas_table(rows: Sequence[Row]) -> list[Row]:
 def changed(name: str) -> str:
     """Returns the keys of a config by which an idea differs from the arm that it changes."""
     arms = ideas().arms
-    mine, theirs = arms[name], arms[IDEAS[name].of]
+    mine, theirs = (arms[run_of(one)] for one in (name, IDEAS[name].of))
     before = {**(theirs.moe or {}), **theirs.options}
     now = {**(mine.moe or {}), **mine.options}
     if theirs.moe is None:

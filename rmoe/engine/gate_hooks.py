@@ -1,13 +1,18 @@
-"""Hooks of mmengine's runner for gates: what they decide is told, and how sharply they decide may change."""
+"""Hooks of mmengine's runner for mixtures: what gates decide is told, how sharply they decide, how far experts part."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import torch
+import torch.distributed as dist
+from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from mmengine.hooks import Hook
 
 from rmoe.errors import UserError
+from rmoe.moe.exchange import expert_group
+from rmoe.moe.experts import Full
 from rmoe.moe.state import moe_layers, residual_norms
 from rmoe.registry import HOOKS
 from rmoe.tasks.multi_task import MultiTask
@@ -130,3 +135,58 @@ class TemperatureHook(Hook):
         done = min(runner.iter / last, 1.0)
         for gate in self._gates:
             gate.heat = self._begin + (1.0 - self._begin) * done
+
+
+@HOOKS.register_module()
+class AverageExpertsHook(Hook):
+    """Draws the experts to their mean after each step of the optimizer, Δ_e ← Δ_e + rate · (mean Δ − Δ_e).
+
+        custom_hooks = [dict(type="rmoe.AverageExpertsHook", rate=0.1)]
+
+    The closer the experts are at the end, the less is changed by `rmoe merge --average`, which makes one dense network
+    of them (Experts Weights Averaging, arXiv 2308.06093). The mean is of all experts, on however many processes they
+    are, in float32. Under ZeRO each step sends the experts' weights once more.
+
+    Args:
+        rate: above 0; with 1 all experts are the same after each step.
+
+    Raises:
+        UserError: the rate is out of its range; at the start, residuals are not of the core's shape, whose mean would
+            be no mean of networks, or ZeRO's stage is 3.
+    """
+
+    def __init__(self, rate: float = 0.1) -> None:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
+            raise UserError(f"rmoe.AverageExpertsHook: rate is {rate!r}; it is above 0 and at most 1, such as 0.1")
+        self._rate = float(rate)
+
+    def before_train(self, runner: Any) -> None:
+        """Finds the experts."""
+        layers: dict[str, Any] = {**moe_layers(runner.model.module)}
+        for name, layer in layers.items():
+            if not isinstance(layer.residuals(), Full):
+                raise UserError(
+                    f"rmoe.AverageExpertsHook: the experts of {name} are residuals of kind '{layer.config.residual}', "
+                    "whose mean is no network's; take residual='full' or 'experts', or leave the hook out"
+                )
+        if runner.model.zero_optimization_stage() == 3:
+            raise UserError("rmoe.AverageExpertsHook works at ZeRO stages 0, 1 and 2; give another DeepSpeed JSON")
+        self._experts = [(layer.deepspeed_moe.experts.own(), layer.ep_size) for layer in layers.values()]
+
+    @torch.no_grad()
+    def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        """Changes the weights, and the copy of them that DeepSpeed's optimizer keeps. Collective."""
+        if (runner.iter + 1) % runner.strategy.layout.accumulation:
+            return
+        for parameters, ep_size in self._experts:
+            for parameter in parameters.values():
+                kept = safe_get_full_fp32_param(parameter)  # None where there is no copy
+                experts = parameter.float() if kept is None else kept
+                mean = experts.mean(0)
+                if ep_size > 1:
+                    dist.all_reduce(mean, group=expert_group(ep_size))
+                    mean /= ep_size
+                nearer = torch.lerp(experts, mean, self._rate)
+                parameter.copy_(nearer)
+                if kept is not None:
+                    safe_set_full_fp32_param(parameter, nearer)

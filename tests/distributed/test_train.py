@@ -36,6 +36,10 @@ SHARED |= {"shared_a": True, "balance_rate": 0.01}
 AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}
 # With all that is random, drop path, gate noise, augmentation, and an average of the weights.
 WILD = {"model.moe": MOE | {"noise": 1.0, "ep_size": 2}, "model.drop_path": 0.3, "custom_hooks": [AVERAGED]}
+DRAWN = {
+    "model.moe": MOE | {"residual": "full"},
+    "custom_hooks": [{"type": "rmoe.AverageExpertsHook", "rate": 0.25}],
+}
 NO_DATA = {"_delete_": True, "type": "rmoe.ImageFolder", "root": "nowhere", "split": "train", "num_classes": 2}
 PLAIN_STOP, SAVING_STOP = {"at": 5}, {"at": 4, "while_saving": True}
 
@@ -60,6 +64,11 @@ class Runs:
         files = sorted((self.folder / name).glob("*/vis_data/scalars.json"))
         rows = [json.loads(line) for file in files for line in file.read_text().splitlines()]
         return [row[key] for row in rows if key in row]
+
+
+def spread(options: dict[str, Any]) -> dict[str, Any]:
+    """The same with its experts over two processes."""
+    return options | {"model.moe": options["model.moe"] | {"ep_size": 2}}
 
 
 def command(folder: Path, name: str, options: dict[str, Any], stage: int, *words: str, **content: Any) -> list[str]:
@@ -121,6 +130,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         **{f"pair dense {stage}": make(f"pair dense {stage}", half, stage) for stage in (0, 2)},
         **{f"pair ep1 {stage}": make(f"pair ep1 {stage}", half | {"model.moe": MOE}, stage) for stage in (2, 3)},
         **{f"pair ep2 {s}": make(f"pair ep2 {s}", half | {"model.moe": MOE | {"ep_size": 2}}, s) for s in (0, 1, 2)},
+        **{f"pair drawn {s}": make(f"pair drawn {s}", half | spread(DRAWN), s) for s in (0, 2)},
         "whole pair": make("whole pair", WILD, 2),
         "resumed pair": make("resumed pair", WILD, 2, "--resume"),
         "flipped": make("flipped", WILD, 2, "--resume"),
@@ -140,6 +150,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     alone = {
         **{f"alone dense {stage}": make(f"alone dense {stage}", whole, stage) for stage in (0, 1, 2, 3)},
         **{f"alone moe {stage}": make(f"alone moe {stage}", moe, stage) for stage in (0, 2)},
+        **{f"alone drawn {stage}": make(f"alone drawn {stage}", whole | DRAWN, stage) for stage in (0, 1)},
         **{f"some {stage}": make(f"some {stage}", moe | some, stage) for stage in (0, 3)},
         "some begun": make("some again", moe | some | until_4, 2),
         "some again": make("some again", moe | some, 2, "--resume"),
@@ -208,6 +219,7 @@ def saved_weights(path: Path, kind: str = "weight/") -> dict[str, Tensor]:
     [
         ("alone dense 0", ["alone dense 1", "alone dense 2", "alone dense 3", "pair dense 0", "pair dense 2"]),
         ("alone moe 0", ["alone moe 2", "pair ep1 2", "pair ep1 3", "pair ep2 0", "pair ep2 1", "pair ep2 2"]),
+        ("alone drawn 0", ["alone drawn 1", "pair drawn 0", "pair drawn 2"]),
     ],
 )
 def test_placement_changes_nothing(runs: Runs, reference: str, others: list[str]) -> None:

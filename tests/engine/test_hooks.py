@@ -17,7 +17,7 @@ from toy import ToyModel, ToyTokens
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import hooks
-from rmoe.engine.gate_hooks import GateBalanceHook, TemperatureHook
+from rmoe.engine.gate_hooks import AverageExpertsHook, GateBalanceHook, TemperatureHook
 from rmoe.engine.hooks import EMAHook, LocalExpertsHook, RunningStatsHook
 from rmoe.engine.strategy import Engine
 from rmoe.errors import UserError
@@ -205,3 +205,50 @@ def test_the_temperature_falls(until: float, heats: list[float]) -> None:
 def test_a_temperature_that_cannot_be(values: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="TemperatureHook.*above 0"):
         TemperatureHook(**values)
+
+
+def averaged(rate: float, accumulation: int = 1, stage: int = 0, **moe: Any) -> tuple[AverageExpertsHook, Runner]:
+    """A hook at the start of a run of one process, whose experts are random."""
+    runner = Runner()
+    layer = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(**({"num_experts": 3, "residual": "full"} | moe)))
+    for parameter in layer.deepspeed_moe.parameters():
+        torch.nn.init.normal_(parameter)
+    runner.module = nn.Sequential(layer)  # type: ignore[attr-defined]
+    runner.strategy = SimpleNamespace(layout=SimpleNamespace(accumulation=accumulation))  # type: ignore[attr-defined]
+    runner.zero_optimization_stage = lambda: stage  # type: ignore[attr-defined]
+    return AverageExpertsHook(rate), runner
+
+
+@pytest.mark.parametrize("residual", ["full", "experts"])
+def test_experts_are_drawn_to_their_mean(residual: str) -> None:
+    hook, runner = averaged(0.25, accumulation=2, residual=residual)
+    weights = dict(runner.module.named_parameters())  # type: ignore[attr-defined]
+    before = {name: x.detach().clone() for name, x in weights.items()}
+    hook.before_train(runner)
+    hook.after_train_iter(runner, 0)  # of two that are one step
+    for name, x in weights.items():
+        torch.testing.assert_close(x, before[name], atol=0, rtol=0)
+    runner.iter = 1
+    hook.after_train_iter(runner, 1)
+    experts = [name for name in weights if "experts" in name]
+    assert experts
+    for name, x in weights.items():
+        old = before[name]
+        expected = old + 0.25 * (old.mean(0) - old) if name in experts else old
+        torch.testing.assert_close(x, expected)
+
+
+def test_what_has_no_mean_is_refused() -> None:
+    for options, words in (
+        ({"residual": "low_rank"}, "kind 'low_rank'.*no network"),
+        ({"stage": 3}, "stages 0, 1 and 2"),
+    ):
+        hook, runner = averaged(0.5, **options)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=words):
+            hook.before_train(runner)
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, 1.5, True, "0.1", float("nan"), None])
+def test_rates_of_averaging(rate: Any) -> None:
+    with pytest.raises(UserError, match="AverageExpertsHook: rate is .*above 0"):
+        AverageExpertsHook(rate)
