@@ -60,7 +60,7 @@ PARTS = {
         {"seconds": 150.0, "rounds": (5, 15)},
     ),
     "real": Part(
-        {"dense": None, "full_calibrated": FULL, "soft": SOFT, "soft_frozen": SOFT_FROZEN},
+        {"dense": None, "full_random": FULL, "soft": SOFT, "soft_frozen": SOFT_FROZEN},
         {"segmentation": 512, "detection": 800},
         _TWO,
         {"seconds": 1200.0, "rounds": (10, 15)},

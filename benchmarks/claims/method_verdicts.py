@@ -24,6 +24,7 @@ FLOPS, FROZEN_FLOPS, SECONDS = 1.02, 1.00, 1.03  # at most, × dense
 FROZEN = ("full_calibrated", "full_random", "soft_frozen")
 UPPER_BOUNDS, ONE_EXPERT = ("upper_bound_all", "upper_bound_alternate"), ("one_full", "one_low_rank")
 MET, MISSED, FEW, NOT_RUN = "met", "not met", "not enough seeds", "not run"
+SAME_STEP = {"full_calibrated": "full_random"}  # what gates begin with costs no step anything
 COMMAND, STEP_COMMAND = "python -m benchmarks.claims --part method", "python -m benchmarks.step --part real"
 
 
@@ -47,7 +48,8 @@ def verdicts(controls: Sequence[Row], steps: Sequence[Row]) -> list[Row]:
             over = _versus(mine, ONE_EXPERT, metric)
             found.append(_gain(name, f"candidate − one expert, {metric}", over, 0.0, ENOUGH))
         for task in ("segmentation", "detection"):
-            step = next((row for row in steps if (row["task"], row["contender"]) == (task, name)), None)
+            contender = SAME_STEP.get(name, name)
+            step = next((row for row in steps if (row["task"], row["contender"]) == (task, contender)), None)
             most = FROZEN_FLOPS if name in FROZEN else FLOPS
             found.append(_cost(name, f"FLOPs of a step at real size, {task}", most, step, "flops_ratio"))
             found.append(_cost(name, f"seconds of a step at real size, {task}", SECONDS, step, "ratio"))

@@ -63,7 +63,7 @@ def test_step(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_at_real_sizes(out: Path) -> None:
     importlib.import_module("benchmarks.step").main(["--quick", "--part", "real", "--out", str(out)])
     rows = json.loads((out / "step_real.json").read_text())["rows"]
-    assert [row["contender"] for row in rows] == ["dense", "full_calibrated", "soft", "soft_frozen"]
+    assert [row["contender"] for row in rows] == ["dense", "full_random", "soft", "soft_frozen"]
     assert all(set(row) >= RATIO | {"flops_ratio", "optimizer_bytes"} for row in rows)
     assert rows[0]["flops_ratio"] == 1.0
     assert all(row["optimizer_bytes"] > 0 for row in rows)
