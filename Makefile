@@ -34,7 +34,7 @@ demo: install
 	$(VENV)/bin/python launch/demo.py --work-dir work_dirs/demo
 
 test: install
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 lint: install
 	$(VENV)/bin/ruff format --check .

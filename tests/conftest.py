@@ -30,6 +30,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, in num
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "moe")]  # for `import toy` and `import no_sync`
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts files with long tests first: of two workers, neither is left alone with one at the end."""
+    long = {item.path for item in items if any(map(item.get_closest_marker, ("distributed", "slow", "cluster")))}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @dataclass(frozen=True)
 class Finished:
     """One process of a launched group: its exit code (negative: the signal that ended it) and what it printed."""
