@@ -81,6 +81,17 @@ class CvT(nn.Module):
         """Returns the names of parameters that get no weight decay; optimisers exempt norms and biases themselves."""
         return {name for name, _ in self.named_parameters() if name.endswith("cls_token")}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns timm's patterns of the layers: a layer is a block, the first of a stage with the stage's embedding.
+
+        With `coarse` it is a stage.
+        """
+        if coarse:
+            return {"stem": r"^stages\.0\.patch_embed", "blocks": r"^stages\.(\d+)"}
+        entry, block = r"^stages\.(\d+)\.(?:patch_embed|cls_token)", r"^stages\.(\d+)\.blocks\.(\d+)"
+        blocks = [(entry, (0,)), (block, None), (r"^norm", (99999,))]
+        return {"stem": r"^stages\.0\.patch_embed", "blocks": blocks}
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes the blocks' activations in the backward pass, to save memory, if `enable` is true."""
         for stage in self.stages:

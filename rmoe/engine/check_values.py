@@ -86,7 +86,7 @@ _OPTIMIZER = {
 }
 _PARAMWISE = {
     **dict.fromkeys(("residual_lr_mult", "residual_decay_mult", "gate_lr_mult", "head_lr_mult"), _RATE),
-    **dict.fromkeys(("bias_lr_mult",), _RATE),
+    **dict.fromkeys(("bias_lr_mult", "layer_decay"), _RATE),
     **dict.fromkeys(("norm_decay_mult", "bias_decay_mult"), _RATE | _NOTHING),
     "exempt": _FLAG,
     "custom_keys": _SECTION | _NOTHING,

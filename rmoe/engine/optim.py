@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from mmengine._strategy.deepspeed import DeepSpeedOptimWrapper
 from mmengine.logging import print_log
 from mmengine.optim import BaseOptimWrapper
 from mmengine.registry import OPTIMIZERS, Registry
+from timm.models import group_parameters
 from torch import Tensor, nn
 
 from rmoe.engine.trained import NORMS, TABLES, freeze_others, is_head
@@ -37,6 +39,7 @@ def param_groups(
     residual_decay_mult: float = 1.0,
     gate_lr_mult: float = 1.0,
     head_lr_mult: float = 1.0,
+    layer_decay: float = 1.0,
     exempt: bool = True,
     norm_decay_mult: float | None = None,
     bias_decay_mult: float | None = None,
@@ -57,6 +60,10 @@ def param_groups(
         residual_lr_mult, residual_decay_mult: for residuals; their decay pulls the experts towards the core.
         gate_lr_mult: for routers, weight and bias; 0 keeps gates as they are.
         head_lr_mult: for all that is outside `model.backbone`, or for the classifier of a model without one.
+        layer_decay: for each layer of a timm backbone, multiplied once for every layer between it and the head, which
+            it leaves as it is: the last block has it once, the patch embedding the most often (BEiT, arXiv
+            2106.08254). timm says what a layer is; what else `model.backbone` holds, as a pyramid's norms, counts as
+            the head's.
         exempt: no decay for norms, biases, position tables, tokens, and what timm's `no_weight_decay()` names.
         norm_decay_mult, bias_decay_mult: decay of norms and biases, where it is given; wins over `exempt`.
         bias_lr_mult: for the biases of all modules but norms.
@@ -70,10 +77,12 @@ def param_groups(
 
     Raises:
         UserError: nothing to train, a rate, decay or multiplier that is not a finite number of 0 or more, or a custom
-            key that sets something else; or what `freeze_others` raises.
+            key that sets something else; a `layer_decay` above 1, or one of a model that has no layers by timm; or what
+            `freeze_others` raises.
     """
     rates = {"lr": lr, "weight_decay": weight_decay, "residual_lr_mult": residual_lr_mult, "gate_lr_mult": gate_lr_mult}
     rates |= {"residual_decay_mult": residual_decay_mult, "head_lr_mult": head_lr_mult, "bias_lr_mult": bias_lr_mult}
+    rates |= {"layer_decay": layer_decay}
     given = {"norm_decay_mult": norm_decay_mult, "bias_decay_mult": bias_decay_mult}
     for name, value in {**rates, **{name: value for name, value in given.items() if value is not None}}.items():
         _check_number(name, value)
@@ -82,10 +91,10 @@ def param_groups(
     custom = _checked_custom_keys({} if custom_keys is None else custom_keys)
     freeze_others(model, train_only)
     _report_shared(model)
-    role, undecayed = roles(model), _undecayed(model)
+    role, undecayed, layers = roles(model), _undecayed(model), _layer_scales(model, layer_decay)
     merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module, name, parameter in _trainable(model):
-        lr_mult = {"residual": residual_lr_mult, "gate": gate_lr_mult}.get(role[name], 1.0)
+        lr_mult = {"residual": residual_lr_mult, "gate": gate_lr_mult}.get(role[name], 1.0) * layers.get(name, 1.0)
         decay_mult = residual_decay_mult if role[name] == "residual" else 1.0
         is_norm, is_bias = isinstance(module, NORMS), _is_bias(name)
         if is_head(model, name):
@@ -182,6 +191,28 @@ def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 yield module, f"{prefix}.{name}" if prefix else name, parameter
+
+
+def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
+    """Returns what `layer_decay` makes of the learning rate of each parameter of the timm model in `model`."""
+    if decay == 1:
+        return {}
+    if decay > 1:
+        raise UserError(f"layer_decay is {decay!r}; it is at most 1, such as 0.9")
+    found = ((name, module) for name, module in model.named_modules() if hasattr(module, "group_matcher"))
+    prefix, net = next(found, ("", None))
+    matcher: Any = net.group_matcher(coarse=False) if net is not None else None
+    if net is None or not isinstance(matcher, Mapping):
+        raise UserError(
+            f"layer_decay is {decay:g}, and the model has no backbone of timm that says which layers it has; leave it "
+            "out, or set rates by custom_keys"
+        )
+    # What no pattern matches, as "?", is the head's in timm: the last layer, whether it is in this model or not.
+    parameters = [*net.named_parameters(), ("?", None)]
+    named: Any = SimpleNamespace(named_parameters=lambda: parameters)
+    place = group_parameters(named, dict(matcher), reverse=True)
+    last = place.pop("?")
+    return {f"{prefix}.{name}" if prefix else name: decay ** (last - number) for name, number in place.items()}
 
 
 def _is_bias(name: str) -> bool:

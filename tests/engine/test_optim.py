@@ -8,8 +8,10 @@ import pytest
 import timm
 import torch
 from timm.layers import Mlp
+from timm.optim import param_groups_layer_decay
 from torch import nn
 
+from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import optim
 from rmoe.engine.optim import ParamGroups, param_groups
@@ -211,3 +213,61 @@ def test_a_checkpoint_of_an_unfused_optimizer_goes_on_fused() -> None:
     saved = optim.settings(group) | {"fused": None, "lr": 0.01}
     optim.change_settings(group, optim.checked_settings(group, saved))
     assert (group["fused"], group["lr"]) == (True, 0.01)
+
+
+def scales(model: nn.Module, decay: float = 0.5, **options: Any) -> dict[str, float]:
+    """Learning rates by name where that of the head is 1."""
+    return {
+        name: rate for name, (rate, _) in rates(model, param_groups(model, 1.0, layer_decay=decay, **options)).items()
+    }
+
+
+def test_the_rate_falls_from_layer_to_layer_as_in_timm() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3, num_classes=2)
+    found = scales(model)
+    names = ("head.weight", "norm.weight", "blocks.2.mlp.fc1.weight", "blocks.0.attn.qkv.weight", "pos_embed")
+    assert [found[name] for name in names] == [1.0, 0.5, 0.5, 0.125, 0.0625]
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    names_of = {parameter: name for name, parameter in model.named_parameters()}
+    assert found == {names_of[x]: group["lr_scale"] for group in groups for x in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["swin_tiny_patch4_window7_224", "convnext_atto", "cvt_13"])
+def test_layers_of_a_pyramid(name: str) -> None:
+    """Mixtures have the rate of their block, times their own; what the pyramid adds has the head's."""
+    kwargs = {"depths": (1, 1, 2)} if name == "cvt_13" else {"depths": (1, 1, 2, 1)}
+    model = nn.Module()
+    model.backbone = TimmPyramid(
+        name, kwargs, out_indices=(1, 2), moe={"num_experts": 2, "blocks": "all"}, allow_random_core=True
+    )
+    model.head = nn.Linear(2, 2)
+    found = scales(model, residual_lr_mult=3.0)
+    block = "layers" if "swin" in name else "stages"
+    for key, rate in found.items():
+        if key.startswith(("head.", "backbone.norms.")):
+            assert rate == 1.0, key
+    mixtures = [(key, rate) for key, rate in found.items() if ".deepspeed_moe." in key and f".{block}.2." in key]
+    gates = {rate for key, rate in found.items() if ".gate." in key and f".{block}.2." in key}
+    assert {rate for _, rate in mixtures} == {3.0 * rate for rate in gates}
+    assert len(gates) == 2  # of two blocks
+    assert next(rate for key, rate in found.items() if key.startswith("backbone.model.")) < min(gates)
+    assert found == scales(model, residual_lr_mult=3.0)  # and in the same order
+
+
+def test_custom_keys_win_over_layers() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=2)
+    found = scales(model, custom_keys={"pos_embed": {"lr_mult": 0.7}})
+    assert (found["pos_embed"], found["cls_token"]) == (0.7, 0.125)
+    assert scales(model, decay=1.0) == dict.fromkeys(found, 1.0)
+
+
+@pytest.mark.parametrize("decay", [1.5, -0.5, float("nan"), "0.9", True, None])
+def test_layer_decay_is_a_share(decay: Any) -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    with pytest.raises(UserError, match="layer_decay is "):
+        param_groups(model, 1.0, layer_decay=decay)
+
+
+def test_a_model_without_layers_has_no_layer_decay() -> None:
+    with pytest.raises(UserError, match=r"layer_decay is 0\.9, and the model has no backbone of timm"):
+        param_groups(Small(), 1.0, layer_decay=0.9)

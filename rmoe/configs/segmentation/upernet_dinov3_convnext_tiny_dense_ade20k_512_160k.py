@@ -5,7 +5,7 @@
 
 The core is timm's published one, under Meta's DINOv3 License, which is no open-source licence: read it before you use
 the weights or pass on what was trained from them. The recipe is Swin-T's; ConvNeXt's own has a layer-wise decay of the
-learning rate, which is not offered here.
+learning rate: optim_wrapper.paramwise_cfg.layer_decay.
 
 Other sizes, with the words to write after --cfg-options:
     S  model.backbone.model=convnext_small.dinov3_lvd1689m

@@ -5,7 +5,7 @@
 
 The core is timm's published one of masked image modelling on ImageNet-22k (BAAI's, MIT licence), with its mean and
 deviation of pixels. The recipe is Swin's and ViT's: EVA-02's has 60 000 steps of 32 images, patches interpolated to 16
-pixels, and a layer-wise decay of the learning rate, which is not offered here.
+pixels, and a layer-wise decay of the learning rate: optim_wrapper.paramwise_cfg.layer_decay.
 
 Another size, with the words to write after --cfg-options:
     L  model.backbone.model=eva02_large_patch14_224.mim_m38m model.backbone.out_indices=[5,11,17,23]
