@@ -214,26 +214,36 @@ def controls(study: Study, ledger: Ledger) -> list[Row]:
     return found
 
 
+def family_of(name: str) -> str:
+    """Returns the family of an arm: itself, where it has but one rate."""
+    return next((family for family, names in FAMILIES.items() if name in names), name)
+
+
 def _kind(name: str) -> str:
     """Returns what an arm is in the study: a candidate, a control or a single choice; at any rate."""
-    family = next((one for one, names in FAMILIES.items() if name in names), name)
+    family = family_of(name)
     return "candidate" if family in CANDIDATES else "control" if {name, family} & CONTROLS.keys() else "choice"
 
 
 def regimes(study: Study, ledger: Ledger) -> list[Row]:
-    """Returns one object for each condition and arm but dense: its difference to dense, one condition changed."""
+    """Returns one object for each condition and arm but dense: its difference to dense, both at their best rates."""
     found: list[Row] = []
     conditions = dict.fromkeys((cell.steps, cell.styles, cell.width) for cell in study.cells)
     for steps, styles, width in conditions:
         cells = [cell for cell in study.cells if (cell.steps, cell.styles, cell.width) == (steps, styles, width)]
         runs = gather(study, ledger, cells)
-        for name in (one for one in runs if one != "dense"):
+        read = reading("mIoU")
+        against = best_of("dense", runs, read)
+        for family in dict.fromkeys(map(family_of, runs)):
+            name = best_of(family, runs, read)
+            if name is None or against is None or family == "dense":
+                continue
             quality, loss = (
-                difference(runs[name], runs.get("dense", {}), reading(key), subtract) for key in ("mIoU", "train_loss")
+                difference(runs[name], runs[against], reading(key), subtract) for key in ("mIoU", "train_loss")
             )
-            dense = [row["mIoU"] for row in runs.get("dense", {}).values()]
-            row: Row = {"arm": name, "task": "segmentation", "metric": "mIoU", "steps": steps}
-            row |= {"styles": styles.split(","), "width": width, "dense": statistics.mean(dense) if dense else None}
+            dense = [row["mIoU"] for row in runs[against].values()]
+            row: Row = {"arm": family, "run": name, "against": against, "task": "segmentation", "metric": "mIoU"}
+            row |= {"steps": steps, "styles": styles.split(","), "width": width, "dense": statistics.mean(dense)}
             row |= {"seeds": quality.seeds, "diff_to_dense": quality.mean, "interval95": quality.interval}
             found.append(row | {"train_loss": {"diff_to_dense": loss.mean, "interval95": loss.interval}})
     return found

@@ -210,7 +210,8 @@ CONTROLS_OF = {
     "soft_frozen": _OF_SOFT,
 }
 
-REGIME_ARMS = ("dense", "full_calibrated", "soft")
+REGIME_FAMILIES = ("dense", "full_random", "soft")
+REGIME_ARMS = tuple(name for family in REGIME_FAMILIES for name in (family, f"{family}_lr_double"))
 REGIME_STEPS = (400, 1200, 3600)
 REGIME_STYLES = ("plain", "plain,night", "plain,night,tinted,outline")
 REGIME_WIDTHS = (0.5, 1.0, 2.0)
@@ -265,7 +266,10 @@ def method() -> Study:
 
 
 def regime() -> Study:
-    """Returns the study of the conditions: steps, variety of the data, width of the backbone, one at a time."""
+    """Returns the study of the conditions: steps, variety of the data, width of the backbone, one at a time.
+
+    Each arm at two learning rates, since the best need not be the same under all of them.
+    """
     usual = REGIME_STYLES[1]
     settings = [(steps, usual, 1.0) for steps in REGIME_STEPS]
     settings += [(STEPS, styles, 1.0) for styles in REGIME_STYLES]
