@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from rmoe.config import Calibration, GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.quick_imports import install
 
 if TYPE_CHECKING:
     from rmoe.backbones.upcycle import upcycle
@@ -34,8 +33,6 @@ __all__ = [
     "task",
     "upcycle",
 ]
-
-install()
 
 # Loaded when first used: torch and deepspeed take seconds, which `rmoe --help` should not.
 _LAZY = {

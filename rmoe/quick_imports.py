@@ -2,8 +2,8 @@
 
 Where transformers is installed, mmengine imports it to register one optimizer, and mmdet for its text encoders; with
 peft beside it this took longer than all else that a run imports: 9.5 of 16.2 s on one core, 6.6 more for detection.
-Neither of them needs it: both go on where it is missing. So to these two it is missing, unless the program has imported
-it itself. The optimizer is there under its full name, `type="transformers.Adafactor"`.
+Neither of them needs it: both go on where it is missing. So to these two it is missing once `rmoe.engine` is imported,
+unless the program has imported it itself. The optimizer is there under its full name, `type="transformers.Adafactor"`.
 """
 
 from __future__ import annotations

@@ -74,10 +74,16 @@ def test_the_configuration_needs_no_torch() -> None:
 
 
 def test_a_run_starts_without_transformers() -> None:
-    """Which is installed here, and which mmengine and mmdet import where they can; to all others it is there."""
+    """Which is installed here, and which mmengine and mmdet import where they can; to all others it is there.
+
+    `import rmoe` alone, in a program of OpenMMLab's, changes nothing for it.
+    """
     code = """
 import sys, rmoe
-import rmoe.tasks.detection, rmoe.engine.command
+finders = [*sys.meta_path]
+import rmoe.backbones.pyramid
+assert sys.meta_path == finders
+import rmoe.engine.command, rmoe.tasks.detection
 assert not {"transformers", "peft"} & sys.modules.keys()
 from mmdet.models.language_models import bert
 assert bert.HFBertModel is None
