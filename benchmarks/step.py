@@ -4,7 +4,9 @@
     python -m benchmarks.step --part real
 
 The latter is at the sizes that users train at, 512 and 800 pixels, with the candidates for the default of the method
-study (benchmarks/claims/method.py), at least ten rounds; step_real.json and step_real.png.
+study (benchmarks/claims/method.py), at least ten rounds; step_real.json and step_real.png. It takes most of an hour for
+each task and writes what it has after each: a task that is in the file already is not measured again, unless the file
+is of another machine or of other arms.
 
 Seconds: forward, losses, backward and AdamW's step of all arms in turns, on made-up images. Ratios to the dense arm.
 
@@ -18,6 +20,7 @@ what rmoe.reporting.estimate says of it. FLOPs are counted in the first of these
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -76,23 +79,38 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = list(part.pixels)
     if arguments.quick:
         tasks, part = tasks[:1], part._replace(pixels=dict.fromkeys(tasks, QUICK_SIZE), pace=QUICK_PACE)
-    rows: list[Row] = []
+    config: dict[str, Any] = {"images": part.images, "image_size": part.pixels, "pace": part.pace}
+    config |= {"small": arguments.quick, "contenders": part.contenders}
+    rows = _begun(arguments.out / f"{file}.json", config) if arguments.part else []
     allocator, threads = SETTINGS[JUDGED]
+    done = {row["task"] for row in rows}
     for task in tasks:
+        if task in done:
+            print(f"{task} stands in {file}.json")
+            continue
         given: dict[str, Any] = {"task": task, "contenders": part.contenders, "images": part.images[task]}
         given |= {"image_size": part.pixels[task], "small": arguments.quick}
         bytes_of = common.in_child("benchmarks.step:memory", allocator="exact", threads=threads, **given)
         timed = common.in_child(
             "benchmarks.step:seconds", allocator=allocator, threads=threads, pace=part.pace, **given
         )
-        rows += [{"task": task, "setting": JUDGED} | row | bytes_of[row["contender"]] for row in timed]
-    for row in rows:
-        dense = next(other for other in rows if (other["task"], other["contender"]) == (row["task"], "dense"))
-        row |= {f"{kind}_ratio": row[f"{kind}_bytes"] / dense[f"{kind}_bytes"] for kind in ("step", "beyond_weights")}
-        row["flops_ratio"] = row["flops"] / dense["flops"]
-    draw(arguments, rows, file)
-    config = {"images": part.images, "image_size": part.pixels, "pace": part.pace, "small": arguments.quick}
-    common.publish(arguments, config | {"contenders": part.contenders}, rows, table(rows), file=file)
+        found = [{"task": task, "setting": JUDGED} | row | bytes_of[row["contender"]] for row in timed]
+        dense = next(row for row in found if row["contender"] == "dense")
+        for row in found:
+            ratios = {f"{kind}_bytes": f"{kind}_ratio" for kind in ("step", "beyond_weights")} | {
+                "flops": "flops_ratio"
+            }
+            row |= {ratio: row[key] / dense[key] for key, ratio in ratios.items()}
+        rows += found
+        draw(arguments, rows, file)
+        common.publish(arguments, config, rows, table(rows), file=file)
+
+
+def _begun(path: Path, config: Mapping[str, Any]) -> list[Row]:
+    """Returns the rows of an earlier run with this config on such a machine; none otherwise."""
+    content = json.loads(path.read_text()) if path.exists() else {}
+    alike = content.get("config") == json.loads(json.dumps(config))
+    return content["rows"] if alike and content["machine"]["cpu"] == common.machine()["cpu"] else []
 
 
 def seconds(

@@ -64,6 +64,9 @@ def test_a_step_at_real_sizes(out: Path) -> None:
     importlib.import_module("benchmarks.step").main(["--quick", "--part", "real", "--out", str(out)])
     rows = json.loads((out / "step_real.json").read_text())["rows"]
     assert [row["contender"] for row in rows] == ["dense", "full_random", "soft", "soft_frozen"]
+    before = (out / "step_real.json").read_bytes()
+    importlib.import_module("benchmarks.step").main(["--quick", "--part", "real", "--out", str(out)])
+    assert (out / "step_real.json").read_bytes() == before  # what stands there is not measured again
     assert all(set(row) >= RATIO | {"flops_ratio", "optimizer_bytes"} for row in rows)
     assert rows[0]["flops_ratio"] == 1.0
     assert all(row["optimizer_bytes"] > 0 for row in rows)
