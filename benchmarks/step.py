@@ -97,10 +97,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = [{"task": task, "setting": JUDGED} | row | bytes_of[row["contender"]] for row in timed]
         dense = next(row for row in found if row["contender"] == "dense")
         for row in found:
-            ratios = {f"{kind}_bytes": f"{kind}_ratio" for kind in ("step", "beyond_weights")} | {
-                "flops": "flops_ratio"
-            }
-            row |= {ratio: row[key] / dense[key] for key, ratio in ratios.items()}
+            kinds = ("step", "beyond_weights")
+            row |= {f"{kind}_ratio": row[f"{kind}_bytes"] / dense[f"{kind}_bytes"] for kind in kinds}
+            row["flops_ratio"] = row["flops"] / dense["flops"]
         rows += found
         draw(arguments, rows, file)
         common.publish(arguments, config, rows, table(rows), file=file)

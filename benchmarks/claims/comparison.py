@@ -203,9 +203,10 @@ def controls(study: Study, ledger: Ledger) -> list[Row]:
     for task, metric, runs in measured(study, ledger):
         read = reading(metric)
         for candidate in CANDIDATES:
+            if (mine := best_of(candidate, runs, read)) is None:
+                continue
             for control in CONTROLS_OF[candidate]:
-                mine, theirs = best_of(candidate, runs, read), best_of(control, runs, read)
-                if mine is None or theirs is None:
+                if (theirs := best_of(control, runs, read)) is None:
                     continue
                 seeds, mean, interval, p = difference(runs[mine], runs[theirs], read, subtract)
                 row: Row = {"task": task, "metric": metric, "candidate": candidate, "arm": mine, "control": control}

@@ -51,12 +51,13 @@ TASKS = ("segmentation", "detection")
 CANDIDATES = ("full_calibrated", "full_random", "soft", "soft_frozen")
 HEADLINE = ("dense", "full_calibrated", "soft")
 FASTER = ("full_random_lr_double", "soft_lr_double")
+RATES = {"double": 2.0, "fourfold": 4.0}  # of all learning rates of an arm, × the usual ones
 RATED = ("full_calibrated", "full_random", "soft", "one_full", "full_fixed_gate", "soft_fixed_gate")
 # An arm at several learning rates, by its name: the best of them stands for it.
 FAMILIES = {
     "dense": ("dense", "dense_lr_half", "dense_lr_double", "dense_lr_fourfold"),
     "one_low_rank": ("one_low_rank_lr_1", "one_low_rank_lr_2", "one_low_rank_lr_4"),
-    **{name: (name, f"{name}_lr_double", f"{name}_lr_fourfold") for name in RATED},
+    **{name: (name, *(f"{name}_lr_{rate}" for rate in RATES)) for name in RATED},
 }
 DENSE, ONE_LOW_RANK = FAMILIES["dense"], FAMILIES["one_low_rank"]
 
@@ -119,8 +120,7 @@ STAGES = {
 CONTROLS = {
     "dense": Arm("core", None),
     "dense_lr_half": Arm("core", None, {_LR: 0.5 * _DENSE_LR}),
-    "dense_lr_double": Arm("core", None, {_LR: 2.0 * _DENSE_LR}),
-    "dense_lr_fourfold": Arm("core", None, {_LR: 4.0 * _DENSE_LR}),
+    **{f"dense_lr_{rate}": Arm("core", None, {_LR: factor * _DENSE_LR}) for rate, factor in RATES.items()},
     "dense_longer": Arm("core", None, longer=1.083),
     "dense_core_longer": Arm("core_longer", None),
     "one_full": Arm("core", FULL | {"num_experts": 1}),
@@ -165,20 +165,17 @@ CHOICES = {
 }
 
 
-def faster(arm: Arm, factor: float) -> Arm:
-    """Returns the arm with all its learning rates times a factor."""
-    return replace(arm, options={**arm.options, _LR: factor * _DENSE_LR})
+def faster(arm: Arm, rate: str) -> Arm:
+    """Returns the arm at another one of `RATES`."""
+    return replace(arm, options={**arm.options, _LR: RATES[rate] * _DENSE_LR})
 
 
 _GIVEN: dict[str, Arm] = CONTROLS | _CANDIDATES | CHOICES
-ARMS: dict[str, Arm] = _GIVEN | {
-    f"{name}_lr_{words}": faster(_GIVEN[name], factor)
-    for name in RATED
-    for words, factor in (("double", 2.0), ("fourfold", 4.0))
-}
+ARMS: dict[str, Arm] = _GIVEN | {f"{name}_lr_{rate}": faster(_GIVEN[name], rate) for name in RATED for rate in RATES}
 
 # Which candidate a control or a choice is compared with, besides dense.
 RIVALS = {
+    "full_random": "full_calibrated",
     "one_full": "full_calibrated",
     "full_fixed_gate": "full_calibrated",
     "frozen_all": "full_calibrated",
@@ -193,11 +190,10 @@ RIVALS = {
     **{name: "soft" for name in CHOICES if name.startswith(("soft_", "top_"))},
     **{name: "soft_frozen" for name in CHOICES if name.startswith("soft_frozen_")},
 }
-RIVALS |= {"full_random": "full_calibrated"}
 RIVALS |= {
-    f"{name}_lr_{words}": f"{RIVALS[name] if name in CONTROLS else 'dense'}_lr_{words}"
+    f"{name}_lr_{rate}": f"{RIVALS[name] if name in CONTROLS else 'dense'}_lr_{rate}"
     for name in RATED
-    for words in ("double", "fourfold")
+    for rate in RATES
 }
 
 _OF_FULL = ("dense", "one_full", "full_fixed_gate", "frozen_all", "upper_bound_all")

@@ -72,33 +72,23 @@ def draw_choices(arguments: common.Arguments, rows: Sequence[Row], file: str) ->
         axes[0].set_yticklabels([row["arm"] for row in shown])
 
 
-def draw_method(
-    arguments: common.Arguments, rows: Sequence[Row], file: str = "method", reference: str = "best_dense"
-) -> None:
-    """Draws, for each task, every arm's difference to dense with its interval, and that difference over FLOPs.
-
-    Args:
-        arguments: the benchmark's.
-        rows: of `comparison.rows`.
-        file: the picture's name.
-        reference: "best_dense", or "dense" at the usual learning rate.
-    """
-    name = reference.replace("_", " ")
+def draw_method(arguments: common.Arguments, rows: Sequence[Row], file: str = "method") -> None:
+    """Draws, for each task, every arm's difference to the best dense one with its interval, and the same over FLOPs."""
     told = [row for row in rows if row["arm"] != "dense" and row["metric"] != "mask AP"]
     metrics = [*dict.fromkeys((row["task"], row["metric"]) for row in told or rows)]
     height = 1.5 + 0.25 * max(sum((row["task"], row["metric"]) == one for row in rows) for one in metrics)
-    title = f"Difference to {name}, 95 % of paired seeds"
+    title = "Difference to best dense, 95 % of paired seeds"
     with common.picture(arguments, 2 * len(metrics), title, height, file=file) as axes:
         for panels, (task, metric) in zip(zip(axes[::2], axes[1::2], strict=True), metrics, strict=True):
             by_arm, by_cost = panels
             shown = [
                 row
                 for row in rows
-                if (row["task"], row["metric"]) == (task, metric) and difference(row, reference).mean is not None
+                if (row["task"], row["metric"]) == (task, metric) and difference(row, "best_dense").mean is not None
             ]
             shown.reverse()
             for place, row in enumerate(shown):
-                mean, interval = difference(row, reference)
+                mean, interval = difference(row, "best_dense")
                 color = _COLORS[row["kind"]]
                 by_arm.plot(interval or [mean, mean], [place, place], color=color)
                 by_arm.plot(mean, place, "o", color=color)
@@ -106,12 +96,12 @@ def draw_method(
                 if row["kind"] == "candidate":
                     by_cost.annotate(row["arm"], (ratio(row, "finetune_flops").mean, mean), fontsize="small")
             by_arm.axvline(0.0, color="black", linewidth=0.5)
-            by_arm.set(xlabel=f"{task}: {metric} − {name}", yticks=range(len(shown)))
-            by_arm.set_yticklabels([f"{row['arm']} ({len(row[f'seeds_to_{reference}'])})" for row in shown])
+            by_arm.set(xlabel=f"{task}: {metric} − best dense", yticks=range(len(shown)))
+            by_arm.set_yticklabels([f"{row['arm']} ({len(row['seeds_to_best_dense'])})" for row in shown])
             by_arm.grid(axis="y", alpha=0.3)
             by_cost.axhline(0.0, color="black", linewidth=0.5)
             by_cost.margins(0.2)  # room for the names
-            by_cost.set(xlabel="FLOPs of the finetune, × dense", ylabel=f"{metric} − {name}")
+            by_cost.set(xlabel="FLOPs of the finetune, × dense", ylabel=f"{metric} − best dense")
 
 
 _COLORS = {"candidate": "tab:red", "choice": "tab:blue", "control": "tab:gray"}
