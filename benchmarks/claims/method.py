@@ -50,9 +50,9 @@ SEEDS, MORE_SEEDS, FEW_SEEDS = (0, 1, 2, 3, 4), (5, 6, 7), (0, 1, 2)
 TASKS = ("segmentation", "detection")
 CANDIDATES = ("full_calibrated", "full_random", "soft", "soft_frozen")
 HEADLINE = ("dense", "full_calibrated", "soft")
-FASTER = ("full_random_lr_double", "soft_lr_double")
+FASTER = ("soft_lr_double", "soft_frozen_lr_double", "full_random_lr_double")
 RATES = {"double": 2.0, "fourfold": 4.0}  # of all learning rates of an arm, × the usual ones
-RATED = ("full_calibrated", "full_random", "soft", "one_full", "full_fixed_gate", "soft_fixed_gate")
+RATED = (*CANDIDATES, "one_full", "full_fixed_gate", "soft_fixed_gate", "upper_bound_all")
 # An arm at several learning rates, by its name: the best of them stands for it.
 FAMILIES = {
     "dense": ("dense", "dense_lr_half", "dense_lr_double", "dense_lr_fourfold"),
@@ -190,11 +190,7 @@ RIVALS = {
     **{name: "soft" for name in CHOICES if name.startswith(("soft_", "top_"))},
     **{name: "soft_frozen" for name in CHOICES if name.startswith("soft_frozen_")},
 }
-RIVALS |= {
-    f"{name}_lr_{rate}": f"{RIVALS[name] if name in CONTROLS else 'dense'}_lr_{rate}"
-    for name in RATED
-    for rate in RATES
-}
+RIVALS |= {f"{name}_lr_{rate}": f"dense_lr_{rate}" for name in RATED for rate in RATES}
 
 _OF_FULL = ("dense", "one_full", "full_fixed_gate", "frozen_all", "upper_bound_all")
 _OF_SOFT = ("dense", "one_low_rank", "soft_fixed_gate", "frozen_alternate", "upper_bound_alternate", "dense_longer")
@@ -310,7 +306,8 @@ def _order() -> Iterator[Cell]:
     yield from cells(HEADLINE, SEEDS)
     yield from cells(DENSE, SEEDS)
     yield from cells(FASTER, SEEDS)
-    yield from cells(("full_random_lr_fourfold", "soft_lr_fourfold"), SEEDS)
+    yield from cells(("upper_bound_all_lr_double",), FEW_SEEDS)
+    yield from cells(("soft_lr_fourfold", "soft_frozen_lr_fourfold"), SEEDS)
     yield from cells(("one_full_lr_double", "full_fixed_gate_lr_double", "full_calibrated_lr_double"), SEEDS)
     yield from cells(("one_full", *ONE_LOW_RANK), FEW_SEEDS)
     yield from cells(("upper_bound_all",), SEEDS)
