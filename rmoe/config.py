@@ -27,17 +27,20 @@ class Kind(NamedTuple):
         combine: what "auto" means, for experts that start as the core does.
         exchange: likewise.
         has_rank: whether it is a product of two factors of `rank`, which `alpha` scales.
+        lr_mult: of its learning rate, unless a config says another: factors that begin at a product of zero are trained
+            at four times the rate of what has the core's shape (docs/claims.md).
     """
 
     has_core: bool
     combine: Combine
     exchange: Exchange
     has_rank: bool = False
+    lr_mult: float = 1.0
 
 
 KINDS: dict[Residual, Kind] = {
-    "low_rank": Kind(True, "residual", "weights", has_rank=True),
-    "segments": Kind(True, "residual", "weights", has_rank=True),
+    "low_rank": Kind(True, "residual", "weights", has_rank=True, lr_mult=4.0),
+    "segments": Kind(True, "residual", "weights", has_rank=True, lr_mult=4.0),
     "sparse": Kind(True, "straight_through", "tokens"),
     "full": Kind(True, "straight_through", "tokens"),
     "experts": Kind(False, "straight_through", "tokens"),
@@ -81,7 +84,9 @@ class ResidualMoEConfig:
 
     Attributes:
         num_experts: experts of each layer, E.
-        top_k: experts that each token uses, K; "all" weighs every expert by its probability (soft mixing).
+        top_k: experts that each token uses, K; `all` weighs every expert by its probability (soft mixing). `auto` is
+            `all` where that takes but one network and one product of E · `rank` columns: residuals of low rank that
+            meet inside the network (`combine`), under a gate that has a say in it; elsewhere it is 1.
         residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only), `full` (Δ_e of the core's shape, biases too) or
             `experts` (no core: each expert is a network of its own, as in full MoE training, the upper bound). Weights
             only, too: `segments`, low rank from segments of the core's singular vectors (GOAT, arXiv 2502.16894), and
@@ -130,7 +135,7 @@ class ResidualMoEConfig:
     """
 
     num_experts: int = 8
-    top_k: int | Literal["all"] = 1
+    top_k: int | Literal["auto", "all"] = "auto"
     residual: Residual = "low_rank"
     rank: int = 8
     density: float = 0.02
@@ -163,8 +168,8 @@ class ResidualMoEConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("num_experts", "top_k", "rank", "tasks", "ep_size"):
-            if getattr(self, name) != "all" and not 1 <= getattr(self, name) <= _MOST:
-                raise UserError(f"ResidualMoEConfig.{name} is {getattr(self, name)}; it is 1 to {_MOST}")
+            if isinstance(number := getattr(self, name), int) and not 1 <= number <= _MOST:
+                raise UserError(f"ResidualMoEConfig.{name} is {number}; it is 1 to {_MOST}")
         if self.blocks == ():
             raise UserError("ResidualMoEConfig.blocks is empty; name a block, or use blocks='all'")
         if self.experts_per_token > self.num_experts:
@@ -184,7 +189,8 @@ class ResidualMoEConfig:
             raise UserError(f"expert_drop is {self.expert_drop}; it is a chance, from 0 (off) to less than 1")
         if self.expert_drop and not self.chooses:
             raise UserError(
-                "expert_drop leaves experts out of a choice, and top_k leaves none: set it to 0, or top_k lower"
+                f"expert_drop leaves experts out of a choice, and top_k={self.top_k!r} leaves none: set it to 0, or "
+                "top_k to 1"
             )
         if self.expert_drop and self.losses.load:
             raise UserError(
@@ -206,15 +212,20 @@ class ResidualMoEConfig:
             raise UserError(f"balance_rate is {self.balance_rate}; it is 0 (off) or positive, such as 0.001")
         if self.balance_rate and not self.chooses:
             raise UserError(
-                "balance_rate has no effect where each token uses every expert: set it to 0, or top_k lower"
+                f"balance_rate has no effect where each token uses every expert, as with top_k={self.top_k!r}: set it "
+                "to 0, or top_k to 1"
             )
         if self.capacity_factor is not None and not self.chooses:
             raise UserError(
-                "capacity_factor is for tokens that use some of the experts: set it to None, or top_k lower"
+                "capacity_factor is for tokens that use some of the experts, not all, as with "
+                f"top_k={self.top_k!r}: set it to None, or top_k to 1"
             )
         self._check_tasks()
         if self.losses.load and not (self.noise and self.chooses):
-            raise UserError("losses.load needs noise and a choice: set noise > 0 and top_k lower, or losses.load = 0")
+            raise UserError(
+                f"losses.load needs noise and a choice, and there are noise={self.noise:g} and top_k={self.top_k!r} of "
+                f"{self.num_experts} experts: set noise to 1 and top_k to 1, or losses.load to 0"
+            )
         if self.losses.load and self.balance_rate:
             raise UserError(
                 "losses.load and balance_rate both even out the choices, each by itself: set one of them to 0"
@@ -287,8 +298,11 @@ class ResidualMoEConfig:
 
     @property
     def experts_per_token(self) -> int:
-        """Returns K as a number: `top_k`, or every expert."""
-        return self.num_experts if isinstance(self.top_k, str) else self.top_k
+        """Returns K as a number: `top_k`, with "auto" resolved, or every expert."""
+        if isinstance(self.top_k, int):
+            return self.top_k
+        meet = self.mixes_weights and self.kind.has_rank and self.router not in ("expert_choice", "task")
+        return self.num_experts if self.top_k == "all" or meet else 1
 
     @property
     def chooses(self) -> bool:

@@ -28,7 +28,7 @@ from rmoe.moe.state import global_state_dict, load_global_state_dict
 
 WIDTH, ROWS, STEPS, CLIP, LR = 16, 8, 5, 0.1, 1.0
 OVERFLOW = 2  # the step whose gradient is not finite
-MOE = {"num_experts": 4, "rank": 2, "noise": 0.0, "gate_std": 1.0, "losses": {"importance": 0.1, "z": 0.01}}
+MOE = {"num_experts": 4, "top_k": 1, "rank": 2, "noise": 0.0, "gate_std": 1.0, "losses": {"importance": 0.1, "z": 0.01}}
 
 
 def build(moe: Mapping[str, Any] | None) -> nn.Module:

@@ -10,7 +10,8 @@ from rmoe.errors import UserError
 
 
 def test_from_plain_data() -> None:
-    values = {"num_experts": 4, "losses": {"z": 1e-3}, "blocks": ["a.1.mlp"], "capacity_factor": 1.25, "noise": 0}
+    values = {"num_experts": 4, "losses": {"z": 1e-3}, "blocks": ["a.1.mlp"], "noise": 0}
+    values |= {"top_k": 1, "capacity_factor": 1.25}
     config = ResidualMoEConfig.from_dict(values)
     assert config.losses == GateLosses(z=1e-3)
     assert config.blocks == ("a.1.mlp",)
@@ -38,6 +39,9 @@ def test_frozen() -> None:
         ({"residual": "experts", "combine": "residual"}, "no core"),
         ({"residual": "experts", "train_core": True}, "no core"),
         ({"top_k": 2, "exchange": "tokens"}, "exchange='weights'"),
+        ({"exchange": "tokens"}, "or top_k=1"),
+        ({"capacity_factor": 1.25}, "as with top_k='auto': set it to None, or top_k to 1"),
+        ({"top_k": "al"}, "top_k is 'al'; did you mean 'all'"),
     ],
 )
 def test_what_is_refused(values: dict, message: str) -> None:
@@ -52,6 +56,30 @@ def test_the_cheap_choices() -> None:
     assert not full.mixes_weights
     assert full.sends_tokens
     assert not ResidualMoEConfig(residual="full", combine="residual", top_k=2).sends_tokens
+
+
+@pytest.mark.parametrize(
+    ("values", "used"),
+    [
+        ({}, 8),
+        ({"num_experts": 4, "residual": "segments"}, 4),
+        ({"router": "cosine", "gate_input": "image", "train_core": True, "ep_size": 2}, 8),
+        ({"combine": "straight_through"}, 1),
+        ({"combine": "softmax"}, 1),
+        ({"router": "expert_choice"}, 1),
+        ({"router": "task", "tasks": 8}, 1),
+        ({"residual": "full"}, 1),
+        ({"residual": "full", "combine": "residual"}, 1),
+        ({"residual": "sparse"}, 1),
+        ({"residual": "experts"}, 1),
+        ({"top_k": 1}, 1),
+        ({"residual": "full", "top_k": "all"}, 8),
+    ],
+)
+def test_every_expert_is_used_where_that_takes_one_network(values: dict[str, Any], used: int) -> None:
+    config = ResidualMoEConfig.from_dict(values)
+    assert config.experts_per_token == used
+    assert config.chooses == (used < config.num_experts)
 
 
 def test_fixed_experts_are_on_every_process() -> None:

@@ -49,7 +49,9 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def layer(**config: Any) -> ResidualMoE:
     torch.manual_seed(0)
-    return ResidualMoE(Mlp(WIDTH, HIDDEN), ResidualMoEConfig(**{"num_experts": EXPERTS, "noise": 0.0, **config}))
+    return ResidualMoE(
+        Mlp(WIDTH, HIDDEN), ResidualMoEConfig(**{"num_experts": EXPERTS, "top_k": 1, "noise": 0.0, **config})
+    )
 
 
 def tokens(count: int = 20) -> Tensor:

@@ -25,7 +25,7 @@ SCENES = SceneParams(
     **{"upstream_classes": 2, "upstream_train": 1, "upstream_val": 1},
 )
 CLASSES = len(metainfo(CATEGORIES)["classes"])
-MOE = {"num_experts": 4, "rank": 2, "blocks": "all", "noise": 0.0, "tasks": 2, "gate_std": 0.5}
+MOE = {"num_experts": 4, "top_k": 1, "rank": 2, "blocks": "all", "noise": 0.0, "tasks": 2, "gate_std": 0.5}
 MOE |= {"losses": {"importance": 0.01, "task_information": 0.05}}
 PYRAMID = {
     **{"type": "rmoe.TimmPyramid", "model": "swin_tiny_patch4_window7_224", "out_indices": (0, 1)},

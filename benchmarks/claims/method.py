@@ -27,6 +27,7 @@ Controls, and what each would explain:
 - `dense_longer`: the FLOPs are. As many more steps as the soft candidate has more FLOPs a step in the miniature.
 - `upper_bound_all`, `upper_bound_alternate`: full MoE training in the same blocks as its rival.
 - `dense_core_longer`: for the RMoE-I arms, whose stage of upstream training makes cores longer trained.
+- `former_default`: what `ResidualMoEConfig` was before the study, rank 8 for one expert a token, cores frozen.
 
 Single choices differ from their candidate in what their names say; three seeds each. None of their learning rates was
 chosen by trial. The factor of 4 for low rank was, on other arms than these, among 1, 4 and 10; dense has four rates.
@@ -52,7 +53,7 @@ CANDIDATES = ("full_calibrated", "full_random", "soft", "soft_frozen")
 HEADLINE = ("dense", "full_calibrated", "soft")
 FASTER = ("soft_lr_double", "soft_frozen_lr_double", "full_random_lr_double")
 RATES = {"double": 2.0, "fourfold": 4.0}  # of all learning rates of an arm, × the usual ones
-RATED = (*CANDIDATES, "one_full", "full_fixed_gate", "soft_fixed_gate", "upper_bound_all")
+RATED = (*CANDIDATES, "one_full", "full_fixed_gate", "soft_fixed_gate", "upper_bound_all", "former_default")
 # An arm at several learning rates, by its name: the best of them stands for it.
 FAMILIES = {
     "dense": ("dense", "dense_lr_half", "dense_lr_double", "dense_lr_fourfold"),
@@ -162,6 +163,7 @@ CHOICES = {
     "soft_frozen_rank_4": Arm("core", SOFT_FROZEN | {"rank": 4}, _RESIDUAL_LR),
     "soft_frozen_rank_16": Arm("core", SOFT_FROZEN | {"rank": 16}, _RESIDUAL_LR),
     "top_1": Arm("core", _TOP_1, _RESIDUAL_LR | _CALIBRATED),
+    "former_default": Arm("core", SOFT_FROZEN | {"top_k": 1}),
 }
 
 
@@ -183,6 +185,7 @@ RIVALS = {
     **dict.fromkeys(ONE_LOW_RANK, "soft"),
     "soft_fixed_gate": "soft",
     "frozen_alternate": "soft_frozen",
+    "former_default": "soft_frozen",
     "upper_bound_alternate": "soft",
     "dense_longer": "soft",
     "soft_frozen": "soft",

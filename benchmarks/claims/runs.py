@@ -135,6 +135,8 @@ def _change(
             "default_hooks.checkpoint.interval": max(1, steps // 4),
             "train_dataloader.batch_size": batch,
             "randomness.seed": seed,
+            # An arm says its rates itself: a change of a kind's own rate must change no arm.
+            "optim_wrapper.paramwise_cfg.residual_lr_mult": 1.0,
             **options,
             **({f"{place}.moe": dict(moe)} if moe else {}),
         }

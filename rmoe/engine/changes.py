@@ -14,6 +14,7 @@ from typing import Any
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint.files import RUN
+from rmoe.engine.model_config import fill_in_saved_moe
 from rmoe.errors import UserError
 
 _REFUSED = {
@@ -42,6 +43,7 @@ def compare(path: Path, cfg: Any) -> list[str]:
     """
     if not (before := parsed(_text(path))):
         return []
+    fill_in_saved_moe(before)
     now = parsed(cfg.pretty_text)
     for section, what in _REFUSED.items():
         old, new = (dict(_flat(_section(one, section), section)) for one in (before, now))

@@ -85,9 +85,8 @@ _OPTIMIZER = {
     "amsgrad": _FLAG,
 }
 _PARAMWISE = {
-    **dict.fromkeys(("residual_lr_mult", "residual_decay_mult", "gate_lr_mult", "head_lr_mult"), _RATE),
-    **dict.fromkeys(("bias_lr_mult", "layer_decay"), _RATE),
-    **dict.fromkeys(("norm_decay_mult", "bias_decay_mult"), _RATE | _NOTHING),
+    **dict.fromkeys(("residual_decay_mult", "gate_lr_mult", "head_lr_mult", "bias_lr_mult", "layer_decay"), _RATE),
+    **dict.fromkeys(("residual_lr_mult", "norm_decay_mult", "bias_decay_mult"), _RATE | _NOTHING),
     "exempt": _FLAG,
     "custom_keys": _SECTION | _NOTHING,
     "custom_keys.*": _SECTION,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 
 _BACKBONES = ("TimmPyramid", "TimmClassifier")
@@ -25,6 +27,25 @@ def moe_dicts(config: Any) -> Iterator[Any]:
     for node in mappings(config):
         if isinstance(node.get("moe"), Mapping):
             yield node["moe"]
+
+
+def complete_moe(values: Any) -> ResidualMoEConfig:
+    """Returns the mixture that a dict of a config describes, and writes what it leaves open into it, in place: what is
+    saved says all that a mixture is made of, whatever the defaults of later versions are.
+    """
+    config = ResidualMoEConfig.from_dict(values)
+    for key, value in dataclasses.asdict(config).items():
+        if key not in values or isinstance(value, dict):
+            values[key] = value
+    return config
+
+
+def fill_in_saved_moe(config: Any) -> None:
+    """Writes into a model's saved config, in place, what mixtures have that were saved without `top_k`: 1, its default
+    when that was left open.
+    """
+    for moe in moe_dicts(config):
+        moe.setdefault("top_k", 1)
 
 
 def allow_random_cores(config: Any) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rmoe.engine.trained import NORMS, TABLES, freeze_others, is_head
 from rmoe.errors import UserError, nearest
 from rmoe.moe.experts import BIASES
-from rmoe.moe.state import roles
+from rmoe.moe.state import moe_layers, roles
 
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor", parent=registry.OPTIM_WRAPPER_CONSTRUCTORS, scope="rmoe"
@@ -35,7 +35,7 @@ def param_groups(
     lr: float,
     weight_decay: float = 0.0,
     *,
-    residual_lr_mult: float = 1.0,
+    residual_lr_mult: float | None = None,
     residual_decay_mult: float = 1.0,
     gate_lr_mult: float = 1.0,
     head_lr_mult: float = 1.0,
@@ -57,7 +57,8 @@ def param_groups(
         model: dense or with `ResidualMoE` layers.
         lr: learning rate that the multipliers apply to.
         weight_decay: weight decay that the multipliers apply to.
-        residual_lr_mult, residual_decay_mult: for residuals; their decay pulls the experts towards the core.
+        residual_lr_mult: for residuals; None: 4 for those of low rank, 1 for others (`rmoe.config.Kind.lr_mult`).
+        residual_decay_mult: for residuals; their decay pulls the experts towards the core.
         gate_lr_mult: for routers, weight and bias; 0 keeps gates as they are.
         head_lr_mult: for all that is outside `model.backbone`, or for the classifier of a model without one.
         layer_decay: for each layer of a timm backbone, multiplied once for every layer between it and the head, which
@@ -80,10 +81,11 @@ def param_groups(
             key that sets something else; a `layer_decay` above 1, or one of a model that has no layers by timm; or what
             `freeze_others` raises.
     """
-    rates = {"lr": lr, "weight_decay": weight_decay, "residual_lr_mult": residual_lr_mult, "gate_lr_mult": gate_lr_mult}
+    rates = {"lr": lr, "weight_decay": weight_decay, "gate_lr_mult": gate_lr_mult}
     rates |= {"residual_decay_mult": residual_decay_mult, "head_lr_mult": head_lr_mult, "bias_lr_mult": bias_lr_mult}
     rates |= {"layer_decay": layer_decay}
     given = {"norm_decay_mult": norm_decay_mult, "bias_decay_mult": bias_decay_mult}
+    given |= {"residual_lr_mult": residual_lr_mult}
     for name, value in {**rates, **{name: value for name, value in given.items() if value is not None}}.items():
         _check_number(name, value)
     if not isinstance(exempt, bool):
@@ -92,9 +94,11 @@ def param_groups(
     freeze_others(model, train_only)
     _report_shared(model)
     role, undecayed, layers = roles(model), _undecayed(model), _layer_scales(model, layer_decay)
+    residuals = _residual_rates(model, residual_lr_mult)
     merged: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module, name, parameter in _trainable(model):
-        lr_mult = {"residual": residual_lr_mult, "gate": gate_lr_mult}.get(role[name], 1.0) * layers.get(name, 1.0)
+        lr_mult = gate_lr_mult if role[name] == "gate" else residuals.get(name, 1.0)
+        lr_mult *= layers.get(name, 1.0)
         decay_mult = residual_decay_mult if role[name] == "residual" else 1.0
         is_norm, is_bias = isinstance(module, NORMS), _is_bias(name)
         if is_head(model, name):
@@ -191,6 +195,16 @@ def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]
             if parameter.requires_grad and parameter not in seen:
                 seen.add(parameter)
                 yield module, f"{prefix}.{name}" if prefix else name, parameter
+
+
+def _residual_rates(model: nn.Module, rate: float | None) -> dict[str, float]:
+    """Returns what `residual_lr_mult` says of each parameter that is a residual's."""
+    return {
+        f"{prefix}.{name}" if prefix else name: layer.config.kind.lr_mult if rate is None else rate
+        for prefix, layer in moe_layers(model).items()
+        for name, _ in layer.named_parameters()
+        if name.startswith("deepspeed_moe.")
+    }
 
 
 def _layer_scales(model: nn.Module, decay: float) -> dict[str, float]:

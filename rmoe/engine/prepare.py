@@ -15,7 +15,7 @@ from rmoe.engine.check_values import check_values, short_name
 from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
-from rmoe.engine.model_config import allow_random_cores, moe_dicts
+from rmoe.engine.model_config import allow_random_cores, complete_moe, moe_dicts
 from rmoe.engine.precision import autocasts
 from rmoe.engine.processes import backend
 from rmoe.engine.task_config import check_json, check_tasks
@@ -56,7 +56,7 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     notes: list[str] = []
     check_values(cfg)
     check_tasks(cfg)
-    moe = [ResidualMoEConfig.from_dict(values) for values in moe_dicts(cfg.model)]
+    moe = [complete_moe(values) for values in moe_dicts(cfg.model)]
     check_calibration(cfg.get("calibrate"), moe)
     _check_experts(moe, ds_json.zero_stage(content), processes)
     config = _deepspeed_config(cfg, content, processes)

@@ -48,7 +48,8 @@ from rmoe.moe.state import global_state_dict, load_global_state_dict, local_expe
 WIDTH, EXPERTS, STEPS, CLIP = 16, 8, 2, 0.05
 STAGES = (0, 1, 2)
 TOLERANCE = 1e-5  # float32, sums in another order
-_MOE = {"num_experts": EXPERTS, "rank": 4, "noise": 0.0, "gate_std": 1.0, "losses": {"importance": 0.01, "z": 0.001}}
+_MOE: dict[str, Any] = {"num_experts": EXPERTS, "top_k": 1, "rank": 4, "noise": 0.0, "gate_std": 1.0}
+_MOE |= {"losses": {"importance": 0.01, "z": 0.001}}
 
 
 class CheckFailed(Exception):

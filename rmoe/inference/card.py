@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rmoe.backbones.hub import SCHEME
+from rmoe.config import ResidualMoEConfig
 from rmoe.engine.building import user_errors
 from rmoe.engine.checkpoint.export import timm_nodes
 from rmoe.engine.model_config import moe_dicts
@@ -91,10 +92,10 @@ def _what(run: Predictor, adapter_of: str | None) -> str:
     network = next((node["model"] for _, node in timm_nodes(config)), str(config.get("type")))
     text = f"{'A dense' if not _moe(run) else 'A'} {run.task or 'vision'} model"
     if moe := _moe(run):
-        chosen = moe.get("top_k", 1)
+        mixture = ResidualMoEConfig.from_dict(moe)
+        used = f"top {mixture.experts_per_token}" if mixture.chooses else "all of them"
         text += (
-            f" whose feed-forward networks are mixtures of {moe.get('num_experts', 8)} experts "
-            f"({moe.get('residual', 'low_rank')}, {'all of them' if chosen == 'all' else f'top {chosen}'})"
+            f" whose feed-forward networks are mixtures of {mixture.num_experts} experts ({mixture.residual}, {used})"
         )
     text += f" on timm's {network}, trained by rmoe {run.metadata['rmoe']}"
     if stage := run.metadata.get("stage"):

@@ -30,7 +30,7 @@ from rmoe.engine.building import user_errors
 from rmoe.engine.checkpoint.export import ADAPTER, MODEL, read_metadata
 from rmoe.engine.checkpoint.files import is_checkpoint
 from rmoe.engine.checkpoint.weights import fill, read_weights
-from rmoe.engine.model_config import for_one_process
+from rmoe.engine.model_config import fill_in_saved_moe, for_one_process
 from rmoe.engine.task_config import checked_task, model_of, model_tasks, read_alone, state_of
 from rmoe.engine.terminal import without_noise
 from rmoe.errors import UserError
@@ -167,6 +167,7 @@ def read_description(path: Path) -> dict[str, Any]:
             f"{path} was written by rmoe {metadata['rmoe'][:40]}, this is {rmoe.__version__}; install that version "
             "or a later one"
         )
+    fill_in_saved_moe(metadata["model"])
     return metadata
 
 

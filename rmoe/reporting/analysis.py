@@ -82,7 +82,7 @@ class LayerMovement:
 
 @dataclass(frozen=True)
 class LayerLoad:
-    """Where the tokens of some images went in one layer; first choices.
+    """Where the tokens of some images went in one layer; first choices, see `routing_maps`.
 
     Attributes:
         load: share of the tokens of each expert.
@@ -328,7 +328,7 @@ def _cosines(x_EN: Tensor) -> list[list[float]]:
 
 
 def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the first choice of every token of one image.
+    """Returns the first choice of every token of one image; the expert with the largest part, where all are used.
 
     Args:
         model: with `ResidualMoE` layers.
@@ -352,7 +352,8 @@ def _routed(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> 
     found = {}
     for path, layer in mixtures.items():
         routing, prefix = records.routing[layer], _prefix_tokens(model, path)
-        expert_T = routing.expert_TK[prefix:, 0].cpu().numpy()
+        first_T = routing.expert_TK[:, 0] if layer.config.chooses else routing.probability_TE.argmax(1)
+        expert_T = first_T[prefix:].cpu().numpy()
         found[_name(path)] = (expert_T.reshape(_grid(len(expert_T), size)), routing.probability_TE[prefix:].cpu())
     return found
 

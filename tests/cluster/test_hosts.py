@@ -26,7 +26,7 @@ import packages
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(600)]
 TIMEOUT, SLACK = 6.0, 20.0  # seconds
 START = 200.0  # seconds until the first step, on a busy machine
-MOE = {"num_experts": 4, "rank": 2, "ep_size": 2}
+MOE = {"num_experts": 4, "top_k": 1, "rank": 2, "ep_size": 2}
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
 # As pdsh calls it: options, host, command. A login there has nothing of the environment here.
 SSH = """#!/bin/bash

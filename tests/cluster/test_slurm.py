@@ -22,7 +22,7 @@ import slurm as slurm_here
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 SCRIPTS = ROOT / "launch" / "slurm"
-MOE = {"num_experts": 4, "rank": 2, "noise": 1.0, "ep_size": 2}
+MOE = {"num_experts": 4, "top_k": 1, "rank": 2, "noise": 1.0, "ep_size": 2}
 SECONDS = 240  # for one job, on a busy machine
 
 

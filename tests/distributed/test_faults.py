@@ -21,7 +21,7 @@ from rmoe.engine.ports import free_port
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 TRAIN = ROOT / "launch" / "train.py"
 DEEPSPEED = Path(sys.executable).parent / "deepspeed"
-MOE = {"num_experts": 4, "rank": 2, "noise": 1.0, "ep_size": 2, "losses": {"importance": 0.01}}
+MOE = {"num_experts": 4, "top_k": 1, "rank": 2, "noise": 1.0, "ep_size": 2, "losses": {"importance": 0.01}}
 WILD = {"model.moe": MOE, "model.drop_path": 0.3, "train_dataloader.num_workers": 1}
 TIMEOUT = 6.0  # seconds without progress
 SLACK = 15.0  # seconds that a busy machine may take longer

@@ -17,6 +17,8 @@ LAYERS: dict[str, dict[str, Any]] = {
     "low_rank": {"losses": LOSSES},
     "low_rank_tokens": {"exchange": "tokens", "losses": LOSSES, "train_core": True},
     "low_rank_recomputed": {"recompute": True, "losses": LOSSES},
+    "soft": {"top_k": "all", "losses": LOSSES},
+    "soft_trained_core": {"top_k": "all", "train_core": True},
     "low_rank_two": {"top_k": 2, "losses": LOSSES},
     "low_rank_outside": {"combine": "straight_through", "top_k": 2},
     "segments": {"residual": "segments", "rank": 2, "top_k": 2, "losses": LOSSES},
@@ -54,7 +56,7 @@ def cases(ep_size: int) -> dict[str, dict[str, Any]]:
         for name, moe in LAYERS.items()
         for zero in (*STAGES, 3)
         # All of them under ZeRO-2, some under the others too; spread experts not under ZeRO-3.
-        if zero == 2 or (name in ("low_rank", "full", "fixed") and (zero < 3 or ep_size == 1))
+        if zero == 2 or (name in ("low_rank", "soft", "full", "fixed") and (zero < 3 or ep_size == 1))
     }
 
 

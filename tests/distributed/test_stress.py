@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from toy import write_config, write_json
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
-MOE = {"num_experts": 4, "rank": 2, "noise": 0.0, "ep_size": 2}
+MOE = {"num_experts": 4, "top_k": 1, "rank": 2, "noise": 0.0, "ep_size": 2}
 SHORT = {"train_cfg.max_iters": 3, "optim_wrapper.optimizer.weight_decay": 0.0}
 TO_ONE = SHORT | {"custom_hooks": [{"type": "fault_injection.OneExpertHook"}]}
 ONE_SAMPLE = SHORT | {"train_dataloader.batch_size": 1, "train_dataloader.dataset.length": 1}

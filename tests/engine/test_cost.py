@@ -43,7 +43,8 @@ def test_attention_on_a_cpu_counts() -> None:
 def test_a_low_rank_expert_costs_its_core_and_its_rank() -> None:
     """Per token: two core products 2·C·H, two residuals 2·R·(C + H) each, the router 2·C·E."""
     tokens, width, hidden, experts, rank = 64, 16, 32, 4, 2
-    layer = ResidualMoE(Mlp(width, hidden), ResidualMoEConfig(num_experts=experts, rank=rank, noise=0.0)).eval()
+    config = ResidualMoEConfig(num_experts=experts, top_k=1, rank=rank, noise=0.0)
+    layer = ResidualMoE(Mlp(width, hidden), config).eval()
     core, residual, router = 2 * 2 * width * hidden, 2 * 2 * rank * (width + hidden), 2 * width * experts
     with torch.no_grad():
         counted = flops(lambda: layer(torch.randn(tokens, width)))

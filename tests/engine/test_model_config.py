@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from mmengine.config import ConfigDict
 
-from rmoe.engine.model_config import allow_random_cores, check_maps, for_one_process, mappings, moe_dicts
+from rmoe.config import ResidualMoEConfig
+from rmoe.engine.model_config import (
+    allow_random_cores,
+    check_maps,
+    complete_moe,
+    fill_in_saved_moe,
+    for_one_process,
+    mappings,
+    moe_dicts,
+)
 from rmoe.errors import UserError
 from rmoe.tasks.classification import TimmClassifier
 
@@ -31,6 +41,23 @@ def test_what_is_in_a_config() -> None:
         "TimmClassifier",
         "TimmClassifier",
     ]
+
+
+def test_what_a_mixture_leaves_open_is_written_out() -> None:
+    values = {"num_experts": 4, "losses": {"z": 0.1}, "train_residual": False, "ep_size": 2}
+    config = complete_moe(values)
+    assert values == {**dataclasses.asdict(config), "ep_size": 2}
+    assert values["losses"] == {"importance": 0.005, "load": 0.0, "balance": 0.0, "z": 0.1, "task_information": 0.0}
+    assert config == ResidualMoEConfig.from_dict(values) == complete_moe(dict(values))
+
+
+def test_a_saved_mixture_without_top_k_is_of_one_expert_a_token() -> None:
+    saved: Any = {"backbone": {"moe": {"num_experts": 4}}, "heads": [{"moe": {"top_k": "auto"}}, {"moe": None}]}
+    fill_in_saved_moe(saved)
+    assert saved == {
+        "backbone": {"moe": {"num_experts": 4, "top_k": 1}},
+        "heads": [{"moe": {"top_k": "auto"}}, {"moe": None}],
+    }
 
 
 def test_one_process_needs_no_file_and_no_other() -> None:

@@ -65,6 +65,19 @@ def test_roles_have_their_own_rates() -> None:
     }
 
 
+def test_kinds_of_residuals_have_their_own_rates() -> None:
+    model = nn.ModuleDict({"full": ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=2, residual="full"))})
+    model["low_rank"] = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=2))
+    found = rates(model, param_groups(model, 1.0, gate_lr_mult=3.0))
+    assert {name: rate for name, (rate, _) in found.items() if "experts" in name} == {
+        **{f"full.deepspeed_moe.experts.{name}": 1.0 for name in ("w1_EHC", "b1_EH", "w2_ECH", "b2_EC")},
+        **{f"low_rank.deepspeed_moe.experts.{name}": 4.0 for name in ("a1_ERC", "b1_ERH", "a2_ERH", "b2_ERC")},
+    }
+    assert found["low_rank.gate.weight"] == (3.0, 0.0)
+    found = rates(model, param_groups(model, 1.0, residual_lr_mult=0.5))
+    assert {rate for name, (rate, _) in found.items() if "experts" in name} == {0.5}
+
+
 def test_experts_that_are_spread_have_groups_of_their_own() -> None:
     model = Small()
     experts = [*model.backbone["mlp"].deepspeed_moe.parameters()]

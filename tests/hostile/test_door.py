@@ -300,6 +300,25 @@ def test_what_a_resumed_run_may_not_change(tmp_path: Path) -> None:
         resumed(tmp_path, model={"type": "ToyModel", "drop_path": 0.2, "moe": {}})
 
 
+def test_a_checkpoint_of_a_mixture_whose_top_k_was_left_open(tmp_path: Path) -> None:
+    """It was 1 then; what is written now says itself what it is."""
+    mixture: dict[str, Any] = {"type": "ToyModel", "moe": {"num_experts": 4}}
+    now = prepared(tmp_path, model=mixture)
+    assert now.model.moe.top_k == "auto"
+    assert "top_k='auto'," in now.pretty_text
+    for said, used in ((now.pretty_text, "auto"), (now.pretty_text.replace("top_k='auto',", ""), 1)):
+        checkpoint = tmp_path / "iter_2"
+        checkpoint.mkdir(exist_ok=True)
+        (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": said}}))
+        for top_k in ("auto", 1):
+            this = prepared(tmp_path, model={"type": "ToyModel", "moe": {"num_experts": 4, "top_k": top_k}})
+            if top_k == used:
+                assert not [line for line in changes.compare(checkpoint, this) if "top_k" in line]
+            else:
+                with pytest.raises(UserError, match=f"top_k was {used!r}; this run has {top_k!r}"):
+                    changes.compare(checkpoint, this)
+
+
 def test_another_schedule_of_a_resumed_run(tmp_path: Path) -> None:
     scheduler = [toy_dict()["param_scheduler"][0] | {"power": 2.0}]
     with pytest.raises(UserError, match=r"of another schedule: param_scheduler.0.power was 0.9; this run has 2.0"):

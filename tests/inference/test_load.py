@@ -76,6 +76,15 @@ def test_a_run_and_its_file_are_loaded_alike(run: Path, model: TimmClassifier) -
         torch.testing.assert_close(torch.from_numpy(answer.probabilities), expected, atol=1e-5, rtol=0)
 
 
+def test_a_file_of_a_mixture_whose_top_k_was_left_open(run: Path) -> None:
+    """It was 1 then; what is written now says itself what it is."""
+    config = read_metadata(run)["model"]
+    assert (config["moe"]["top_k"], config["moe"]["rank"]) == ("auto", 8)
+    del config["moe"]["top_k"]
+    (layer, *_) = moe_layers(rmoe.load(relabelled(run, model=config)).model).values()
+    assert layer.config.experts_per_token == 1
+
+
 def test_loading_draws_no_random_numbers(run: Path) -> None:
     torch.manual_seed(3)
     first = torch.rand(1)

@@ -196,7 +196,7 @@ def test_the_model_card(dense: Path, tmp_path: Path) -> None:
 def test_a_card_without_records_says_what_is_known(saved: Path) -> None:
     card = ModelCard.load(saved / "README.md")
     assert (card.data.license, card.data.tags) == ("apache-2.0", ["rmoe", "mixture-of-experts"])
-    assert "mixtures of 4 experts (low_rank, top 1)" in card.text
+    assert "mixtures of 4 experts (low_rank, all of them)" in card.text
     assert "It knows 3 classes: a, b, c." in card.text
     assert "| gate | " in card.text
     assert "## Data" not in card.text

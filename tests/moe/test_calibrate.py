@@ -24,7 +24,7 @@ WIDTH, EXPERTS = 6, 4
 def model(**config: object) -> nn.Module:
     """A mixture behind layers that evaluation changes; in training mode."""
     torch.manual_seed(0)
-    values = {"num_experts": EXPERTS, "rank": 2, **config}
+    values = {"num_experts": EXPERTS, "top_k": 1, "rank": 2, **config}
     mixture = ResidualMoE(Mlp(WIDTH, 2 * WIDTH), ResidualMoEConfig.from_dict(values))
     return nn.Sequential(nn.BatchNorm1d(WIDTH), nn.Dropout(0.5), DropPath(0.5), mixture).train()
 

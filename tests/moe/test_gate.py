@@ -16,7 +16,7 @@ from rmoe.moe.gate_losses import GateSums, gate_balance, gate_loss
 
 def gate(**config: object) -> Gate:
     """A gate of three experts for tokens of three features that are the logits."""
-    module = Gate(3, ResidualMoEConfig(**{"num_experts": 3, "noise": 0.0, **config}))  # type: ignore[arg-type]
+    module = Gate(3, ResidualMoEConfig(**{"num_experts": 3, "top_k": 1, "noise": 0.0, **config}))  # type: ignore[arg-type]
     torch.nn.init.eye_(module.weight)
     return module
 

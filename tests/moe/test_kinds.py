@@ -36,7 +36,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def layer(kind: str, seed: int = 0, spread: float = 0.0, **config: Any) -> ResidualMoE:
     """A layer of four experts; `spread` moves what trains of its residuals away from zero."""
     torch.manual_seed(seed)
-    chosen = {"num_experts": EXPERTS, "residual": kind, **KINDS.get(kind, {}), **config}
+    chosen = {"num_experts": EXPERTS, "top_k": 1, "residual": kind, **KINDS.get(kind, {}), **config}
     moe = ResidualMoE(Mlp(WIDTH, HIDDEN), ResidualMoEConfig(**chosen))
     with torch.no_grad():
         for parameter in moe.deepspeed_moe.parameters():
@@ -55,7 +55,7 @@ def random_core(width: int, hidden: int, g: torch.Generator) -> Network:
 
 def kept(kind: str, core: Network, g: torch.Generator, **config: Any) -> Segments | Sparse:
     """What experts keep, with random numbers in what trains."""
-    chosen = {"num_experts": 2, "rank": 1, "density": 0.4, **config}
+    chosen = {"num_experts": 2, "top_k": 1, "rank": 1, "density": 0.4, **config}
     made: Any = {"segments": Segments, "sparse": Sparse}[kind]
     start = made.initial(ResidualMoEConfig(residual=kind, **chosen), core)  # type: ignore[arg-type]
     trained = 4 if kind == "segments" else 2

@@ -27,7 +27,7 @@ WIDTH, EXPERTS = 5, 4
 
 def gate(**config: object) -> Gate:
     torch.manual_seed(0)
-    chosen = ResidualMoEConfig(**{"num_experts": EXPERTS, "noise": 0.0, **config})  # type: ignore[arg-type]
+    chosen = ResidualMoEConfig(**{"num_experts": EXPERTS, "top_k": 1, "noise": 0.0, **config})  # type: ignore[arg-type]
     return ROUTERS[chosen.router](WIDTH, chosen)
 
 
@@ -107,7 +107,7 @@ def test_all_of_a_hidden_layer_learns_and_is_saved() -> None:
 @pytest.mark.parametrize("router", [name for name in ROUTERS if name != "task"])
 def test_any_router_leaves_the_function(router: str, residual: str) -> None:
     core, x = Mlp(WIDTH, 2 * WIDTH), tokens().view(5, 6, WIDTH)
-    more: Any = {"combine": "residual"} if router == "expert_choice" else {"expert_drop": 0.4}
+    more: Any = {"combine": "residual"} if router == "expert_choice" else {"top_k": 1, "expert_drop": 0.4}
     config = ResidualMoEConfig(num_experts=EXPERTS, residual=residual, router=router, **more)  # type: ignore[arg-type]
     torch.testing.assert_close(ResidualMoE(core, config)(x), core(x))
 
@@ -138,7 +138,7 @@ def test_dropped_experts_get_no_token_and_the_others_share_them(top_k: int) -> N
 
 def test_the_share_of_dropped_experts_is_the_one_asked_for() -> None:
     torch.manual_seed(0)
-    module = Gate(WIDTH, ResidualMoEConfig(num_experts=64, expert_drop=0.25, noise=0.0))
+    module = Gate(WIDTH, ResidualMoEConfig(num_experts=64, top_k=1, expert_drop=0.25, noise=0.0))
     lost = [module._without_some(torch.zeros(64, 1)).isinf().sum().item() for _ in range(100)]
     assert 0.22 * 6400 < sum(lost) < 0.28 * 6400
     assert torch.equal(module.eval()._without_some(torch.zeros(64, 1)), torch.zeros(64, 1))
@@ -159,8 +159,9 @@ def test_a_high_chance_leaves_as_many_as_a_token_uses() -> None:
         ({"expert_drop": 1.0}, "less than 1"),
         ({"expert_drop": -0.1}, "from 0"),
         ({"expert_drop": float("nan")}, "a finite number"),
-        ({"expert_drop": 0.1, "top_k": "all"}, "set it to 0, or top_k lower"),
-        ({"expert_drop": 0.1, "losses": GateLosses(load=0.1)}, "set one of them to 0"),
+        ({"expert_drop": 0.1, "top_k": "all"}, "top_k='all' leaves none: set it to 0, or top_k to 1"),
+        ({"expert_drop": 0.1}, "top_k='auto' leaves none: set it to 0, or top_k to 1"),
+        ({"expert_drop": 0.1, "top_k": 1, "losses": GateLosses(load=0.1)}, "set one of them to 0"),
     ],
 )
 def test_what_cannot_be(config: dict[str, object], message: str) -> None:

@@ -26,7 +26,7 @@ WIDTH = 4
 
 def gate(**config: object) -> Gate:
     torch.manual_seed(0)
-    chosen = ResidualMoEConfig(**{"num_experts": 3, "noise": 0.0, "tasks": 2, **config})  # type: ignore[arg-type]
+    chosen = ResidualMoEConfig(**{"num_experts": 3, "top_k": 1, "noise": 0.0, "tasks": 2, **config})  # type: ignore[arg-type]
     return ROUTERS[chosen.router](WIDTH, chosen)
 
 
@@ -34,7 +34,7 @@ def layer(**config: object) -> ResidualMoE:
     """A mixture whose gate is sure, whose experts differ, and whose tasks prefer others."""
     torch.manual_seed(0)
     made = ResidualMoE(
-        Mlp(WIDTH, 8), ResidualMoEConfig(**{"num_experts": 3, "tasks": 2, "rank": 2, "noise": 0.0} | config)
+        Mlp(WIDTH, 8), ResidualMoEConfig(**{"num_experts": 3, "top_k": 1, "tasks": 2, "rank": 2, "noise": 0.0} | config)
     )
     for parameter in made.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -217,7 +217,7 @@ def test_a_checkpoint_of_one_task_is_one_whose_tasks_are_alike() -> None:
         ({"tasks": 0}, "tasks is 0"),
         ({"tasks": True}, "takes a whole number"),
         ({"router": "task"}, "set num_experts to tasks, at least 2"),
-        ({"router": "task", "tasks": 3, "num_experts": 4}, "tasks is 3, num_experts 4 and top_k 1"),
+        ({"router": "task", "tasks": 3, "num_experts": 4}, "tasks is 3, num_experts 4 and top_k auto"),
         ({"router": "task", "tasks": 3, "num_experts": 3, "top_k": 2}, "top_k to 1"),
         ({"router": "task", "tasks": 3, "num_experts": 3, "balance_rate": 0.1}, "learns and balances nothing"),
         ({"router": "task", "tasks": 3, "num_experts": 3, "losses": {"task_information": 1.0}}, "learns and balances"),

@@ -207,14 +207,15 @@ class Picture:
         return (8, 16)  # of stride 4
 
 
-def test_load_by_hand():
+@pytest.mark.parametrize("top_k", [1, "all"])
+def test_load_by_hand(top_k):
     halves = Picture([0, 0, 1, 1, 0, 0, 1, 1], [0, 0, 1, 1, 0, 0, 1, -1])
-    (found,) = load_statistics(Net(), [halves], ["sky", "grass", "sea"]).values()
+    (found,) = load_statistics(Net(top_k=top_k), [halves], ["sky", "grass", "sea"]).values()
     assert found.load == [0.5, 0.5, 0, 0]
     assert found.load_entropy == pytest.approx(0.5)
     assert found.gate_entropy == pytest.approx(0, abs=1e-6)
     assert found.by_class == {"sky": [4, 0, 0, 0], "grass": [0, 3, 0, 0]}
     assert found.information == pytest.approx(1)
     blind = Picture([0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0, 1, 1])
-    (found,) = load_statistics(Net(), [blind], ["sky", "grass", "sea"]).values()
+    (found,) = load_statistics(Net(top_k=top_k), [blind], ["sky", "grass", "sea"]).values()
     assert found.information == pytest.approx(0, abs=1e-9)

@@ -14,4 +14,4 @@ card = dict(
     published="nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_residual_coco_1x.py",
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, residual="low_rank")))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

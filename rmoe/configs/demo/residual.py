@@ -16,4 +16,4 @@ card = dict(
     published="nothing; the full-size recipe is segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py",
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1, residual="low_rank")))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

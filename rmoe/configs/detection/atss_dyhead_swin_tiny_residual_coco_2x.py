@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of ATSS with a dynamic head on Swin-T, COCO in several sizes, 90 000 steps; 8 low-rank
-experts in every other block of the last two stages, their cores frozen.
+experts, all weighed for each token, in every other block of the last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_tiny_residual_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json
@@ -19,4 +19,4 @@ card = dict(
     ),
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

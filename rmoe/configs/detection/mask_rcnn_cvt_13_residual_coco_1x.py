@@ -1,5 +1,5 @@
-"""RMoE-D: residual finetune of Mask R-CNN on CvT-13, COCO, 12 epochs; 8 low-rank experts in every other block of the
-last two stages, their cores frozen.
+"""RMoE-D: residual finetune of Mask R-CNN on CvT-13, COCO, 12 epochs; 8 low-rank experts, all weighed for each token,
+in every other block of the last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
@@ -19,4 +19,4 @@ card = dict(
     ),
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of Mask R-CNN on DINOv2-B/14 with a simple feature pyramid, COCO, 12 epochs; 8 low-rank
-experts in every other block, their cores frozen.
+experts, all weighed for each token, in every other block, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_dinov2_base_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
@@ -13,4 +13,4 @@ _base_ = ["mask_rcnn_dinov2_base_dense_coco_1x.py"]
 
 card = dict(pipeline="RMoE-D", published="no figure of RMoE; dense: none of this core")
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of Mask R-CNN on EVA-02-B/14 with a simple feature pyramid, COCO, 12 epochs; 8 low-rank
-experts in every other block, their cores frozen.
+experts, all weighed for each token, in every other block, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_eva02_base_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
@@ -16,4 +16,4 @@ card = dict(
     published="no figure of RMoE; dense: box AP 55.5, mask AP 47.1 of a cascade with EVA-02's own recipe",
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

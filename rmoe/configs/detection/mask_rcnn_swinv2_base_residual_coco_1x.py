@@ -1,5 +1,5 @@
-"""RMoE-D: residual finetune of Mask R-CNN on SwinV2-B, COCO, 12 epochs; 8 low-rank experts in every other block of the
-last two stages, their cores frozen.
+"""RMoE-D: residual finetune of Mask R-CNN on SwinV2-B, COCO, 12 epochs; 8 low-rank experts, all weighed for each token,
+in every other block of the last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swinv2_base_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
@@ -13,4 +13,4 @@ _base_ = ["mask_rcnn_swinv2_base_dense_coco_1x.py"]
 
 card = dict(pipeline="RMoE-D", published="no figure of RMoE, nor of the dense finetune")
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

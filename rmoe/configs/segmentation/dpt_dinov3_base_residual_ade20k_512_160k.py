@@ -1,5 +1,5 @@
-"""RMoE-D: residual finetune of DPT on DINOv3-B/16, ADE20K in crops of 512 pixels, 160 000 steps; 8 low-rank experts in
-every other block, their cores frozen.
+"""RMoE-D: residual finetune of DPT on DINOv3-B/16, ADE20K in crops of 512 pixels, 160 000 steps; 8 low-rank experts,
+all weighed for each token, in every other block, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/segmentation/dpt_dinov3_base_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
@@ -14,4 +14,4 @@ _base_ = ["dpt_dinov3_base_dense_ade20k_512_160k.py"]
 
 card = dict(pipeline="RMoE-D", published="no figure of RMoE; dense, linear on the frozen backbone: mIoU 51.8")
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of UPerNet on DINOv3's ConvNeXt-T, ADE20K in crops of 512 pixels, 160 000 steps; 8 low-rank
-experts in every other block of the last two stages, their cores frozen.
+experts, all weighed for each token, in every other block of the last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_dinov3_convnext_tiny_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
@@ -14,4 +14,4 @@ _base_ = ["upernet_dinov3_convnext_tiny_dense_ade20k_512_160k.py"]
 
 card = dict(pipeline="RMoE-D", published="no figure of RMoE; dense, linear on the frozen backbone: mIoU 42.7")
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

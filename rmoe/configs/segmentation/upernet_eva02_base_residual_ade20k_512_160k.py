@@ -1,5 +1,5 @@
-"""RMoE-D: residual finetune of UPerNet on EVA-02-B/14, ADE20K in crops of 512 pixels, 160 000 steps; 8 low-rank experts
-in every other block, their cores frozen.
+"""RMoE-D: residual finetune of UPerNet on EVA-02-B/14, ADE20K in crops of 512 pixels, 160 000 steps; 8 low-rank
+experts, all weighed for each token, in every other block, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_eva02_base_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
@@ -13,4 +13,4 @@ _base_ = ["upernet_eva02_base_dense_ade20k_512_160k.py"]
 
 card = dict(pipeline="RMoE-D", published="no figure of RMoE; dense: mIoU 55.3, with EVA-02's own recipe")
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

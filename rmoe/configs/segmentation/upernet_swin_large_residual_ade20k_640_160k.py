@@ -1,5 +1,5 @@
-"""RMoE-D: residual finetune of UPerNet on Swin-L, ADE20K in crops of 640 pixels, 160 000 steps; 8 low-rank experts in
-every other block of the last two stages, their cores frozen.
+"""RMoE-D: residual finetune of UPerNet on Swin-L, ADE20K in crops of 640 pixels, 160 000 steps; 8 low-rank experts, all
+weighed for each token, in every other block of the last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_large_residual_ade20k_640_160k.py \
         --deepspeed_config ds_configs/zero2.json
@@ -19,4 +19,4 @@ card = dict(
     ),
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, top_k=1)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))

@@ -1,5 +1,5 @@
-"""RMoE-I, first half: intermediate finetuning of Swin-L on ImageNet-22k, 2 epochs; 8 low-rank experts in every other
-block of the last two stages, their cores frozen.
+"""RMoE-I, first half: intermediate finetuning of Swin-L on ImageNet-22k, 2 epochs; 8 low-rank experts, all weighed for
+each token, in every other block of the last two stages, their cores frozen.
 
     deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
         --deepspeed_config ds_configs/zero2.json
@@ -7,9 +7,9 @@ block of the last two stages, their cores frozen.
     sbatch --nodes=8 launch/slurm/pretrain_core.sbatch rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
         ds_configs/zero2.json work_dirs/swin_large_intermediate_imagenet22k
 
-The core comes from the work dir of upstream/swin_large_core_imagenet22k.py. As in the finetunes, the residuals, the
-gates and all that lies outside the experts' networks are trained at one rate. That, the rate and the number of epochs
-are this project's choices.
+The core comes from the work dir of upstream/swin_large_core_imagenet22k.py. As in the finetunes, the gates and all that
+lies outside the experts' networks are trained at one rate, and the residuals at four times that. This, the rate and the
+number of epochs are this project's choices.
 
 Every process holds all experts; --cfg-options model.moe.ep_size=8 spreads them over 8 processes.
 """
@@ -23,7 +23,7 @@ card = dict(
 stage = "intermediate"
 epoch = _base_.epoch
 
-model = dict(core="work_dirs/swin_large_core_imagenet22k", moe=dict(num_experts=8, top_k=1))
+model = dict(core="work_dirs/swin_large_core_imagenet22k", moe=dict(num_experts=8))
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=epoch // 2),

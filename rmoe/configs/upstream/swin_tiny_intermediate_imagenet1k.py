@@ -1,5 +1,5 @@
-"""RMoE-I, first half: intermediate finetuning of Swin-T on ImageNet-1k, 5 epochs; 8 low-rank experts in every other
-block of the last two stages, their cores frozen.
+"""RMoE-I, first half: intermediate finetuning of Swin-T on ImageNet-1k, 5 epochs; 8 low-rank experts, all weighed for
+each token, in every other block of the last two stages, their cores frozen.
 
     deepspeed launch/train.py rmoe/configs/upstream/swin_tiny_intermediate_imagenet1k.py \
         --deepspeed_config ds_configs/zero1.json
@@ -8,9 +8,9 @@ block of the last two stages, their cores frozen.
         ds_configs/zero1.json work_dirs/swin_tiny_intermediate_imagenet1k \
         --cfg-options train_dataloader.batch_size=32
 
-The core comes from the work dir of upstream/swin_tiny_core_imagenet1k.py. As in the finetunes, the residuals, the gates
-and all that lies outside the experts' networks are trained at one rate. That, the rate and the number of epochs are
-this project's choices.
+The core comes from the work dir of upstream/swin_tiny_core_imagenet1k.py. As in the finetunes, the gates and all that
+lies outside the experts' networks are trained at one rate, and the residuals at four times that. This, the rate and the
+number of epochs are this project's choices.
 
 Every process holds all experts; --cfg-options model.moe.ep_size=8 spreads them over 8 processes.
 """
@@ -24,7 +24,7 @@ card = dict(
 stage = "intermediate"
 epoch = _base_.epoch
 
-model = dict(core="work_dirs/swin_tiny_core_imagenet1k", moe=dict(num_experts=8, top_k=1))
+model = dict(core="work_dirs/swin_tiny_core_imagenet1k", moe=dict(num_experts=8))
 optim_wrapper = dict(optimizer=dict(lr=1e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-3, by_epoch=False, begin=0, end=epoch // 2),

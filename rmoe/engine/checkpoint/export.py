@@ -4,6 +4,7 @@ timm reads it in `backbone.safetensors`.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import rmoe
 from rmoe.backbones.build import timm_model
 from rmoe.backbones.hub import located
 from rmoe.engine.checkpoint.files import PARTIAL
-from rmoe.engine.model_config import mappings
+from rmoe.engine.model_config import complete_moe, mappings, moe_dicts
 from rmoe.errors import UserError
 from rmoe.moe.state import save_tensors
 
@@ -56,7 +57,7 @@ def write_model(
     Args:
         folder: a work dir.
         state: what `rmoe.moe.state.global_state_dict` returned.
-        config: of the model, as plain data.
+        config: of the model, as plain data; what it leaves open of its mixtures is written out.
         stage: of the pipeline, as the config says.
         classes: their names, in the order of their indices.
         palette: their colours, each [red, green, blue] in 0 … 255.
@@ -66,6 +67,9 @@ def write_model(
     """
     known: dict[str, Any] = {"stage": stage, "core_sha256": core_sha256}
     known |= {"classes": classes, "palette": palette, "inputs": inputs, "tasks": tasks}
+    config = copy.deepcopy(dict(config))
+    for moe in moe_dicts(config):
+        complete_moe(moe)
     metadata: dict[str, Any] = {"format": "pt", "rmoe": rmoe.__version__, "model": config}
     metadata |= {key: value for key, value in known.items() if value is not None}
     write_tensors(folder / MODEL, state, metadata)

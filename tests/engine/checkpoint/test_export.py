@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from timm.layers import Mlp
 
 from rmoe.backbones.pyramid import TimmPyramid
+from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint.export import BACKBONE, MODEL, core_sha256, read_metadata, timm_state, write_model
 from rmoe.errors import UserError
 from rmoe.moe.state import global_state_dict
@@ -38,7 +41,8 @@ def test_the_umask_says_who_may_read(umask: int, mode: int, tmp_path: Path) -> N
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     state, about = global_state_dict(Mlp(2, 2)), {"stage": "residual", "classes": ("sky", "grass"), "core_sha256": "ab"}
     write_model(tmp_path, state, MODEL_CONFIG, **about)
-    expected = {"format": "pt", "rmoe": "0.1.0", "model": MODEL_CONFIG, **about, "classes": ["sky", "grass"]}
+    model = MODEL_CONFIG | {"moe": json.loads(json.dumps(asdict(ResidualMoEConfig(num_experts=2))))}
+    expected = {"format": "pt", "rmoe": "0.1.0", "model": model, **about, "classes": ["sky", "grass"]}
     assert read_metadata(tmp_path) == read_metadata(tmp_path / MODEL) == expected
     assert all(x.equal(state[key]) for key, x in load_file(tmp_path / MODEL).items())
     write_model(tmp_path, state, MODEL_CONFIG)
