@@ -34,7 +34,7 @@ class GateBalanceHook(Hook):
 
     Args:
         interval: iterations from one look to the next; only then is anything computed.
-        share: of the tokens, above which an expert holds too many. Gates that use all experts are not judged.
+        share: of the tokens, above which an expert holds too many; of the gate's values, where all experts are used.
         steps: for how many iterations it holds them before the layer is named in a warning.
 
     Raises:
@@ -80,7 +80,7 @@ class GateBalanceHook(Hook):
             scalars |= {f"gate/{place}{name}/{key}": value for key, value in zip(balance._fields, values, strict=True)}
             shares = loads[layer][:_EXPERTS].tolist()
             scalars |= {f"load/{place}{name}/{e}": share for e, share in enumerate(shares)}
-            if not task and layer.config.router != "task" and layer.config.chooses:
+            if not task and layer.config.router != "task" and layer.num_experts > 1:
                 self._judge(runner, name, values[0])
         of = f" of {task}" if task else ""
         runner.logger.info(f"gates{of}, largest share / entropy of the load / confidence: {', '.join(found)}")
@@ -94,7 +94,7 @@ class GateBalanceHook(Hook):
         if since >= 0 and runner.iter - since >= self._steps:
             self._since[name] = -1  # told; until it recovers
             runner.logger.warning(
-                f"the gate of {name} has collapsed: one expert has had more than {self._share:.0%} of the tokens for "
+                f"the gate of {name} has collapsed: one expert has had more than {self._share:.0%} of the load for "
                 f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance or moe.noise, or lower the "
                 "gate's learning rate (paramwise_cfg.gate_lr_mult)"
             )

@@ -127,9 +127,9 @@ def test_the_average_is_evaluated() -> None:
 class Balanced(Runner):
     """A runner whose model has one mixture of four experts, with a visualizer that remembers."""
 
-    def __init__(self, top_k: int = 1) -> None:
+    def __init__(self, top_k: int = 1, experts: int = 4) -> None:
         super().__init__()
-        config = ResidualMoEConfig(num_experts=4, top_k=top_k, noise=0.0, gate_std=0.0)
+        config = ResidualMoEConfig(num_experts=experts, top_k=top_k, noise=0.0, gate_std=0.0)
         self.module = nn.Sequential(nn.Identity(), ResidualMoE(Mlp(2, 4), config))
         self.visualizer = SimpleNamespace(add_scalars=lambda scalars, step: self.scalars.append((step, scalars)))
         self.scalars: list[tuple[int, dict[str, float]]] = []
@@ -138,9 +138,8 @@ class Balanced(Runner):
         hook.before_train(self)
         for self.iter, alone in enumerate(collapsed):
             with torch.no_grad():
-                self.module[1].gate.weight.copy_(
-                    torch.eye(4)[:, :2] if not alone else torch.ones(4, 2) * torch.eye(4)[0, :, None]
-                )
+                first = torch.eye(4)[: self.module[1].num_experts, :2]
+                self.module[1].gate.weight.copy_(first[:, :1].expand(-1, 2) if alone else first)
             with collect() as self.records:
                 self.module(torch.tensor([[4.0, 1.0], [1.0, 4.0]]).repeat(3, 1))
             hook.after_train_iter(self, self.iter)
@@ -165,17 +164,21 @@ def test_the_balance_of_every_gate_is_logged(capsys: pytest.CaptureFixture[str])
         ([True] * 9, 1, 1),  # once
         ([True, True, False] * 3, 1, 0),  # it recovers each time
         ([True] * 4 + [False] + [True] * 4, 1, 2),  # again after it has recovered
-        ([True] * 9, 4, 0),  # every token has all experts
+        ([True] * 9, 4, 1),  # every token has all experts, and next to nothing of three
+        ([False] * 9, 4, 0),
     ],
 )
 def test_a_collapsed_gate_is_named(
     collapsed: list[bool], top_k: int, warnings: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Balanced(top_k).run(GateBalanceHook(interval=1, share=0.8, steps=3), collapsed)
-    out = capsys.readouterr().out
-    assert (
-        out.count("the gate of 1 has collapsed: one expert has had more than 80% of the tokens for 3 steps") == warnings
-    )
+    said = "the gate of 1 has collapsed: one expert has had more than 80% of the load for 3 steps"
+    assert capsys.readouterr().out.count(said) == warnings
+
+
+def test_an_only_expert_is_no_collapse(capsys: pytest.CaptureFixture[str]) -> None:
+    Balanced(1, experts=1).run(GateBalanceHook(interval=1, share=0.8, steps=3), [True] * 9)
+    assert "has collapsed" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("wrong", [{"interval": 0}, {"share": 0.0}, {"share": float("nan")}, {"steps": -1}])
