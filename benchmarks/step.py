@@ -200,8 +200,9 @@ def draw(arguments: common.Arguments, rows: Sequence[Row], file: str) -> None:
     kinds = {"ratio": "time", "step_ratio": "memory of the step", "beyond_weights_ratio": "memory beyond weights"}
     with common.picture(arguments, len(kinds), "Training step, dense = 1", file=file) as axes:
         for axis, (kind, title) in zip(axes, kinds.items(), strict=True):
-            axis.bar([f"{row['task'][:3]}.\n{row['contender']}" for row in rows], [row[kind] for row in rows])
+            axis.bar([f"{row['task'][:3]}. {row['contender']}" for row in rows], [row[kind] for row in rows])
             axis.set(title=title)
+            axis.tick_params("x", rotation=90)
             axis.axhline(1.0, color="black", linewidth=0.5)
 
 
