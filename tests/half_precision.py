@@ -66,7 +66,7 @@ def initialize(zero: int, moe: Mapping[str, Any] | None, clip: float, steps: int
     engine, *_ = deepspeed.initialize(
         model=model,
         # Not Adam, which would hide a gradient of the wrong scale.
-        optimizer=torch.optim.SGD(param_groups(model, LR, exempt=False), lr=LR),
+        optimizer=torch.optim.SGD(param_groups(model, LR, residual_lr_mult=1.0, exempt=False), lr=LR),
         config={
             "train_micro_batch_size_per_gpu": ROWS // dist.get_world_size() // steps,
             "gradient_accumulation_steps": steps,

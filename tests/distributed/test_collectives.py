@@ -23,6 +23,7 @@ HALF = {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}
 OPTIONS = {
     "custom_imports.imports": ["toy", "collectives"],
     "custom_hooks": [{"type": "collectives.CollectivesHook"}],
+    "optim_wrapper.paramwise_cfg": {"residual_lr_mult": 1.0},  # or they are a group, which ZeRO steps apart
     "train_cfg.max_iters": 2,
     "default_hooks.checkpoint.interval": -1,
     "default_hooks.checkpoint.save_best": None,
