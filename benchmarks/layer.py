@@ -216,10 +216,13 @@ def _plain(module: nn.Module) -> Step:
     return step
 
 
+def _mixture(cell: Cell, **config: Any) -> ResidualMoE:
+    given = {"num_experts": cell.experts, "top_k": 1, **config}
+    return ResidualMoE(cell.network(), ResidualMoEConfig(**given)).train()
+
+
 def _ours(cell: Cell, **config: Any) -> Step:
-    layer = ResidualMoE(
-        cell.network(), ResidualMoEConfig(**{"num_experts": cell.experts, "top_k": 1, **config})
-    ).train()
+    layer = _mixture(cell, **config)
     for residual in layer.residuals():  # as after some steps: at the start they are zero
         nn.init.normal_(residual, std=0.01)
 
@@ -234,9 +237,7 @@ def _ours(cell: Cell, **config: Any) -> Step:
 
 def _routing(cell: Cell, **config: Any) -> Step:
     """Runs the gate with its loss, and rows that go to their experts and come back as they went."""
-    layer = ResidualMoE(
-        cell.network(), ResidualMoEConfig(**{"num_experts": cell.experts, "top_k": 1, **config})
-    ).train()
+    layer = _mixture(cell, **config)
 
     def step(x_TC: Tensor, grad_TC: Tensor) -> None:
         layer.zero_grad()

@@ -310,6 +310,11 @@ class ResidualMoEConfig:
         return self.experts_per_token < self.num_experts
 
     @property
+    def used(self) -> str:
+        """Returns in words which experts a token uses."""
+        return f"top {self.experts_per_token}" if self.chooses else "all of them"
+
+    @property
     def combined(self) -> Combine:
         """Returns how gate values enter: `combine`, with "auto" resolved."""
         if self.combine != "auto":

@@ -15,7 +15,7 @@ from benchmarks.claims import method
 from benchmarks.claims.arms import FULL as SIZE
 from benchmarks.claims.arms import Arm
 from benchmarks.claims.ledger import Cell
-from benchmarks.claims.method import ARMS, FEW_SEEDS, FULL, SOFT, STEPS, Study, faster
+from benchmarks.claims.method import ARMS, FEW_SEEDS, FULL, SOFT, STEPS, Study, at, faster
 
 _CALIBRATED, _LR_4 = ARMS["full_calibrated"].options, ARMS["soft"].options
 _RATE = "double"  # dense's best
@@ -150,7 +150,7 @@ def ideas() -> Study:
 
 def run_of(name: str) -> str:
     """Returns the name of an idea's runs, which the method study knows some of."""
-    return f"{name}_lr_{_RATE}"
+    return at(name, _RATE)
 
 
 def quick_ideas() -> Study:

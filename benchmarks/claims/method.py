@@ -54,11 +54,18 @@ HEADLINE = ("dense", "full_calibrated", "soft")
 FASTER = ("soft_lr_double", "soft_frozen_lr_double", "full_random_lr_double")
 RATES = {"double": 2.0, "fourfold": 4.0}  # of all learning rates of an arm, × the usual ones
 RATED = (*CANDIDATES, "one_full", "full_fixed_gate", "soft_fixed_gate", "upper_bound_all", "former_default")
+
+
+def at(name: str, rate: str) -> str:
+    """Returns what an arm is called at another one of `RATES`."""
+    return f"{name}_lr_{rate}"
+
+
 # An arm at several learning rates, by its name: the best of them stands for it.
 FAMILIES = {
     "dense": ("dense", "dense_lr_half", "dense_lr_double", "dense_lr_fourfold"),
     "one_low_rank": ("one_low_rank_lr_1", "one_low_rank_lr_2", "one_low_rank_lr_4"),
-    **{name: (name, *(f"{name}_lr_{rate}" for rate in RATES)) for name in RATED},
+    **{name: (name, *(at(name, rate) for rate in RATES)) for name in RATED},
 }
 DENSE, ONE_LOW_RANK = FAMILIES["dense"], FAMILIES["one_low_rank"]
 
@@ -118,10 +125,16 @@ STAGES = {
     "intermediate_soft": Upstream(SOFT, "core", 0.2, _RESIDUAL_LR),
 }
 
+
+def faster(arm: Arm, rate: str) -> Arm:
+    """Returns the arm at another one of `RATES`."""
+    return replace(arm, options={**arm.options, _LR: RATES[rate] * _DENSE_LR})
+
+
 CONTROLS = {
     "dense": Arm("core", None),
     "dense_lr_half": Arm("core", None, {_LR: 0.5 * _DENSE_LR}),
-    **{f"dense_lr_{rate}": Arm("core", None, {_LR: factor * _DENSE_LR}) for rate, factor in RATES.items()},
+    **{at("dense", rate): faster(Arm("core", None), rate) for rate in RATES},
     "dense_longer": Arm("core", None, longer=1.083),
     "dense_core_longer": Arm("core_longer", None),
     "one_full": Arm("core", FULL | {"num_experts": 1}),
@@ -167,13 +180,8 @@ CHOICES = {
 }
 
 
-def faster(arm: Arm, rate: str) -> Arm:
-    """Returns the arm at another one of `RATES`."""
-    return replace(arm, options={**arm.options, _LR: RATES[rate] * _DENSE_LR})
-
-
 _GIVEN: dict[str, Arm] = CONTROLS | _CANDIDATES | CHOICES
-ARMS: dict[str, Arm] = _GIVEN | {f"{name}_lr_{rate}": faster(_GIVEN[name], rate) for name in RATED for rate in RATES}
+ARMS: dict[str, Arm] = _GIVEN | {at(name, rate): faster(_GIVEN[name], rate) for name in RATED for rate in RATES}
 
 # Which candidate a control or a choice is compared with, besides dense.
 RIVALS = {
@@ -193,7 +201,7 @@ RIVALS = {
     **{name: "soft" for name in CHOICES if name.startswith(("soft_", "top_"))},
     **{name: "soft_frozen" for name in CHOICES if name.startswith("soft_frozen_")},
 }
-RIVALS |= {f"{name}_lr_{rate}": f"dense_lr_{rate}" for name in RATED for rate in RATES}
+RIVALS |= {at(name, rate): at("dense", rate) for name in RATED for rate in RATES}
 
 _OF_FULL = ("dense", "one_full", "full_fixed_gate", "frozen_all", "upper_bound_all")
 _OF_SOFT = ("dense", "one_low_rank", "soft_fixed_gate", "frozen_alternate", "upper_bound_alternate", "dense_longer")

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from rmoe.engine.trained import NORMS, TABLES, freeze_others, is_head
 from rmoe.errors import UserError, nearest
 from rmoe.moe.experts import BIASES
-from rmoe.moe.state import moe_layers, roles
+from rmoe.moe.state import mixed_parameters, roles
 
 OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     "optimizer wrapper constructor", parent=registry.OPTIM_WRAPPER_CONSTRUCTORS, scope="rmoe"
@@ -84,8 +84,11 @@ def param_groups(
     rates = {"lr": lr, "weight_decay": weight_decay, "gate_lr_mult": gate_lr_mult}
     rates |= {"residual_decay_mult": residual_decay_mult, "head_lr_mult": head_lr_mult, "bias_lr_mult": bias_lr_mult}
     rates |= {"layer_decay": layer_decay}
-    given = {"norm_decay_mult": norm_decay_mult, "bias_decay_mult": bias_decay_mult}
-    given |= {"residual_lr_mult": residual_lr_mult}
+    given = {
+        "norm_decay_mult": norm_decay_mult,
+        "bias_decay_mult": bias_decay_mult,
+        "residual_lr_mult": residual_lr_mult,
+    }
     for name, value in {**rates, **{name: value for name, value in given.items() if value is not None}}.items():
         _check_number(name, value)
     if not isinstance(exempt, bool):
@@ -200,10 +203,9 @@ def _trainable(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]
 def _residual_rates(model: nn.Module, rate: float | None) -> dict[str, float]:
     """Returns what `residual_lr_mult` says of each parameter that is a residual's."""
     return {
-        f"{prefix}.{name}" if prefix else name: layer.config.kind.lr_mult if rate is None else rate
-        for prefix, layer in moe_layers(model).items()
-        for name, _ in layer.named_parameters()
-        if name.startswith("deepspeed_moe.")
+        name: layer.config.kind.lr_mult if rate is None else rate
+        for name, layer, role in mixed_parameters(model)
+        if role == "residual"
     }
 
 

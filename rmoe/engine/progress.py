@@ -58,8 +58,7 @@ def _mixtures(model: Any) -> list[str]:
     for name, layer in moe_layers(model).items():
         one = layer.config
         core = "trained" if one.train_core else "frozen"
-        used = f"top {one.experts_per_token}" if one.chooses else "all weighed"
-        kind = f"{one.num_experts} experts ({one.residual}), {used}, core {core}, ep_size {one.ep_size}"
+        kind = f"{one.num_experts} experts ({one.residual}), {one.used}, core {core}, ep_size {one.ep_size}"
         names.setdefault(kind, []).append(name)
     return [f"mixtures of {kind}: {', '.join(layers)}" for kind, layers in names.items()] or [
         "mixtures: none, the network is dense"

@@ -93,10 +93,8 @@ def _what(run: Predictor, adapter_of: str | None) -> str:
     text = f"{'A dense' if not _moe(run) else 'A'} {run.task or 'vision'} model"
     if moe := _moe(run):
         mixture = ResidualMoEConfig.from_dict(moe)
-        used = f"top {mixture.experts_per_token}" if mixture.chooses else "all of them"
-        text += (
-            f" whose feed-forward networks are mixtures of {mixture.num_experts} experts ({mixture.residual}, {used})"
-        )
+        experts = f"{mixture.num_experts} experts ({mixture.residual}, {mixture.used})"
+        text += f" whose feed-forward networks are mixtures of {experts}"
     text += f" on timm's {network}, trained by rmoe {run.metadata['rmoe']}"
     if stage := run.metadata.get("stage"):
         text += f" (stage {stage})"

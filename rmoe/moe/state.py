@@ -43,11 +43,15 @@ def moe_layers(model: nn.Module) -> dict[str, ResidualMoE]:
 def roles(model: nn.Module) -> dict[str, Role]:
     """Returns what each parameter is, by its name; optimizer groups and counts are made from it."""
     found: dict[str, Role] = dict.fromkeys((name for name, _ in model.named_parameters()), "other")
+    return found | {name: role for name, _, role in mixed_parameters(model)}
+
+
+def mixed_parameters(model: nn.Module) -> Iterator[tuple[str, ResidualMoE, Role]]:
+    """Yields the name of each parameter of a mixture, its layer, and what it is there."""
     parts: dict[str, Role] = {"core": "core", "gate": "gate", "deepspeed_moe": "residual"}
     for layer_name, layer in moe_layers(model).items():
         for name, _ in layer.named_parameters():
-            found[f"{layer_name}.{name}" if layer_name else name] = parts[name.partition(".")[0]]
-    return found
+            yield f"{layer_name}.{name}" if layer_name else name, layer, parts[name.partition(".")[0]]
 
 
 @torch.no_grad()

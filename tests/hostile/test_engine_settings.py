@@ -88,7 +88,7 @@ MULTIPLIERS = ["residual_lr_mult", "residual_decay_mult", "gate_lr_mult", "head_
     [
         *((key, value) for key in MULTIPLIERS[1:2] for value in [*NO_NUMBERS, None]),
         *((key, NAN) for key in [*MULTIPLIERS, "norm_decay_mult", "bias_decay_mult"]),
-        *((("norm_decay_mult"), value) for value in NO_NUMBERS),
+        *((key, value) for key in ("residual_lr_mult", "norm_decay_mult") for value in NO_NUMBERS),
         *(("exempt", value) for value in ("yes", 1, None)),
         *(("custom_keys", value) for value in ("norm", ["norm"], 3, {"norm": 0.0}, {3: {}}, {"norm": ["lr_mult"]})),
         *(("custom_keys", {"norm": {"lr_mult": value}}) for value in [*NO_NUMBERS, None]),
