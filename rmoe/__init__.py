@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rmoe.moe.calibrate import calibrate
     from rmoe.moe.layer import ResidualMoE
     from rmoe.moe.records import collect
+    from rmoe.moe.state import roles
     from rmoe.moe.tasks import task
 
 __version__ = "0.1.0"
@@ -30,6 +31,7 @@ __all__ = [
     "collect",
     "from_pretrained",
     "load",
+    "roles",
     "task",
     "upcycle",
 ]
@@ -42,6 +44,7 @@ _LAZY = {
     "collect": "rmoe.moe.records",
     "from_pretrained": "rmoe.inference.pretrained",
     "load": "rmoe.inference.load",
+    "roles": "rmoe.moe.state",
     "task": "rmoe.moe.tasks",
     "upcycle": "rmoe.backbones.upcycle",
 }

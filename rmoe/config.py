@@ -26,9 +26,10 @@ class Kind(NamedTuple):
         has_core: whether the kind is added to a core; without one the experts are networks of their own.
         combine: what "auto" means, for experts that start as the core does.
         exchange: likewise.
-        has_rank: whether it is a product of two factors of `rank`, which `alpha` scales.
+        has_rank: whether it is a product of two factors of `rank`, which `alpha` scales; then top_k="auto" is `all`
+            where such residuals meet inside the network.
         lr_mult: of its learning rate, unless a config says another: factors that begin at a product of zero are trained
-            at four times the rate of what has the core's shape (docs/claims.md).
+            at four times the rate of what has the core's shape (docs/design.md).
     """
 
     has_core: bool
@@ -85,8 +86,8 @@ class ResidualMoEConfig:
     Attributes:
         num_experts: experts of each layer, E.
         top_k: experts that each token uses, K; `all` weighs every expert by its probability (soft mixing). `auto` is
-            `all` where that takes but one network and one product of E · `rank` columns: residuals of low rank that
-            meet inside the network (`combine`), under a gate that has a say in it; elsewhere it is 1.
+            `all` for `low_rank` and `segments` with combine `residual`, which then take one network and one product of
+            E · `rank` columns, unless the router is `expert_choice` or `task`; else it is 1.
         residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only), `full` (Δ_e of the core's shape, biases too) or
             `experts` (no core: each expert is a network of its own, as in full MoE training, the upper bound). Weights
             only, too: `segments`, low rank from segments of the core's singular vectors (GOAT, arXiv 2502.16894), and

@@ -21,10 +21,10 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_python_examples_run() -> None:
-    upcycling, loop = blocks("python")[:2]
+    upcycling, loop, rates = blocks("python")[:3]
     torch.manual_seed(0)
     small = "pretrained=False, img_size=64, window_size=2, embed_dim=12, depths=(1, 1, 2, 2), num_classes=3"
-    names: dict = {}
+    names: dict = {"torch": torch}
     exec(upcycling.replace("pretrained=True", small), names)
     names |= {
         "criterion": torch.nn.functional.cross_entropy,
@@ -33,6 +33,8 @@ def test_the_python_examples_run() -> None:
     }
     exec(loop, names)
     names["loss"].backward()
+    exec(rates, names)
+    assert {group["lr"] for group in names["optimizer"].param_groups} == {1e-4, 4e-4}
     assert names["report"].blocks == ("layers.2.blocks.1.mlp", "layers.3.blocks.1.mlp")
 
 

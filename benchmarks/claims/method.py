@@ -1,9 +1,9 @@
 """The method study: which residual experts beat dense finetuning, and which control explains it if none does.
 
-Its runs are done in the order in which they are worth most (`order`), over as many sittings as it takes: first the
-candidates for the default beside dense finetuning on five seeds; then what a gain could be owed to otherwise; then the
-other task, more seeds of the headline, and single choices; last the regimes. All at 1200 steps, where docs/claims.md
-found that arms can be told apart at all.
+Its runs are done in the order in which they are worth most (`_order`), over as many sittings as it takes: first the
+candidates for the default beside dense finetuning on five seeds, each at several rates; then the other task; then what
+a gain could be owed to otherwise, more seeds, and single choices. All at 1200 steps, where docs/claims.md found that
+arms can be told apart at all.
 
 Candidates, by prototypes on seeds 0 to 2 (so seeds 3 to 7 are the first that did not choose them):
 

@@ -4,7 +4,8 @@
 #
 #   chain.sh [--dry-run] WORK_DIR CORE_CONFIG INTERMEDIATE_CONFIG|- DOWNSTREAM_CONFIG
 #
-# Prints the numbers of the jobs. GPUS and GPUS_PER_NODE set the size of the first stage; the others have one node.
+# Prints the numbers of the jobs. GPUS and GPUS_PER_NODE set the size of the first stage; the others have one node. With
+# GPUS=8 the Swin-T and CvT-13 cores have the images of a step that they were published with.
 set -euo pipefail
 dry_run=()
 if [[ ${1:-} == --dry-run ]]; then dry_run=(--dry-run); shift; fi

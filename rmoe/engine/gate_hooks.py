@@ -81,12 +81,13 @@ class GateBalanceHook(Hook):
             shares = loads[layer][:_EXPERTS].tolist()
             scalars |= {f"load/{place}{name}/{e}": share for e, share in enumerate(shares)}
             if not task and layer.config.router != "task" and layer.num_experts > 1:
-                self._judge(runner, name, values[0])
+                self._judge(runner, layer, values[0])
         of = f" of {task}" if task else ""
         runner.logger.info(f"gates{of}, largest share / entropy of the load / confidence: {', '.join(found)}")
         return scalars
 
-    def _judge(self, runner: Any, name: str, share: float) -> None:
+    def _judge(self, runner: Any, layer: Any, share: float) -> None:
+        name = self._names[layer]
         if not share > self._share:
             self._since.pop(name, None)
             return
@@ -95,8 +96,9 @@ class GateBalanceHook(Hook):
             self._since[name] = -1  # told; until it recovers
             runner.logger.warning(
                 f"the gate of {name} has collapsed: one expert has had more than {self._share:.0%} of the load for "
-                f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance or moe.noise, or lower the "
-                "gate's learning rate (paramwise_cfg.gate_lr_mult)"
+                f"{runner.iter - since} steps, {share:.0%} now; raise moe.losses.importance"
+                f"{' or moe.noise' if layer.config.chooses else ''}, or lower the gate's learning rate "
+                "(paramwise_cfg.gate_lr_mult)"
             )
 
 

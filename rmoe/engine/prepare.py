@@ -60,6 +60,7 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     check_calibration(cfg.get("calibrate"), moe)
     _check_experts(moe, ds_json.zero_stage(content), processes)
     config = _deepspeed_config(cfg, content, processes)
+    notes += _other_batch(cfg, config["train_batch_size"])
     check_json(cfg, config["train_micro_batch_size_per_gpu"], ds_json.zero_stage(config))
     cfg.train_dataloader.batch_size = config["train_micro_batch_size_per_gpu"]
     cfg.randomness = dict(cfg.get("randomness") or {}, seed=(cfg.get("randomness") or {}).get("seed") or 0)
@@ -137,6 +138,17 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
         processes=processes,
         autocasts=autocasts(),
     )
+
+
+def _other_batch(cfg: Config, images: int) -> list[str]:
+    """Says so where a step takes another number of images than the recipe that the config's figures are from."""
+    recipe = (cfg.get("card") or {}).get("batch")
+    if recipe in (None, images):
+        return []
+    return [
+        f"a step takes {images} images, and {recipe} in the recipe of this config: set train_dataloader.batch_size so "
+        "that all processes together take as many, or adapt the learning rate"
+    ]
 
 
 def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str | bool:

@@ -33,7 +33,8 @@ class Balance(NamedTuple):
     """Says how evenly a gate spreads its tokens: scalars, float32, without gradient.
 
     Attributes:
-        largest_share: share of the tokens that use the busiest expert, 1/E … 1.
+        largest_share: share of the tokens that use the busiest expert, 1/E … 1; where all are used, its mean
+            probability.
         entropy: of the choices over the experts, relative to an even spread: 1 is even, 0 is one expert alone.
         confidence: mean over the tokens of the largest probability, 1/E … 1.
     """

@@ -1,8 +1,8 @@
 """A dense feed-forward network turned into a residual mixture of experts, on `deepspeed.moe`.
 
-One forward pass, in the order in which it runs: `Gate` chooses the experts of each token; `mix` (mix.py) applies the
-core plus their residuals (experts.py); where experts are spread over processes, weights or tokens travel first
-(exchange.py). What the gate decided is collected by `collect` (records.py), and by nothing else.
+One forward pass, in the order in which it runs: `Gate` weighs the experts of each token, or chooses among them; `mix`
+(mix.py) applies the core plus their residuals (experts.py); where experts are spread over processes, weights or tokens
+travel first (exchange.py). What the gate decided is collected by `collect` (records.py), and by nothing else.
 
 To DeepSpeed, a layer whose trained residuals are spread over processes is one of its own (deepspeed_layer.py); all
 others are ordinary modules. The gate, the arithmetic and the exchange are not DeepSpeed's.

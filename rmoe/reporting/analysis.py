@@ -85,7 +85,7 @@ class LayerLoad:
     """Where the tokens of some images went in one layer; first choices, see `routing_maps`.
 
     Attributes:
-        load: share of the tokens of each expert.
+        load: share of the tokens in which each expert has the largest part.
         load_entropy: entropy of `load` over log E: 1 where all experts have the same load.
         gate_entropy: mean entropy of a token's gate probabilities over log E: 0 where the gate is sure.
         by_class: for each class that occurs, its tokens by expert, int [E].

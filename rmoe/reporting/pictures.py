@@ -64,7 +64,8 @@ def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Modu
 
 
 def draw_experts(scenes: Sequence[Scene], model: nn.Module) -> Figure:
-    """Draws a row for each of the `scenes`: the image, and for each MoE layer every token's first expert over it."""
+    """Draws a row for each of the `scenes`: the image, and over it, for each MoE layer, each token's expert with the
+    largest part."""
     layers = moe_layers(model)
     experts = max(layer.num_experts for layer in layers.values())
     colours = np.array(palette(experts)) / 255  # no grey: the image under them is

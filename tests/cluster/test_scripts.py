@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from mmengine.config import Config
 
 SCRIPTS = sorted(path for path in (ROOT / "launch" / "slurm").iterdir())
 OURS = (
@@ -77,6 +78,13 @@ def test_the_grid_has_one_element_for_each_config_of_the_paper() -> None:
     assert all((ROOT / path).is_file() for path in configs)
     assert f"#SBATCH --array=0-{len(commands) - 1}%" in (ROOT / "launch" / "slurm" / "grid.sbatch").read_text()
     assert all(command[-1] == "randomness.seed=1" for command in commands)
+
+
+def test_the_grid_has_the_recipes_images_in_a_step() -> None:
+    for command in printed("launch/slurm/grid.sbatch", "--dry-run"):
+        cfg = Config.fromfile(ROOT / command[command.index("launch/train.py") + 1])
+        given = [int(word.rpartition("=")[2]) for word in command if word.startswith("train_dataloader.batch_size=")]
+        assert 8 * [cfg.train_dataloader.batch_size, *given][-1] == cfg.card.batch
 
 
 def test_openmmlabs_variables_size_the_job() -> None:

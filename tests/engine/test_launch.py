@@ -157,6 +157,16 @@ def test_what_was_left_out_is_told(tmp_path: Path) -> None:
     assert "SomeSampler" in notes
 
 
+def test_another_batch_than_the_recipes_is_told(tmp_path: Path) -> None:
+    def notes(processes: int, card: dict[str, int]) -> str:
+        cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {"train_dataloader.batch_size": 2})
+        cfg.card = card
+        return "\n".join(launch.prepare(cfg, {}, processes, tmp_path / "work", False))
+
+    assert "a step takes 4 images, and 16 in the recipe" in notes(2, {"batch": 16})
+    assert "a step takes" not in notes(8, {"batch": 16}) + notes(2, {})
+
+
 def test_an_error_in_a_loader_worker_is_one_line() -> None:
     worker = "Caught UserError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
     assert launch.innermost(worker + "rmoe.errors.UserError: image a.jpg has no label map") == (

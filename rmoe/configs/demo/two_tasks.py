@@ -3,8 +3,8 @@
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/two_tasks.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/two_tasks
 
---cfg-options model.backbone.moe.router=task model.backbone.moe.num_experts=2 gives each task one expert, its own set of
-residuals.
+Each task gets one expert, its own set of residuals, by --cfg-options model.backbone.moe.router=task
+model.backbone.moe.num_experts=2 model.backbone.moe.losses.importance=0 model.backbone.moe.losses.task_information=0.
 """
 
 _base_ = ["../_base_/runtime.py"]

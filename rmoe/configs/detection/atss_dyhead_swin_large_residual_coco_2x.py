@@ -6,7 +6,8 @@ all weighed for each token, in every other block of the last two stages, their c
 
 Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 
-Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
+Every process holds all experts. Where memory is short, spread them over 8 processes:
+--cfg-options model.backbone.moe.ep_size=8.
 """
 
 _base_ = ["atss_dyhead_swin_large_dense_coco_2x.py"]

@@ -7,7 +7,8 @@ experts, all weighed for each token, in every other block, their cores frozen.
 Schedule, data and core are those of the dense finetune. This project chose the number, kind and place of the experts.
 The licence of the core is told in the dense config.
 
-Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
+Every process holds all experts. Where memory is short, spread them over 8 processes:
+--cfg-options model.backbone.moe.ep_size=8.
 """
 
 _base_ = ["mask_rcnn_dinov3_base_dense_coco_1x.py"]

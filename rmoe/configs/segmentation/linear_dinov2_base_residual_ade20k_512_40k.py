@@ -6,7 +6,8 @@ experts, all weighed for each token, in every other block, which train with thei
 
 Schedule, data and core are those of the dense evaluation. This project chose the number, kind and place of the experts.
 
-Every process holds all experts; --cfg-options model.backbone.moe.ep_size=8 spreads them over 8 processes.
+Every process holds all experts. Where memory is short, spread them over 8 processes:
+--cfg-options model.backbone.moe.ep_size=8.
 """
 
 _base_ = ["linear_dinov2_base_dense_ade20k_512_40k.py"]

@@ -12,7 +12,8 @@ The core comes from the work dir of upstream/cvt_13_core_imagenet1k.py. As in th
 outside the experts' networks are trained at one rate, and the residuals at four times that. This, the rate and the
 number of epochs are this project's choices.
 
-Every process holds all experts; --cfg-options model.moe.ep_size=8 spreads them over 8 processes.
+Every process holds all experts. Where memory is short, spread them over 8 processes:
+--cfg-options model.moe.ep_size=8.
 """
 
 _base_ = ["cvt_13_core_imagenet1k.py"]
