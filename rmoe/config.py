@@ -47,6 +47,7 @@ KINDS: dict[Residual, Kind] = {
     "experts": Kind(False, "straight_through", "tokens"),
 }
 _MOST = 65536  # of anything that is counted; what is larger is a mistake, and would take all memory
+_LEAST, _LARGEST = 1e-6, 1e6  # of what is measured, likewise: beyond them float32 overflows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +172,9 @@ class ResidualMoEConfig:
         for name in ("num_experts", "top_k", "rank", "tasks", "ep_size"):
             if isinstance(number := getattr(self, name), int) and not 1 <= number <= _MOST:
                 raise UserError(f"ResidualMoEConfig.{name} is {number}; it is 1 to {_MOST}")
+        for name, number in vars(self).items():
+            if isinstance(number, (int, float)) and number > _LARGEST:
+                raise UserError(f"ResidualMoEConfig.{name} is {number:g}; it is at most {_LARGEST:g}")
         if self.blocks == ():
             raise UserError("ResidualMoEConfig.blocks is empty; name a block, or use blocks='all'")
         if self.experts_per_token > self.num_experts:
@@ -184,8 +188,10 @@ class ResidualMoEConfig:
             raise UserError(f"capacity_factor is {self.capacity_factor}; it is positive, or None to drop no token")
         if self.noise < 0 or self.gate_std < 0:
             raise UserError(f"noise is {self.noise} and gate_std {self.gate_std}; neither may be negative")
-        if self.temperature <= 0:
-            raise UserError(f"temperature is {self.temperature}; it is positive, and 1 leaves the logits as they are")
+        if self.temperature < _LEAST:
+            raise UserError(
+                f"temperature is {self.temperature}; it is at least {_LEAST:g}, and 1 leaves the logits as they are"
+            )
         if not 0 <= self.expert_drop < 1:
             raise UserError(f"expert_drop is {self.expert_drop}; it is a chance, from 0 (off) to less than 1")
         if self.expert_drop and not self.chooses:

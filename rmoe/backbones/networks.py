@@ -7,25 +7,20 @@ silently. So `check_networks` refuses such a network by name: it looks at the ne
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import DropPath, Mlp
+from timm.layers import Mlp
 from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
-from torch.nn.utils.parametrize import is_parametrized
 
 from rmoe.errors import UserError
 from rmoe.moe.experts import WEIGHTS, described, is_weight
-from rmoe.moe.forms import Form, form_of
+from rmoe.moe.forms import ELSEWHERE, Form, check_parts, form_of, surplus
 from rmoe.moe.layer import ResidualMoE, keep_input
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # The classes of timm and transformers whose names have this give one token for a whole image.
 _POOLING = ("ClassAtt", "AttentionPool", "GlobalContext")
-_IDENTITIES = (nn.Identity, nn.Dropout, DropPath)  # those that drop something are refused before
-_ELSEWHERE = "leave it dense by naming other blocks"
 
 
 def find_networks(model: nn.Module) -> dict[str, nn.Module]:
@@ -59,14 +54,7 @@ def find_networks(model: nn.Module) -> dict[str, nn.Module]:
 def _is_network(module: nn.Module) -> bool:
     form = form_of(module)
     # Squeeze-and-excitation is made of two convolutions as well, and has more in it.
-    return form is not None and (form.channels == -1 or not any(_surplus(module, form)))
-
-
-def _surplus(network: nn.Module, form: Form) -> Iterator[tuple[str, nn.Module]]:
-    """Yields the modules of a network that its form does not have, by name."""
-    for child, part in network.named_children():
-        if child not in form.parts and type(part) not in _IDENTITIES:
-            yield child, part
+    return form is not None and (form.channels == -1 or not any(surplus(module, form)))
 
 
 def _gets_one_token(modules: Mapping[str, nn.Module], name: str) -> bool:
@@ -87,7 +75,7 @@ def check_networks(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
     _check_shared(model, networks)
     for name, network in networks.items():
         form = _form(network)
-        _check_parts(name, network, form)
+        check_parts(name, network, form)
         _check_weights(name, network)
         _check_act(f"{name}.{form.act}", network, form)
         _check_forward(name, network, form)
@@ -103,14 +91,14 @@ def _check_shared(model: nn.Module, networks: Mapping[str, nn.Module]) -> None:
     chosen, names = set(map(id, networks.values())), dict[int, str]()
     for name, module in model.named_modules(remove_duplicate=False):
         if (before := names.setdefault(id(module), name)) != name and id(module) in chosen:
-            raise UserError(f"'{before}' and '{name}' are one module; give each a network of its own, or {_ELSEWHERE}")
+            raise UserError(f"'{before}' and '{name}' are one module; give each a network of its own, or {ELSEWHERE}")
     holders = dict[Any, str]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         before = holders.setdefault(_place(parameter), name)
         if before != name and any(one.startswith(f"{network}.") for network in networks for one in (before, name)):
             raise UserError(
                 f"'{before}' and '{name}' are one weight, which would be a core in one place and not in the other; "
-                f"untie them, or {_ELSEWHERE}"
+                f"untie them, or {ELSEWHERE}"
             )
 
 
@@ -119,37 +107,11 @@ def _place(x: Tensor) -> Any:
     return (x.device, x.data_ptr()) if x.layout == torch.strided and not x.is_meta and x.numel() else id(x)
 
 
-def _check_parts(name: str, network: nn.Module, form: Form) -> None:
-    for where, part in network.named_modules(prefix=name):
-        if (isinstance(part, _DropoutNd) and part.p) or (isinstance(part, DropPath) and part.drop_prob):
-            raise UserError(f"'{name}' has dropout inside, which experts do not have; build the model with proj_drop=0")
-        if is_parametrized(part):
-            raise UserError(f"'{where}' has a parametrization, which a mixture would drop; remove it first")
-        if any(getattr(part, hooks, None) for hooks in _HOOKS):
-            raise UserError(f"'{where}' has a hook (as of weight_norm, pruning), which a mixture would drop; remove it")
-        if "forward" in vars(part):
-            raise UserError(f"'{where}' has another forward than its class, which a mixture would drop; remove it")
-    for child, part in network.named_children():
-        kind = type(part).__name__
-        if child in (*form.firsts, form.last) and type(part) not in (nn.Linear, nn.Conv2d):
-            raise UserError(f"'{name}.{child}' is a {kind}; a mixture computes torch.nn.Linear alone: {_ELSEWHERE}")
-        if child in form.between and any(True for _ in part.buffers()):
-            raise UserError(
-                f"'{name}.{child}' ({kind}) counts statistics, which each expert would need of its own; {_ELSEWHERE}"
-            )
-    for child, part in _surplus(network, form):
-        raise UserError(
-            f"'{name}' has '{child}' ({type(part).__name__}) inside, which experts do not have; {_ELSEWHERE}"
-        )
-    for own, _ in (*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)):
-        raise UserError(f"'{name}' has a tensor '{own}' of its own, which experts do not have; {_ELSEWHERE}")
-
-
 def _check_weights(name: str, network: nn.Module) -> None:
     weights = list(network.named_parameters(prefix=name))
     for key, x in weights:
         if not is_weight(x):
-            raise UserError(f"'{key}' is {described(x)}; {WEIGHTS}: convert it first, or {_ELSEWHERE}")
+            raise UserError(f"'{key}' is {described(x)}; {WEIGHTS}: convert it first, or {ELSEWHERE}")
     kinds = sorted({f"{described(x)} on {x.device}" for _, x in weights})
     if len(kinds) > 1:
         raise UserError(f"'{name}' has weights of {' and '.join(kinds)}; bring them to one dtype and device")
@@ -180,7 +142,7 @@ def _check_forward(name: str, network: nn.Module, form: Form) -> None:
         if not agree(_output(name, twin.train(training), x.clone()), form.dense(twin, x)):
             raise UserError(
                 f"'{name}' ({kind.__name__}) computes more than {form}, which a mixture would drop; "
-                f"{_ELSEWHERE}, or use a model with timm's Mlp"
+                f"{ELSEWHERE}, or use a model with timm's Mlp"
             )
 
 
@@ -189,7 +151,7 @@ def _randomised(name: str, module: nn.Module) -> nn.Module:
         twin = copy.deepcopy(module)
     except Exception as error:
         raise UserError(
-            f"'{name}' cannot be copied to be compared with a mixture ({one_line(error)}); {_ELSEWHERE}"
+            f"'{name}' cannot be copied to be compared with a mixture ({one_line(error)}); {ELSEWHERE}"
         ) from error
     if any(x.is_meta for x in (*twin.parameters(), *twin.buffers())):
         twin = twin.to_empty(device="cpu")
@@ -204,7 +166,7 @@ def _output(name: str, module: nn.Module, x: Tensor) -> Tensor:
     except Exception as error:
         raise UserError(
             f"'{name}' ({type(module).__name__}) cannot be run on tokens alone ({one_line(error)}), which are all "
-            f"that a mixture gets; {_ELSEWHERE}"
+            f"that a mixture gets; {ELSEWHERE}"
         ) from error
 
 

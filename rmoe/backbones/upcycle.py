@@ -93,13 +93,18 @@ def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) 
 
 @contextmanager
 def _restored_on_error(model: nn.Module) -> Iterator[None]:
-    """Undoes the freezing of networks if an error is raised: a mixture freezes the network that it is made of."""
+    """Undoes, if an error is raised, what a mixture does to the network that it is made of: it freezes it, and has its
+    activation leave its input.
+    """
     trained = [(x, x.requires_grad) for x in model.parameters()]
+    inplace: list[Any] = [module for module in model.modules() if getattr(module, "inplace", False)]
     try:
         yield
     except BaseException:
         for x, required in trained:
             x.requires_grad_(required)
+        for module in inplace:
+            module.inplace = True
         raise
 
 

@@ -91,7 +91,9 @@ def calibrate(
         UserError: no layer to calibrate or no batch; experts that differ already; a layer that did not run, got inputs
             that are not finite, or fewer different inputs than it has experts.
     """
-    config, layers = config or Calibration(), moe_layers(model)
+    config, layers = Calibration() if config is None else config, moe_layers(model)
+    if not isinstance(config, Calibration):
+        raise UserError(f"calibrate got {config!r} as its config; give an rmoe.Calibration(...), or none")
     if not layers:
         raise UserError("the model has no mixture whose gate could be calibrated; upcycle it first")
     for layer in layers.values():
@@ -109,11 +111,16 @@ def calibrate(
                 hooks.enter_context(layer.gate.register_forward_pre_hook(samples[name].add))
             for batch in itertools.islice(batches, config.batches):
                 (run or model)(batch)
+    inputs = {name: samples.pop(name).gathered(name) for name in layers}
+    # Either all gates are set or none.
+    routers = {
+        name: _router(name, layer.gate, inputs[name], config, _seed(seed, name)) for name, layer in layers.items()
+    }
     found = {}
     for name, layer in layers.items():
-        x_NC = samples.pop(name).gathered(name)
+        x_NC = inputs.pop(name)
         with task(0):  # all tasks begin alike
-            found[name] = _set_gate(name, layer.gate, x_NC, config, _seed(seed, name))
+            found[name] = _set_gate(layer.gate, *routers[name], x_NC)
             if config.subspaces:
                 _set_subspaces(layer, x_NC)
     return found
@@ -210,8 +217,12 @@ def _mixed(x: Tensor) -> Tensor:
     return x
 
 
-def _set_gate(name: str, gate: Gate, x_NC: Tensor, config: Calibration, seed: int) -> Calibrated:
-    """Clusters a sample and sets the gate; the same on every process, and the first one's in any case."""
+def _router(name: str, gate: Gate, x_NC: Tensor, config: Calibration, seed: int) -> tuple[Tensor, Tensor]:
+    """Clusters a sample and returns the router's weight [E, C] and bias [E] that tell the clusters.
+
+    Raises:
+        UserError: fewer different inputs than experts.
+    """
     experts = gate.config.num_experts
     if len(x_NC) < experts:
         what = "tokens" if gate.config.gate_input == "token" else "images"
@@ -229,8 +240,13 @@ def _set_gate(name: str, gate: Gate, x_NC: Tensor, config: Calibration, seed: in
     # Logits are told apart by their differences alone: around 0 they cost the least of the z loss.
     weight_EC = strength * centre_EC.double() * inverse_C
     bias_E = strength * offset_E.double() - weight_EC @ mean_C.double()
-    gate.weight.copy_(weight_EC - weight_EC.mean(0))
-    gate.bias.copy_(bias_E - bias_E.mean())
+    return weight_EC - weight_EC.mean(0), bias_E - bias_E.mean()
+
+
+def _set_gate(gate: Gate, weight_EC: Tensor, bias_E: Tensor, x_NC: Tensor) -> Calibrated:
+    """Sets a gate, the same on every process: the first one's in any case."""
+    gate.weight.copy_(weight_EC)
+    gate.bias.copy_(bias_E)
     for more in (gate.choice_bias, gate.task_bias):
         if more is not None:
             more.zero_()
@@ -248,8 +264,19 @@ def _scales(x_NC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _balanced_clusters(name: str, z_NC: Tensor, experts: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Returns centres [E, C] and biases [E]: k-means whose biases, z · c - |c|²/2 + b, even out the clusters' sizes."""
-    centre_EC = _first_centres(name, z_NC[:: max(1, len(z_NC) // (_SEEDING * experts))], experts, generator)
+    """Returns centres [E, C] and biases [E]: k-means whose biases, z · c - |c|²/2 + b, even out the clusters' sizes.
+
+    Raises:
+        UserError: there are fewer different inputs than experts.
+    """
+    centre_EC = _first_centres(z_NC[:: max(1, len(z_NC) // (_SEEDING * experts))], experts, generator)
+    if len(centre_EC) < experts:  # what is rare may have been left out
+        centre_EC = _first_centres(z_NC, experts, generator)
+    if len(centre_EC) < experts:
+        raise UserError(
+            f"{name} got only {len(centre_EC)} different inputs for its {experts} experts while calibrating: give more "
+            "batches, or fewer experts"
+        )
     bias_E1 = z_NC.new_zeros(experts, 1)
     for moves in (*[_MOVES[0]] * _ROUNDS, _MOVES[1]):
         score_EN = centre_EC @ z_NC.T - centre_EC.square().sum(1, keepdim=True) / 2
@@ -262,11 +289,9 @@ def _balanced_clusters(name: str, z_NC: Tensor, experts: int, generator: torch.G
     return centre_EC, bias_E1[:, 0]
 
 
-def _first_centres(name: str, z_NC: Tensor, experts: int, generator: torch.Generator) -> Tensor:
-    """Chooses inputs far from one another (k-means++, Arthur and Vassilvitskii 2007).
-
-    Raises:
-        UserError: there are fewer different inputs than experts.
+def _first_centres(z_NC: Tensor, experts: int, generator: torch.Generator) -> Tensor:
+    """Chooses inputs far from one another (k-means++, Arthur and Vassilvitskii 2007): as many as there are experts,
+    fewer where there are fewer different ones.
     """
     square_N = z_NC.square().sum(1)
     distance_N = torch.ones_like(square_N)
@@ -274,10 +299,7 @@ def _first_centres(name: str, z_NC: Tensor, experts: int, generator: torch.Gener
     for _ in range(experts):
         cumulated_N = distance_N.double().cumsum(0)
         if not cumulated_N[-1] > 0:
-            raise UserError(
-                f"{name} got only {len(chosen)} different inputs for its {experts} experts while calibrating: give "
-                "more batches, or fewer experts"
-            )
+            break
         drawn = torch.rand((), generator=generator, dtype=torch.float64).to(cumulated_N) * cumulated_N[-1]
         chosen.append(int(torch.searchsorted(cumulated_N, drawn, right=True).clamp(max=len(z_NC) - 1)))
         both_N = square_N + square_N[chosen[-1]]

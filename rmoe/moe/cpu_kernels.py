@@ -20,11 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals, act_backward
-
-_TILE = 1600
+from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals, act_backward, first_order
+from rmoe.moe.masked import TILE, Sum, add_core_gradient
 
 
 def rows_of_one_expert(
@@ -80,10 +78,10 @@ class _Tile(NamedTuple):
 
 
 def _tiles(rows: _Rows, dtype: torch.dtype) -> list[_Tile]:
-    """Cuts the rows into tiles of about _TILE: enough for the core's products, few enough for a cache to hold them."""
+    """Cuts the rows into tiles of about TILE: enough for the core's products, few enough for a cache to hold them."""
     total, sizes = len(rows.order_N), list(rows.sizes)
     sizes[-1] += total - rows.chosen  # whose gate value is 0
-    tiles, length, expert = [], math.ceil(total / max(1, round(total / _TILE))), 0
+    tiles, length, expert = [], math.ceil(total / max(1, round(total / TILE))), 0
     for start in range(0, total, max(1, length)):
         free, firsts, lengths = min(length, total - start), [], []
         while free:
@@ -145,30 +143,32 @@ class _LowRankRows(Function):
         return y_NC.index_select(0, rows.inverse_N)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_NC, *saved = ctx.saved_tensors
         core, low, kept, rows = Network(*saved[:4]), LowRank(*saved[4:8]), iter(saved[8:]), ctx.rows
-        wanted = zip(core, ctx.needs_input_grad[5:9], strict=True)
-        grad_core = [torch.zeros_like(w) if want and w is not None else None for w, want in wanted]
-        grad_low = [torch.zeros_like(w) for w in low]
+        of_core = [Sum(want) for want in ctx.needs_input_grad[5:9]]
+        # Sums over many tiles: in float32, if they are of half precision.
+        grad_low = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in low]
         back_NC, grad_gate_N = torch.empty_like(x_NC), x_NC.new_empty(len(x_NC))
         for tile, (row_n, back_nC, grad_gate_n) in _by_tile(ctx.tiles, rows.order_N, back_NC, grad_gate_N):
             own_1n, gate_Gn, h_nH, a_nH, *of_h_and_y = islice(kept, 8)
             grad_nC = grad.index_select(0, row_n)
-            _add_core_gradient_(grad_core[2:], grad_nC, a_nH)
+            add_core_gradient(of_core[2:], grad_nC, a_nH)
             grad_nH = grad_nC @ core.w2_CH
             gate2_Gn = _low_rank_backward_(grad_nH, grad_nC, a_nH, of_h_and_y[2:], gate_Gn, low[2:], grad_low[2:], tile)
             grad_nH = act_backward(ctx.act, grad_nH, h_nH)
             x_nC = x_NC.index_select(0, row_n)
-            _add_core_gradient_(grad_core[:2], grad_nH, x_nC)
+            add_core_gradient(of_core[:2], grad_nH, x_nC)
             torch.mm(grad_nH, core.w1_HC, out=back_nC)
             gate1_Gn = _low_rank_backward_(back_nC, grad_nH, x_nC, of_h_and_y[:2], gate_Gn, low[:2], grad_low[:2], tile)
             gate_Gn = gate1_Gn.add_(gate2_Gn)
             grad_gate_n.copy_(gate_Gn[0] if own_1n is None else gate_Gn.gather(0, own_1n)[0])
         grad_gate_N[rows.chosen :] = 0
         grad_x, grad_gate = back_NC.index_select(0, rows.inverse_N), grad_gate_N.index_select(0, rows.inverse_N)
-        return grad_x, grad_gate, None, None, None, *grad_core, *grad_low
+        grad_core = (one.rounded(w) for one, w in zip(of_core, core, strict=True))
+        rounded = (total.to(w.dtype) for total, w in zip(grad_low, low, strict=True))
+        return grad_x, grad_gate, None, None, None, *grad_core, *rounded
 
 
 def _by_tile(tiles: list[_Tile], *rows: Tensor) -> Iterator[tuple[_Tile, tuple[Tensor, ...]]]:
@@ -234,26 +234,22 @@ def _low_rank_backward_(
     for b_QO, grad_Om, back_Qm in zip(of_b, grad_nO.T.split(lengths, 1), back_Qn.split(lengths, 1), strict=True):
         torch.mm(b_QO, grad_Om, out=back_Qm)
     for grad_b_QO, gu_Qm, grad_mO in zip(of_grad_b, gu_Qn.split(lengths, 1), grad_nO.split(lengths), strict=True):
-        grad_b_QO.addmm_(gu_Qm, grad_mO)
+        _add_product(grad_b_QO, gu_Qm, grad_mO)
     scaled_Qn = _scaled(back_Qn, gate_Gn)
     for grad_a_QI, scaled_Qm, x_mI in zip(of_grad_a, scaled_Qn.split(lengths, 1), x_nI.split(lengths), strict=True):
-        grad_a_QI.addmm_(scaled_Qm, x_mI)
+        _add_product(grad_a_QI, scaled_Qm, x_mI)
     for back_mI, scaled_mQ, a_QI in zip(back_nI.split(lengths), scaled_Qn.T.split(lengths), of_a, strict=True):
         back_mI.addmm_(scaled_mQ, a_QI)
     return (back_Qn * u_Qn).view(tile.together, -1, len(grad_nO)).sum(1)
 
 
+def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds the matrix product x y, which is rounded to its own dtype first where `total` has more bits."""
+    total.addmm_(x, y) if total.dtype == x.dtype else total.add_(x @ y)
+
+
 def _linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, out: Tensor) -> None:
     torch.mm(x_NI, w_OI.T, out=out) if b_O is None else torch.addmm(b_O, x_NI, w_OI.T, out=out)
-
-
-def _add_core_gradient_(grads: Sequence[Tensor | None], grad_nO: Tensor, x_nI: Tensor) -> None:
-    """Adds to the gradients of W and b of W x + b, where they are wanted."""
-    w_OI, b_O = grads
-    if w_OI is not None:
-        w_OI.addmm_(grad_nO.T, x_nI)
-    if b_O is not None:
-        b_O += grad_nO.sum(0)
 
 
 class _FullRows(Function):
@@ -271,7 +267,7 @@ class _FullRows(Function):
         return y_NC.index_select(0, rows.inverse_N)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         x_NC, h_NH, a_NH, *weights = ctx.saved_tensors
         core, full, rows = Network(*weights[:4]), Full(*weights[4:]), ctx.rows

@@ -12,6 +12,7 @@ N rows sorted by expert. An expert id of E says "no expert": Δ = 0.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -204,9 +205,28 @@ def nothing(residuals: Residuals) -> Network:
     return Network(*(None if d is None else torch.zeros_like(d) for d in residuals.delta(0)))  # type: ignore[arg-type]
 
 
+def first_order(backward: Any) -> Any:
+    """Marks a backward pass that has no derivative of its own: asked for one, by create_graph=True, it raises.
+
+    torch's `once_differentiable` raises only where the way to the inputs leads through it a second time: a Hessian that
+    `torch.autograd.grad` is asked for would lack a part, without a word.
+    """
+
+    @functools.wraps(backward)
+    def checked(ctx: Any, *grads: Any) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a mixture of experts has first derivatives alone: leave create_graph=True out, or take second ones of "
+                "rmoe.moe.experts.reference"
+            )
+        return backward(ctx, *grads)
+
+    return checked
+
+
 def act_backward(act: Activation, grad: Tensor, h: Tensor) -> Tensor:
     """Returns the gradient of the activation's input h, given its output's, which it may overwrite."""
-    if isinstance(act, nn.GELU):
+    if type(act) is nn.GELU:  # not a subclass, which may compute something else
         return torch.ops.aten.gelu_backward.grad_input(grad, h, approximate=act.approximate, grad_input=grad)
     with torch.enable_grad():
         h = h.detach().requires_grad_()

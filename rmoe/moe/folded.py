@@ -27,9 +27,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from rmoe.moe.experts import Activation, LowRank, Network, act_backward
+from rmoe.moe.experts import Activation, LowRank, Network, act_backward, first_order
 from rmoe.moe.folded_passes import ONES, Gates, Linear, matrix, passes_for
 
 
@@ -95,7 +94,7 @@ class _Folded(Function):
         return y_TC
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Any, ...]:
         *of_gates, h_HT = ctx.saved_tensors[:4]
         first, second = (_Layer(*ctx.saved_tensors[at : at + 3]) for at in (4, 7))
@@ -175,7 +174,7 @@ def _product(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _activate(act: Activation, h: Tensor, out: Tensor) -> None:
-    if isinstance(act, nn.GELU):
+    if type(act) is nn.GELU:
         torch.ops.aten.gelu.out(h, approximate=act.approximate, out=out)
     else:
         out.copy_(act(h))

@@ -16,13 +16,16 @@ inputs and outputs of either linear layer, K experts per token.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.utils.parametrize import is_parametrized
 
+from rmoe.errors import UserError
 from rmoe.moe.experts import Network, Residuals
 from rmoe.moe.mix import compute_dtype, mix, residual_products
 
@@ -35,7 +38,9 @@ _LINEARS = (
     (("up_proj",), "down_proj"),
 )
 _ACTS = ("act", "activation_fn", "act_fn", "activation")
-_ELSEWHERE = ("norm", "grn")  # what may stand between the linear layers beside the activation
+_BETWEEN = ("norm", "grn")  # what may stand between the linear layers beside the activation
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ELSEWHERE = "leave it dense by naming other blocks"
 
 
 @dataclass(frozen=True)
@@ -220,7 +225,7 @@ def form_of(network: nn.Module) -> Form | None:
         return None
     # What stands before the first layer is no part of the network.
     later = [*children][[*children].index(firsts[-1]) :]
-    inside = [name for name in later if name in _ELSEWHERE and not isinstance(children[name], nn.Identity)]
+    inside = [name for name in later if name in _BETWEEN and not isinstance(children[name], nn.Identity)]
     # A norm is computed where it stands; but a gate is always that of what the first layer gives.
     before = [name for name in inside if not gated and [*children].index(name) < [*children].index(act)]
     between = (*before, act, *(name for name in inside if name not in before))
@@ -240,3 +245,54 @@ def _shape(layer: Any) -> tuple[int, int]:
     if isinstance(layer, nn.Conv2d):
         return layer.out_channels, layer.in_channels
     return layer.out_features, layer.in_features
+
+
+def surplus(network: nn.Module, form: Form) -> Iterator[tuple[str, nn.Module]]:
+    """Yields the modules of a network that its form does not have, by name."""
+    for child, part in network.named_children():
+        if child not in form.parts and not (isinstance(part, (nn.Identity, nn.Dropout)) or _is_drop_path(part)):
+            yield child, part
+
+
+def _is_drop_path(part: Any) -> bool:
+    return type(part).__name__ == "DropPath"  # timm's
+
+
+def check_parts(name: str, network: nn.Module, form: Form) -> None:
+    """Checks that a network has nothing in it that a mixture of its form would not compute.
+
+    Args:
+        name: of the network, for messages.
+
+    Raises:
+        UserError: dropout, a hook, a parametrization, or any part or tensor that the form does not have.
+    """
+    for where, part in network.named_modules(prefix=name):
+        if (isinstance(part, _DropoutNd) and part.p) or (_is_drop_path(part) and part.drop_prob):
+            raise UserError(f"'{name}' has dropout inside, which experts do not have; build the model with proj_drop=0")
+        if is_parametrized(part):
+            raise UserError(f"'{where}' has a parametrization, which a mixture would drop; remove it first")
+        if any(getattr(part, hooks, None) for hooks in _HOOKS):
+            raise UserError(f"'{where}' has a hook (as of weight_norm, pruning), which a mixture would drop; remove it")
+        if "forward" in vars(part):
+            raise UserError(f"'{where}' has another forward than its class, which a mixture would drop; remove it")
+    for child, part in network.named_children():
+        kind = type(part).__name__
+        if child in (*form.firsts, form.last) and type(part) not in _LINEAR:
+            raise UserError(f"'{name}.{child}' is a {kind}; a mixture computes torch.nn.Linear alone: {ELSEWHERE}")
+        if child in form.between and any(True for _ in part.buffers()):
+            raise UserError(
+                f"'{name}.{child}' ({kind}) counts statistics, which each expert would need of its own; {ELSEWHERE}"
+            )
+    for child, part in surplus(network, form):
+        raise UserError(
+            f"'{name}' has '{child}' ({type(part).__name__}) inside, which experts do not have; {ELSEWHERE}"
+        )
+    for own, _ in (*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)):
+        raise UserError(f"'{name}' has a tensor '{own}' of its own, which experts do not have; {ELSEWHERE}")
+    with_bias = [first for first in form.firsts if getattr(network, first).bias is not None]
+    if with_bias and len(with_bias) < len(form.firsts):
+        raise UserError(
+            f"'{name}.{with_bias[0]}' has a bias and the other half of the same layer has none; give both one, such as "
+            f"zeros, or {ELSEWHERE}"
+        )

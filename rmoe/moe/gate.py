@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +35,8 @@ class Routing(NamedTuple):
     Attributes:
         expert_TK: int64, the experts of each token, best first; E where the capacity dropped the choice. Where a token
             uses every expert, 0 … E-1 in this order.
-        gate_TK: float32, the value with which each enters (see `ResidualMoEConfig.combine`).
-        probability_TE: float32, softmax of the logits without noise, detached.
+        gate_TK: float32 (float64 for float64 tokens), the value with which each enters: `ResidualMoEConfig.combine`.
+        probability_TE: likewise, softmax of the logits without noise, detached.
         sums: None outside training.
     """
 
@@ -84,7 +85,7 @@ class Gate(nn.Module):
         config, tokens = self.config, math.prod(x.shape[:-1])  # `numel` would fix it for an exporter
         if _has_kernel(x, config, self.training):
             return self._route_by_kernel(x.reshape(-1, x.shape[-1]))
-        with torch.autocast(x.device.type, enabled=False):
+        with nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False):
             dtype = torch.promote_types(x.dtype, torch.float32)
             clean_ED = self.logits(gate_inputs(x, config, dtype))
             std = self._std()
@@ -165,7 +166,9 @@ class Gate(nn.Module):
             return score_ED, torch.arange(len(score_ED), device=score_ED.device)[:, None].expand_as(score_ED)
         if self.choice_bias is None:
             return _best(score_ED, self.config.experts_per_token)
-        _, expert_KD = _best(score_ED.detach() + self.choice_bias[:, None], self.config.experts_per_token)
+        # An expert of probability 0, as one that is dropped for this batch, is not chosen for its bias.
+        by_ED = (score_ED.detach() + self.choice_bias[:, None]).masked_fill(score_ED == 0, -math.inf)
+        _, expert_KD = _best(by_ED, self.config.experts_per_token)
         return score_ED.gather(0, expert_KD), expert_KD
 
     def _gate_values(self, value_KD: Tensor) -> Tensor:
@@ -190,13 +193,17 @@ class Gate(nn.Module):
             probability_E=probability_ED.sum(1),
             load_E=load_E,
             first_E=count_choices(first_1D, zeros_E) if losses.balance else zeros_E,
-            chosen_E=count_choices(expert_KD, zeros_E) if self.config.chooses else zeros_E + decisions,
+            chosen_E=self._chosen(expert_KD, zeros_E),
             confidence=probability_ED.detach().amax(0).sum(),
             z=clean_ED.logsumexp(0).square().sum() if losses.z else zeros_E.sum(),
             tokens=zeros_E.new_full((), decisions),
         )
         # A decision counts as often as it has tokens: images need not be of one size.
         return sums if decisions == tokens else GateSums(*(part * (tokens // decisions) for part in sums))
+
+    def _chosen(self, expert_KD: Tensor, zeros_E: Tensor) -> Tensor:
+        """Returns how many decisions have each expert among their choices."""
+        return count_choices(expert_KD, zeros_E) if self.config.chooses else zeros_E + expert_KD.shape[1]
 
     @property
     def is_constant(self) -> bool:
@@ -220,6 +227,14 @@ class Gate(nn.Module):
             self.choice_bias += self.config.balance_rate * (counted_E.mean() - counted_E).sign()
         self._counted_E = None if step else counted_E
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Gate:
+        """Keeps the choice's bias in its format: half precision would round its small moves away."""
+        before = self.choice_bias
+        super()._apply(fn, recurse)
+        if before is not None and self.choice_bias is not None and self.choice_bias.dtype != before.dtype:
+            self.choice_bias = before.to(self.choice_bias.device)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         zeros = absent_of_gates(state_dict, {prefix + name: x for name, x in self.state_dict().items()})
         if zeros:
@@ -228,7 +243,7 @@ class Gate(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-GATES_WITHOUT = "the checkpoint has gates, of an earlier version or of a run without balance_rate, without"
+GATES_WITHOUT = "the checkpoint has gates, of an earlier version or of a run without balance_rate or tasks, without"
 
 
 def absent_of_gates(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -290,7 +305,7 @@ def _for_each_token(part_XD: Tensor, tokens: int) -> Tensor:
     if decisions == tokens:
         # A compiler mistakes the shapes of several views of one tensor (torch 2.11).
         return part_XD.T.clone() if torch.compiler.is_compiling() else part_XD.T
-    return part_XD.T[:, None].expand(-1, tokens // decisions, -1).reshape(tokens, -1)
+    return part_XD.T[:, None].expand(-1, tokens // decisions, -1).flatten(0, 1)
 
 
 def count_choices(expert: Tensor, zeros_E: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
+
+from rmoe.moe.experts import first_order
 
 _TOKENS, _COLUMNS = 64, 64  # of a block
 _LEAST = 16  # experts of a block's product
@@ -106,7 +107,7 @@ class _Route(Function):
         return gate_TK, expert_TK, probability_TE, of_experts[0], of_all[1], *rest
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(
         ctx: Any, grad_TK: Tensor | None, _e: Any, _p: Any, grad_E: Tensor | None, grad_z: Any, *_: Any
     ) -> Any:
@@ -217,6 +218,7 @@ def _forward(  # type: ignore[no-untyped-def]
         by = tl.where(in_e[None, :], score, float("-inf"))
         if choice_bias_ptr is not None:
             by += tl.load(choice_bias_ptr + e, mask=in_e, other=0.0)[None, :]
+            by = tl.where(score == 0.0, float("-inf"), by)  # as in `Gate._choose`
         best = _best(by, e, experts, BLOCK_E)
         value = tl.sum(tl.where(e[None, :] == best[:, None], score, 0.0), 1)
         if NORMALISES:

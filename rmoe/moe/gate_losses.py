@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from rmoe.config import GateLosses
+from rmoe.moe.experts import first_order
 from rmoe.moe.triton_here import has_triton
 
 
@@ -98,7 +98,7 @@ class _SquaredVariation(Function):
         return found
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (slope_E,) = ctx.saved_tensors
         return grad[..., None] * slope_E, None

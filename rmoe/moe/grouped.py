@@ -21,9 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from rmoe.moe.experts import Activation, Full, Network, Residuals, act_backward
+from rmoe.moe.experts import Activation, Full, Network, Residuals, act_backward, first_order
 from rmoe.moe.passes import passes_on, sort_pairs
 
 _ALIGNMENT = 16  # bytes at which each row of an operand begins
@@ -118,7 +117,7 @@ class _Networks(Function):
         return y_TC
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Any, ...]:
         x_NJ, h_NH, a_NH, y_NC, gate_P, expert_P, w1_GHJ, w2_GCH, b2_GC, place_P, end_G = ctx.saved_tensors
         passes, width = ctx.passes, grad_TC.shape[1]
@@ -250,7 +249,7 @@ class _GroupedProduct(Function):
         return F.grouped_mm(x_NI, w_EIO, offs=end_E)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor, Tensor, None]:
         x_NI, w_EIO, end_E = ctx.saved_tensors
         empty_E = torch.diff(end_E, prepend=end_E.new_zeros(1)) == 0

@@ -23,7 +23,7 @@ from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 from rmoe.moe.exchange import exchange_tokens, expert_group, gather_experts, make_expert_groups
 from rmoe.moe.experts import WEIGHTS, Network, Residuals, described, is_weight
-from rmoe.moe.forms import Form, form_of
+from rmoe.moe.forms import Form, check_parts, form_of
 from rmoe.moe.gate import Routing
 from rmoe.moe.mix import compute_dtype
 from rmoe.moe.records import record
@@ -43,7 +43,8 @@ class ResidualMoE(nn.Module):
         config: with ep_size > 1, torch.distributed must be initialised.
 
     Raises:
-        UserError: a core that the layer cannot compute, or ep_size does not divide the number of processes.
+        UserError: a core that the layer cannot compute (see `rmoe.moe.forms.check_parts`), or ep_size does not divide
+            the number of processes.
     """
 
     # DeepSpeed's ZeRO 3 makes the parameters of the whole layer whole before its forward, which uses those of modules
@@ -83,7 +84,8 @@ class ResidualMoE(nn.Module):
         In training, every process of the expert group must call it.
 
         Raises:
-            UserError: fewer tokens than experts in a training batch; with gate_input="image", x is [T, C].
+            UserError: fewer tokens than experts in a training batch of a single process; with gate_input="image", x is
+                [T, C].
         """
         tokens = self.form.tokens(x)
         self._check_tokens(math.prod(tokens.shape[:-1]))  # not numel, which an exporter takes for a constant
@@ -184,10 +186,10 @@ class ResidualMoE(nn.Module):
         return 0 if self.ep_size == 1 else dist.get_rank(expert_group(self.ep_size))
 
     def _check_tokens(self, tokens: int) -> None:
-        everywhere = tokens * (dist.get_world_size() if dist.is_initialized() else 1)
-        if self.training and everywhere < self.num_experts:
+        # Of several processes one alone may have few: only all of them together know.
+        if self.training and tokens < self.num_experts and not (dist.is_initialized() and dist.get_world_size() > 1):
             raise UserError(
-                f"a layer got {everywhere} tokens for its {self.num_experts} experts; train with larger images or "
+                f"a layer got {tokens} tokens for its {self.num_experts} experts; train with larger images or "
                 "batches, with fewer experts, or leave this block dense"
             )
 
@@ -206,6 +208,7 @@ def _checked_form(core: nn.Module, config: ResidualMoEConfig) -> Form:
     for name, parameter in core.named_parameters():
         if not is_weight(parameter):
             raise UserError(f"the core's {name} is {described(parameter)}; {WEIGHTS}: convert it first")
+    check_parts("core", core, form)
     act: Any = getattr(core, form.act)
     if isinstance(act, nn.RReLU):
         raise UserError(f"the core's activation is {act}; use one without chance: every expert computes the same one")

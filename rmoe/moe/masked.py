@@ -22,11 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
-from rmoe.moe.experts import Activation, LowRank, Network, act_backward
+from rmoe.moe.experts import Activation, LowRank, Network, act_backward, first_order
 
-_TILE = 1600  # tokens
+TILE = 1600  # tokens
 
 
 def masked_low_rank(
@@ -91,12 +90,12 @@ class _Masked(Function):
         return found[0] if len(found) == 1 else torch.cat(found)
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx: Any, grad_TC: Tensor) -> tuple[Any, ...]:
         x_TC, gate_ET, expert_TK, *saved = ctx.saved_tensors
         core, low, kept = Network(*saved[:4]), LowRank(*saved[4:8]), iter(saved[8:])
         wants_x, wants_gate = ctx.needs_input_grad[:2]
-        of_core, of_low = ([_Sum(want) for want in ctx.needs_input_grad[at : at + 4]] for at in (6, 10))
+        of_core, of_low = ([Sum(want) for want in ctx.needs_input_grad[at : at + 4]] for at in (6, 10))
         back_nCs = list[Tensor]()
         # A choice that the capacity dropped, expert E, has gradient 0.
         grad_gate = gate_ET.new_zeros(len(gate_ET) + 1, gate_ET.shape[1]) if wants_gate else None
@@ -104,11 +103,11 @@ class _Masked(Function):
             *_in_tiles([x_TC, grad_TC], [gate_ET] if grad_gate is None else [gate_ET, grad_gate[:-1]]), strict=True
         ):
             h_nH, a_nH, u1_Pn, u2_Pn = islice(kept, 4)
-            _add_core_gradient(of_core[2:], grad_nC, a_nH)
+            add_core_gradient(of_core[2:], grad_nC, a_nH)
             grad_nH = grad_nC @ core.w2_CH
             v2_ERn = _low_rank_backward(grad_nH, grad_nC, a_nH, u2_Pn, gate_En, low[2:], of_low[2:])
             grad_nH = act_backward(ctx.act, grad_nH, h_nH)
-            _add_core_gradient(of_core[:2], grad_nH, x_nC)
+            add_core_gradient(of_core[:2], grad_nH, x_nC)
             back_nC = grad_nH @ core.w1_HC if wants_x else None
             v1_ERn = _low_rank_backward(back_nC, grad_nH, x_nC, u1_Pn, gate_En, low[:2], of_low[:2])
             if back_nC is not None:
@@ -120,15 +119,12 @@ class _Masked(Function):
         grad_x = None if not wants_x else back_nCs[0] if len(back_nCs) == 1 else torch.cat(back_nCs)
         if grad_gate is not None:
             grad_gate = grad_gate.gather(0, expert_TK.T).T
-        grad_weights = (
-            None if one.total is None else one.total.view_as(w)
-            for one, w in zip([*of_core, *of_low], saved, strict=False)
-        )
+        grad_weights = (one.rounded(w) for one, w in zip([*of_core, *of_low], saved, strict=False))
         return grad_x, grad_gate, None, None, None, None, *grad_weights
 
 
-class _Sum:
-    """Adds up the parts of a gradient, if it is wanted."""
+class Sum:
+    """Adds up the parts of a gradient, if it is wanted; in float32 those of half precision, of many tiles of tokens."""
 
     def __init__(self, wanted: bool) -> None:
         self.wanted = wanted
@@ -136,13 +132,29 @@ class _Sum:
 
     def add_product(self, x: Tensor, y: Tensor) -> None:
         """Adds the matrix product x y."""
-        if self.wanted:
-            self.total = x @ y if self.total is None else self.total.addmm_(x, y)
+        if not self.wanted:
+            return
+        if self.total is None or x.dtype.itemsize < 4:
+            self._add(x @ y)
+        else:
+            self.total.addmm_(x, y)
 
     def add_columns(self, x: Tensor) -> None:
         """Adds the sums over the rows of x."""
         if self.wanted:
-            self.total = x.sum(0) if self.total is None else self.total.add_(x.sum(0))
+            self._add(x.sum(0))
+
+    def _add(self, part: Tensor) -> None:
+        if self.total is None:
+            self.total = part
+        elif self.total.dtype.itemsize < 4:
+            self.total = self.total.float() + part
+        else:
+            self.total += part
+
+    def rounded(self, weight: Tensor | None) -> Tensor | None:
+        """Returns the gradient of `weight`, None where it is not wanted."""
+        return None if weight is None or self.total is None else self.total.to(weight.dtype).view_as(weight)
 
 
 def by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, drops: bool = True) -> Tensor:
@@ -153,7 +165,7 @@ def by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, drops: bool 
 
 def _in_tiles(rows: Sequence[Tensor], columns: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     """Returns of each matrix its pieces, one a tile: tokens are the rows of `rows` and the columns of `columns`."""
-    return [x.split(_TILE) for x in rows] + [x.split(_TILE, 1) for x in columns]
+    return [x.split(TILE) for x in rows] + [x.split(TILE, 1) for x in columns]
 
 
 def _forward(
@@ -192,7 +204,7 @@ def _low_rank_backward(
     u_Pn: Tensor,
     gate_En: Tensor,
     factors: Sequence[Tensor],
-    sums: Sequence[_Sum],
+    sums: Sequence[Sum],
 ) -> Tensor:
     """Adds to the gradients of x (`back_nI`), A and B of Σ g_e B_eᵀ (A_e x); returns B · grad, [E, R, n]."""
     a_PI, b_QO = (w.flatten(0, 1) for w in factors)
@@ -206,7 +218,7 @@ def _low_rank_backward(
     return v_ERn
 
 
-def _add_core_gradient(sums: Sequence[_Sum], grad_nO: Tensor, x_nI: Tensor) -> None:
+def add_core_gradient(sums: Sequence[Sum], grad_nO: Tensor, x_nI: Tensor) -> None:
     """Adds to the gradients of W and b of W x + b."""
     sums[0].add_product(grad_nO.T, x_nI)
     sums[1].add_columns(grad_nO)

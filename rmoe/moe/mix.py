@@ -73,6 +73,8 @@ def mix(
         weights = (None,) * 4 if core is None else core
         theta = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
         residuals = type(residuals)(*(w.to(dtype) for w in residuals))
+    if torch.compiler.is_compiling():  # an exporter cannot tell how often a shared A counts
+        residuals = residuals.spread()
     if isinstance(residuals, Full) and not drops and torch.compiler.is_exporting():
         return unsorted_networks(x_TC, expert_TK, gate_TK, theta, residuals, act, mixes_weights)
     if mixes_weights and masked:
@@ -103,6 +105,8 @@ def residual_products(
         expert_TK: as in `mix`.
         gate_TK: of the residuals' dtype.
     """
+    if torch.compiler.is_compiling():
+        residuals = residuals.spread()
     if isinstance(residuals, LowRank):
         return masked_products(expert_TK, gate_TK, residuals)
     if torch.compiler.is_compiling():
@@ -111,8 +115,12 @@ def residual_products(
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Returns what a mixture computes in for tokens x: autocast's format inside of it, else that of the tokens."""
+    """Returns what a mixture computes in for tokens x: autocast's format inside of it, but for float64, as torch's own
+    linear layers; else that of the tokens.
+    """
     device = x.device.type
+    if x.is_meta or x.dtype == torch.float64:
+        return x.dtype
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 

@@ -144,6 +144,10 @@ class Records:
 
     def _add_up(self, values_N: Tensor) -> Tensor:
         """Sums over all processes, in one all-reduce, what the losses need, for `_by_task`, and `values_N`."""
+        with torch.enable_grad():  # whoever asks first: `loss` needs the gradient
+            return self._summed(values_N)
+
+    def _summed(self, values_N: Tensor) -> Tensor:
         parts = [part for sums in self.sums.values() for part in sums]
         parts += [values_N] if len(values_N) else []
         if parts and dist.is_initialized() and dist.get_world_size() > 1:

@@ -77,11 +77,12 @@ class ExpertChoice(Gate):
         return (score_EBn * taken_EBn).flatten(1).sort(0, descending=True)
 
     def _sums(self, clean_ED: Tensor, noisy_ED: Tensor, probability_ED: Tensor, *args: Any) -> GateSums:
-        (_, *rest), share = args, self.config.experts_per_token / self.config.num_experts
-        sums = super()._sums(clean_ED, noisy_ED, probability_ED, probability_ED.argmax(0, keepdim=True), *rest)
-        return sums._replace(
-            chosen_E=torch.full_like(sums.chosen_E, share) * sums.tokens
-        )  # as many, but for rounding up
+        first_1D = probability_ED.argmax(0, keepdim=True)
+        return super()._sums(clean_ED, noisy_ED, probability_ED, first_1D, *args[1:])
+
+    def _chosen(self, expert_KD: Tensor, zeros_E: Tensor) -> Tensor:
+        """Returns as many for each expert, but for rounding up."""
+        return zeros_E + expert_KD.shape[1] * self.config.experts_per_token / self.config.num_experts
 
     @property
     def is_constant(self) -> bool:

@@ -137,3 +137,15 @@ def test_what_is_drawn_afterwards_is_what_the_dense_model_would_have_drawn() -> 
     head = nn.Linear(3, 3)
     rmoe.upcycle(swin(), CONFIG)
     assert torch.equal(nn.Linear(3, 3).weight, head.weight)
+
+
+def test_a_model_that_cannot_be_upcycled_stays_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise UserError("no")
+
+    monkeypatch.setattr("rmoe.backbones.upcycle._compare", refuse)
+    model = nn.Sequential(Mlp(4, 8, act_layer=lambda: nn.SiLU(inplace=True)))
+    with pytest.raises(UserError, match="no"):
+        rmoe.upcycle(model, ResidualMoEConfig(num_experts=4, blocks="all"))
+    assert model[0].act.inplace
+    assert all(x.requires_grad for x in model.parameters())

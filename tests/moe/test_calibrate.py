@@ -225,6 +225,24 @@ def test_what_cannot_be_calibrated(config: dict[str, object], batches: list[Tens
     assert mixture.training
 
 
+def test_either_all_gates_are_set_or_none() -> None:
+    mixture = nn.Sequential(bare(), nn.Threshold(1e9, 0.0), bare())  # the second one reads nothing but zeros
+    before = copy.deepcopy(mixture.state_dict())
+    with pytest.raises(UserError, match="^2 got only 1 different"):
+        calibrate(mixture, [clouds()])
+    torch.testing.assert_close(mixture.state_dict(), before, rtol=0, atol=0)
+
+
+def test_inputs_that_are_rare_are_found() -> None:
+    x = torch.cat([torch.zeros(1000, WIDTH), torch.eye(WIDTH)])
+    assert calibrate(bare(), [x], Calibration(tokens_per_expert=1000))[""].inputs == len(x)
+
+
+def test_a_config_that_is_none() -> None:
+    with pytest.raises(UserError, match=r"calibrate got {'batches': 1} as its config; give an rmoe.Calibration"):
+        calibrate(bare(), [clouds()], {"batches": 1})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("residual", ["low_rank", "full", "experts"])
 def test_trained_residuals_are_refused(residual: str) -> None:
     moe = bare(residual=residual)

@@ -385,3 +385,34 @@ def test_the_watch_for_waiting_sees_it() -> None:
             wait(x[:1] if wait is torch.Tensor.item else x)
     with no_sync():
         assert x[x].shape == (3,)
+
+
+def test_an_expert_out_of_reach_is_not_chosen_for_its_bias() -> None:
+    module = gate(balance_rate=0.1)
+    with torch.no_grad():
+        module.bias.copy_(torch.tensor([200.0, 0.0, 0.0]))  # the others' probability is 0 in float32
+    module.choice_bias += torch.tensor([-1.0, 0.1, 0.0])
+    routing = module(LOGITS)
+    assert routing.expert_TK.flatten().tolist() == [0, 0, 0]
+    assert torch.equal(routing.gate_TK, torch.ones(3, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_choices_bias_keeps_its_bits_in_half_precision(dtype: torch.dtype) -> None:
+    module = gate(balance_rate=0.001)
+    module.choice_bias += 1
+    module.to(dtype).balance(torch.tensor([4.0, 1.0, 1.0]), step=True)
+    assert module.weight.dtype == dtype
+    torch.testing.assert_close(module.choice_bias, torch.tensor([0.999, 1.001, 1.001]), rtol=0, atol=1e-6)
+    assert module.to("meta").choice_bias.is_meta
+
+
+def test_images_without_tokens_have_no_decision_to_share() -> None:
+    routing = gate(gate_input="image").eval()(torch.zeros(2, 0, 3))
+    assert routing.expert_TK.shape == routing.gate_TK.shape == (0, 1)
+
+
+def test_a_gate_runs_without_values() -> None:
+    routing = gate().to("meta")(LOGITS.to("meta"))
+    assert routing.probability_TE.is_meta
+    assert routing.probability_TE.shape == (3, 3)

@@ -12,7 +12,8 @@ import pytest
 import torch
 from deepspeed.moe.layer import MoE
 from deepspeed.moe.utils import is_moe_param
-from timm.layers import Mlp
+from timm.layers import Mlp, SwiGLU
+from timm.models.pvt_v2 import MlpWithDepthwiseConv
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -128,6 +129,13 @@ def test_more_experts_than_tokens() -> None:
     with pytest.raises(UserError, match="3 tokens for its 4 experts"):
         layer()(tokens(3))
     assert layer().eval()(tokens(3)).shape == (3, WIDTH)
+
+
+def test_one_of_several_processes_may_have_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    for count in (0, 1):
+        assert layer()(tokens(count)).shape == (count, WIDTH)
 
 
 # ---- experts of their own, the upper bound ---------------------------------------------------------------------------
@@ -301,6 +309,13 @@ def mlp(act: Callable[[], nn.Module] = nn.GELU, **changed: nn.Module) -> Mlp:
     return network
 
 
+def swiglu(**changed: nn.Module) -> SwiGLU:
+    network = SwiGLU(WIDTH, 2 * WIDTH)
+    for name, module in changed.items():
+        setattr(network, name, module)
+    return network
+
+
 class OtherWeights(nn.Linear):
     """A linear layer with weights of a dtype that no core has."""
 
@@ -320,6 +335,10 @@ class OtherWeights(nn.Linear):
         (lambda: mlp(fc2=nn.Linear(2 * WIDTH, WIDTH + 1)), "lead back"),
         (lambda: mlp(fc2=nn.Identity()), "a Mlp without fc2"),
         (lambda: nn.Linear(WIDTH, WIDTH), "a Linear without fc1"),
+        (lambda: Mlp(WIDTH, 2 * WIDTH, drop=0.1), "dropout inside"),
+        (lambda: MlpWithDepthwiseConv(WIDTH, 2 * WIDTH), "has 'dwconv'"),
+        (lambda: swiglu(fc1_x=nn.Linear(WIDTH, 2 * WIDTH, bias=False)), "fc1_g' has a bias and the other half"),
+        (lambda: swiglu(fc1_g=nn.Linear(WIDTH, 2 * WIDTH, bias=False)), "fc1_x' has a bias and the other half"),
     ],
 )
 def test_cores_that_the_layer_would_not_compute(core: Callable[[], nn.Module], message: str) -> None:
@@ -589,3 +608,60 @@ def test_local_experts_changes_nothing_in_one_process() -> None:
 def test_ep_size_without_processes_is_refused() -> None:
     with pytest.raises(UserError, match="needs torch.distributed"):
         layer(ep_size=2)
+
+
+@pytest.mark.parametrize("asks", ["balance", "loads", "average"])
+def test_who_asks_first_does_not_take_the_gradient_of_the_losses(asks: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rmoe.moe.records.SumOverProcesses", SumOfOne)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    moe = layer(losses=GateLosses(importance=1.0))
+    with collect() as records:
+        moe(tokens())
+    with torch.no_grad():
+        getattr(records, asks)(*([torch.zeros(2)] if asks == "average" else []))
+    records.loss().backward()
+    assert moe.gate.weight.grad.abs().sum() > 0
+
+
+class SumOfOne(torch.autograd.Function):
+    """The sum over two processes of which the other one has nothing."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        return grad
+
+
+class QuickGELU(nn.GELU):
+    """An activation that is not its parent's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(1.702 * x)
+
+
+@pytest.mark.parametrize("top_k", [1, "all"])
+def test_a_subclass_of_gelu_has_its_own_gradient(top_k: int | str) -> None:
+    core = mlp(QuickGELU).double()
+    x = tokens().double().requires_grad_()
+    (expected,) = torch.autograd.grad(core(x).sum(), x)
+    moe = ResidualMoE(core, ResidualMoEConfig(num_experts=4, top_k=top_k, noise=0.0))  # type: ignore[arg-type]
+    torch.testing.assert_close(torch.autograd.grad(moe(x).sum(), x)[0], expected)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "full"])
+def test_float64_stays_float64_under_autocast(kind: str) -> None:
+    moe, x = layer(residual=kind, spread=0.1).double(), tokens().double()
+    expected = moe.eval()(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(moe(x), expected)
+
+
+@pytest.mark.parametrize("config", [{}, {"top_k": "all"}, {"residual": "full"}], ids=str)
+def test_second_derivatives_are_refused(config: dict[str, object]) -> None:
+    x = tokens().requires_grad_()
+    with pytest.raises(RuntimeError, match="first derivatives alone"):
+        torch.autograd.grad(layer(spread=0.1, **config)(x).square().sum(), x, create_graph=True)

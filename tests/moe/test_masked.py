@@ -85,7 +85,7 @@ def test_equals_reference_in_value_and_gradient(
     inputs = [t.requires_grad_() for i, t in enumerate(every) if i in wanted and t is not None]
     arguments = (inputs, x, expert_TK, gate, core, low, act, mixes)
     with (
-        mock.patch.object(masked, "_TILE", tile),
+        mock.patch.object(masked, "TILE", tile),
         mock.patch.object(mixing, "_is_on_gpu", return_value=gpu),
         mock.patch.object(mixing, "_masks", return_value=masks),
     ):
@@ -235,7 +235,7 @@ def test_it_keeps_little_more_than_the_dense_network(gpu: bool) -> None:
     # In the number format of a GPU the dense network too keeps a copy of x and of its weights.
     with torch.autocast("cpu", torch.bfloat16, enabled=gpu):
         dense = saved_bytes(moe.core, x, list(moe.parameters()))
-        with as_on_a_gpu() if gpu else mock.patch.object(masked, "_TILE", 100):
+        with as_on_a_gpu() if gpu else mock.patch.object(masked, "TILE", 100):
             found = saved_bytes(mixture, x, list(moe.parameters()))
     assert found <= 1.3 * dense
 
@@ -360,7 +360,7 @@ def expected(moe: ResidualMoE, x: Tensor) -> Tensor:
     return y.view_as(x)
 
 
-FORMS = [{}, {"top_k": "all"}, {"top_k": 2, "combine": "straight_through"}]
+FORMS = [{}, {"top_k": "all"}, {"top_k": 2, "combine": "straight_through"}, {"shared_a": True}]
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)
@@ -404,3 +404,27 @@ def test_a_layer_that_is_compiled_trains_as_it_is(form: dict[str, Any]) -> None:
         (y.square().sum() + records.loss()).backward()
         found.append([y.detach(), records.loss().detach(), *(p.grad for p in moe.parameters() if p.requires_grad)])
     torch.testing.assert_close(*found)
+
+
+def test_experts_that_choose_train_while_compiled() -> None:
+    moe, x = layer(router="expert_choice", top_k=1), torch.randn(2, 5, WIDTH)
+    torch._dynamo.reset()
+    with collect() as records:
+        torch.compile(moe, backend="eager")(x)
+    assert records.sums[moe, 0].chosen_E.tolist() == [2.5] * moe.num_experts
+
+
+@pytest.mark.parametrize("top_k", [1, "all"])
+def test_gradients_of_many_tiles_are_not_rounded_at_each(top_k: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (masked, cpu_kernels):
+        monkeypatch.setattr(module, "TILE", 16)
+    torch.manual_seed(0)
+    moe, x = layer(top_k=top_k, noise=0.0, train_core=True), torch.rand(4096, WIDTH)
+    found = []
+    for enabled in (False, True):
+        moe.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            moe(x).float().sum().backward()
+        found.append([p.grad for name, p in moe.named_parameters() if name.startswith("core")])
+    for exact, rounded in zip(*found, strict=True):
+        assert (rounded - exact).norm() < 0.008 * exact.norm()

@@ -107,7 +107,7 @@ def test_low_rank_in_any_tiles_equals_reference(
     inputs = [t for t in leaves(x, gate, core, residuals) if train_core or not any(t is c for c in core)]
     expected = value_and_gradients(reference, inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)
     with (
-        mock.patch.object(cpu_kernels, "_TILE", rows),
+        mock.patch.object(cpu_kernels, "TILE", rows),
         mock.patch.object(cpu_kernels, "_joins_experts", return_value=joined),
     ):
         found = value_and_gradients(mix, inputs, x, expert_TK, gate, core, residuals, torch.tanh, mixes)

@@ -136,6 +136,15 @@ def test_dropped_experts_get_no_token_and_the_others_share_them(top_k: int) -> N
     assert len(seen) > 4
 
 
+@pytest.mark.parametrize("combine", ["straight_through", "residual"])
+def test_a_dropped_expert_is_not_chosen_for_its_bias(combine: str) -> None:
+    module = gate(expert_drop=0.5, combine=combine, balance_rate=0.001)
+    module.choice_bias[2] = 10.0
+    for seed in range(20):
+        torch.manual_seed(seed)
+        assert (module(tokens()).gate_TK > 0).all()  # NaN is not, either
+
+
 def test_the_share_of_dropped_experts_is_the_one_asked_for() -> None:
     torch.manual_seed(0)
     module = Gate(WIDTH, ResidualMoEConfig(num_experts=64, top_k=1, expert_drop=0.25, noise=0.0))
