@@ -250,7 +250,7 @@ def _shape(layer: Any) -> tuple[int, int]:
 def surplus(network: nn.Module, form: Form) -> Iterator[tuple[str, nn.Module]]:
     """Yields the modules of a network that its form does not have, by name."""
     for child, part in network.named_children():
-        if child not in form.parts and not (isinstance(part, (nn.Identity, nn.Dropout)) or _is_drop_path(part)):
+        if child not in form.parts and type(part) not in (nn.Identity, nn.Dropout) and not _is_drop_path(part):
             yield child, part
 
 
@@ -268,7 +268,7 @@ def check_parts(name: str, network: nn.Module, form: Form) -> None:
         UserError: dropout, a hook, a parametrization, or any part or tensor that the form does not have.
     """
     for where, part in network.named_modules(prefix=name):
-        if (isinstance(part, _DropoutNd) and part.p) or (_is_drop_path(part) and part.drop_prob):
+        if (isinstance(part, _DropoutNd) and part.p) or (_is_drop_path(part) and getattr(part, "drop_prob", 1)):
             raise UserError(f"'{name}' has dropout inside, which experts do not have; build the model with proj_drop=0")
         if is_parametrized(part):
             raise UserError(f"'{where}' has a parametrization, which a mixture would drop; remove it first")
