@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import nn
 
 from rmoe.engine.building import user_errors
 from rmoe.engine.changes import parsed
-from rmoe.engine.checkpoint.export import MODEL
+from rmoe.engine.checkpoint.export import MODEL, read_metadata
 from rmoe.engine.model_config import for_one_process
 from rmoe.engine.task_config import model_tasks, read_alone, state_of, task_config
 from rmoe.errors import UserError
@@ -110,7 +111,7 @@ class Run:
 
     def __init__(self, folder: Path, *, task: str | None = None, trusted: bool = True) -> None:
         self.folder, self.part = folder, task
-        whole = run_config(folder) if trusted else _literal_config(folder)
+        whole = run_config(folder) if trusted else literal_config(folder)
         with user_errors(f"{folder} is no run's: its dumped config lacks what a report needs"):
             self._model = whole.get("model")
             self.config = task_config(whole, task, folder)
@@ -125,6 +126,13 @@ class Run:
     def seed(self) -> int:
         """Returns the seed of the run; 0 where the config names none, as in training."""
         return (self.config.get("randomness") or {}).get("seed") or 0
+
+    @property
+    def core_sha256(self) -> str | None:
+        """Returns the hash of the core's file that a finished run was made from; None where the run does not say."""
+        with suppress(UserError):
+            return read_metadata(self.folder).get("core_sha256")
+        return None
 
     def left(self, kind: str) -> Path:
         """Returns the folder of that name that the run has left, of its task where it has several."""
@@ -234,7 +242,7 @@ class Run:
 
     def _log(self) -> Iterator[dict[str, Any]]:
         """Yields what was logged, line by line; a step that a resumed run has done again is there twice."""
-        for log in sorted(self.folder.rglob("scalars.json")):
+        for log in sorted(self.folder.glob("*/vis_data/scalars.json")):
             with user_errors(f"{log} is damaged"):
                 lines = [json.loads(line) for line in log.read_text().splitlines()]
                 if not all(isinstance(line, dict) for line in lines):
@@ -254,7 +262,12 @@ class Run:
         return self.folder / name
 
 
-def _literal_config(folder: Path) -> Config:
+def literal_config(folder: Path) -> Config:
+    """Returns the config that a run has dumped, read as data.
+
+    Raises:
+        UserError: the folder is no run's, or the config is damaged.
+    """
     configs = sorted(folder.glob("*.py"))
     if len(configs) != 1:
         raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
