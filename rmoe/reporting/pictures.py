@@ -65,20 +65,24 @@ def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Modu
 
 def draw_experts(scenes: Sequence[Scene], model: nn.Module) -> Figure:
     """Draws a row for each of the `scenes`: the image, and over it, for each MoE layer, each token's expert with the
-    largest part."""
+    largest part; the image alone where none has any."""
     layers = moe_layers(model)
     experts = max(layer.num_experts for layer in layers.values())
     colours = np.array(palette(experts)) / 255  # no grey: the image under them is
-    maps = [routing_maps(model, partial(scene.answer, model), scene.size(model)) for scene in scenes]
+    shades = np.concatenate([np.pad(colours, ((0, 0), (0, 1)), constant_values=0.65), np.zeros((1, 4))])
+    maps = [routing_maps(model, partial(scene.answer, model), scene.shape) for scene in scenes]
     titles = [name.removesuffix(".mlp") for name in maps[0]]
     figure, axes = _grid(len(scenes), ["image", *titles], legend=1.2)
     for row, scene, found in zip(axes, scenes, maps, strict=True):
         image = scene.image
         row[0].imshow(image)
-        for axis, expert_hw in zip(row[1:], found.values(), strict=True):
-            extent = (0, image.shape[1], image.shape[0], 0)
-            axis.imshow(image.mean(-1), cmap="gray", extent=extent)
-            axis.imshow(colours[expert_hw], extent=extent, alpha=0.65, interpolation="nearest")
+        for axis, one in zip(row[1:], found.values(), strict=True):
+            height, width = image.shape[:2]
+            (rows, columns), (tall, wide) = one.expert_hw.shape, one.cell
+            drawn = shades[np.where(one.expert_hw < one.probability_hwE.shape[-1], one.expert_hw, experts)]
+            axis.imshow(image.mean(-1), cmap="gray", extent=(0, width, height, 0))
+            axis.imshow(drawn, extent=(0, columns * wide * width, rows * tall * height, 0), interpolation="nearest")
+            axis.set(xlim=(0, width), ylim=(height, 0))
     _legend(figure, [(f"expert {expert}", colours[expert]) for expert in range(experts)])
     return figure
 
