@@ -115,7 +115,7 @@ def draw_load(layers: Mapping[str, LayerLoad]) -> Figure:
         shown = right.imshow((counts / counts.sum(1, keepdims=True)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         figure.colorbar(shown, ax=right, fraction=0.05, label="share of the class")
         right.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        right.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
+        right.set_xticks(range(len(names)), [_plain(name) for name in names], rotation=90, fontsize="xx-small")
         right.set_xlabel(f"what the expert tells of the class: {load.information:.2f}", fontsize="x-small")
     return figure
 
@@ -177,12 +177,17 @@ def _grid(rows: int, titles: Sequence[str], legend: float) -> tuple[Figure, np.n
     top = 1 - 0.3 / (side * rows + 0.3)
     figure.subplots_adjust(left=0.005, right=width / (width + legend), bottom=0.005, top=top, wspace=0.03, hspace=0.03)
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
+        axis.set_title(_plain(title))
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
 
 
+def _plain(text: str) -> str:
+    """Returns a text that matplotlib draws as it is: a dollar begins a formula there, an underscore hides a label."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _legend(figure: Figure, entries: Sequence[tuple[str, Any]]) -> None:
-    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in entries]
+    handles = [Patch(facecolor=colour, edgecolor="black", label=_plain(name)) for name, colour in entries]
     figure.legend(handles=handles, loc="center right", frameon=False)
