@@ -266,7 +266,9 @@ def _check_core(
     lacking = [key for key in frozen if key not in taken]
     # Another file may hold the same weights, which frozen cores show; other runs have nothing to show it by.
     if lacking or (taken and not frozen and known and here and known != here):
-        differ = f": {len(lacking)} of {len(frozen)} weights of its frozen cores differ, such as {lacking[0]}"
+        differ = (
+            f": {len(lacking)} of {len(frozen)} weights of its frozen cores differ, such as {', '.join(lacking[:1])}"
+        )
         hashes = f"its core's file had the SHA-256 {known}, this one has {here}" if known else "its own is not known"
         raise UserError(
             f"{where} was not made from {core.source}{differ if lacking else ''}; {hashes}: give the run's own core by "

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -32,7 +33,52 @@ from rmoe.moe.state import load_global_state_dict
 from rmoe.tasks.scenes import Scene, evenly_spread
 
 ANALYSIS, ANALYSIS_JSON = "analysis", "analysis.json"  # where `rmoe analyze` writes, in the work dir
-_COST = ("train_seconds", "device_seconds", "flops_per_step", "params_total", "params_active", "params_trainable")
+
+
+class _File(BaseModel):
+    """Says what a file has to hold for what is read of it; it may hold more."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Cost(_File):
+    """Describes cost.json."""
+
+    train_seconds: NonNegativeFloat
+    device_seconds: NonNegativeFloat
+    flops_per_step: NonNegativeFloat
+    params_total: NonNegativeInt
+    params_active: NonNegativeInt
+    params_trainable: NonNegativeInt
+    steps: NonNegativeInt | None = None
+    devices: PositiveInt | None = None
+    device: str | None = None
+    precision: str | None = None
+    zero_stage: int | None = None
+    ep_size: int | None = None
+    command: list[str] | None = None
+    software: dict[str, str | None] | None = None
+
+
+class _Load(_File):
+    """Describes what analysis.json says of the load of a layer."""
+
+    load: list[float]
+    load_entropy: float
+    information: float
+    by_class: dict[str, list[NonNegativeInt]]
+
+
+class _Layer(_File):
+    """Describes what analysis.json says of a layer."""
+
+    load: _Load
+
+
+class _Analysis(_File):
+    """Describes analysis.json."""
+
+    layers: dict[str, _Layer]
 
 
 class _Measure(NamedTuple):
@@ -144,11 +190,16 @@ class Run:
         Raises:
             UserError: there is none yet, or it is damaged.
         """
-        with user_errors(f"{self.folder}: cost.json is damaged, run the training again"):
-            cost: dict[str, Any] = json.loads(self._file("cost.json").read_text())
-            if lacking := [key for key in _COST if not isinstance(cost[key], int | float)]:
-                raise ValueError(f"{lacking[0]} is no number")
-            return cost
+        return _fitting(self._file("cost.json"), _Cost, "run the training again")
+
+    def analysis(self) -> dict[str, Any] | None:
+        """Returns the content of analysis.json, which `rmoe analyze` has left; None where it has not.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.left(ANALYSIS) / ANALYSIS_JSON
+        return _fitting(path, _Analysis, "run rmoe analyze again") if path.is_file() else None
 
     def values(self) -> dict[str, float]:
         """Returns the metrics, in percent, as they were logged last; only those that were.
@@ -260,6 +311,24 @@ class Run:
         if not (self.folder / name).is_file():
             raise UserError(f"{self.folder} has no {name}; give the work dir of a finished run")
         return self.folder / name
+
+
+def _fitting(path: Path, schema: type[BaseModel], advice: str) -> dict[str, Any]:
+    """Returns the content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the schema.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {where[:80]}: {first['msg']}; {advice}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; {advice}") from error
+    return content
 
 
 def literal_config(folder: Path) -> Config:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmoe.errors import UserError
 from rmoe.inference.runs import Run
 from rmoe.reporting.arms import leaves, settings
 from rmoe.reporting.statistics import paired
@@ -172,7 +173,7 @@ def compare(runs: Sequence[Run], majorities: Sequence[dict[str, float]] | None =
         majorities: for each run, what its metrics give to the commonest class.
 
     Raises:
-        UserError: the logs or cost.json of a run are damaged.
+        UserError: the logs of a run are damaged.
     """
     names = _names([run.left("") for run in runs])
     notes: list[str] = []
@@ -185,7 +186,12 @@ def compare(runs: Sequence[Run], majorities: Sequence[dict[str, float]] | None =
         arms = _arm_names([runs[i].stage for i in mine], settings([runs[i] for i in mine]))
         entries = []
         for i, arm in zip(mine, arms, strict=True):
-            cost = runs[i].cost() if (runs[i].folder / "cost.json").exists() else None
+            cost = None
+            if (runs[i].folder / "cost.json").exists():
+                try:
+                    cost = runs[i].cost()
+                except UserError as error:
+                    notes.append(f"{error}; it is left out")
             majority = majorities[i] if majorities else None
             entries.append(Entry(runs[i], names[i], arm, runs[i].logged_values(), cost, majority))
         shown = {entry.name: configs[i] for entry, i in zip(entries, mine, strict=True)}
@@ -200,7 +206,7 @@ def compare(runs: Sequence[Run], majorities: Sequence[dict[str, float]] | None =
 
 
 def _notes(entry: Entry) -> Iterable[str]:
-    if entry.cost is None:
+    if not (entry.run.folder / "cost.json").exists():
         yield f"{entry.name} has no cost.json: it is not finished."
     if not entry.values:
         yield f"{entry.name} has no {entry.run.task.measures[0].logged} in its logs: it was not evaluated yet."
