@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -420,11 +421,11 @@ class _Grid:
 @contextmanager
 def _whole_images(model: Any) -> Iterator[None]:
     """Lets a segmentor see images whole where it would see one window of them after another."""
-    settings = getattr(model, "test_cfg", None)
+    settings: Any = getattr(model, "test_cfg", None)
     if not isinstance(settings, Mapping) or settings.get("mode") != "slide":
         yield
         return
-    model.test_cfg = type(settings)({**settings, "mode": "whole"})
+    model.test_cfg = ConfigDict(settings, mode="whole")
     try:
         yield
     finally:
