@@ -20,6 +20,7 @@ from rmoe.engine import command
 from rmoe.errors import UserError, exit_code
 from rmoe.inference.command import add_predict, add_test
 from rmoe.inference.export_command import add_attach, add_export
+from rmoe.inference.printing import tell
 from rmoe.reporting.estimate_command import add_estimate
 
 _LAYOUTS = ("ade20k", "coco", "imagenet")
@@ -131,7 +132,7 @@ def _scenes(arguments: argparse.Namespace) -> None:
     names = [field.name for field in dataclasses.fields(SceneParams)]
     params = SceneParams(**{name: getattr(arguments, name) for name in names})
     made = render(arguments.out, params, jobs=arguments.jobs)
-    print(f"{arguments.out}: {'written' if made else 'there already, with these parameters'}")
+    tell(f"{arguments.out}: {'written' if made else 'there already, with these parameters'}")
 
 
 def _add_prepare(actions: argparse._SubParsersAction) -> None:
@@ -182,13 +183,13 @@ def _check(arguments: argparse.Namespace) -> int:
     else:
         report = {"coco": check_coco, "imagenet": check_imagenet}[arguments.layout](arguments.path)
     for key, count in report.counts.items():
-        print(f"{key}: {count}")
+        tell(f"{key}: {count}")
     for note in report.notes:
-        print(f"note: {note}")
+        tell(f"note: {note}")
     for problem in report.problems:
-        print(problem.message)
+        tell(problem.message)
     number = len(report.problems)
-    print(f"{arguments.path}: {number or 'no'} problem{'' if number == 1 else 's'} found")
+    tell(f"{arguments.path}: {number or 'no'} problem{'' if number == 1 else 's'} found")
     if arguments.json:
         content = {
             "path": str(arguments.path),
@@ -222,8 +223,9 @@ def _add_import(groups: argparse._SubParsersAction) -> None:
 def _import_core(arguments: argparse.Namespace) -> None:
     from rmoe.backbones.build import import_core
 
-    print(import_core(arguments.source, arguments.model, arguments.out))
-    print(f"{arguments.out}: written")
+    for line in str(import_core(arguments.source, arguments.model, arguments.out)).splitlines():
+        tell(line)
+    tell(f"{arguments.out}: written")
 
 
 def _add_split(groups: argparse._SubParsersAction) -> None:
@@ -244,8 +246,8 @@ def _split(arguments: argparse.Namespace) -> None:
     from rmoe.backbones.build import split_experts
 
     for note in split_experts(arguments.source, arguments.out, arguments.ranks):
-        print(f"note: {note}")
-    print(f"{arguments.out}.master and .rank0 to .rank{arguments.ranks - 1}: written")
+        tell(f"note: {note}")
+    tell(f"{arguments.out}.master and .rank0 to .rank{arguments.ranks - 1}: written")
 
 
 def _add_report(groups: argparse._SubParsersAction) -> None:
@@ -270,7 +272,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
     report(arguments.runs, arguments.out, arguments.html, arguments.json)
     for path in filter(None, (arguments.html, arguments.json, arguments.out)):
-        print(f"{path}: written")
+        tell(f"{path}: written")
 
 
 def _add_analyze(groups: argparse._SubParsersAction) -> None:

@@ -24,6 +24,13 @@ def nearest(key: str, known: Iterable[str]) -> str:
     return f"{hint} known: {', '.join(names)}"
 
 
+def printable(text: str) -> str:
+    """Returns a text that stays one line of a terminal: a question mark stands for what could steer it or cannot be
+    encoded, which names of files and classes may have.
+    """
+    return "".join(character if character.isprintable() else "?" for character in text)
+
+
 def run_guarded(run: Callable[[], int | None], program: str = "rmoe") -> NoReturn:
     """Runs `run` and ends the process with its exit code (None is 0).
 
@@ -45,7 +52,7 @@ def exit_code(run: Callable[[], int | None], program: str, debug: bool = False) 
     except UserError as error:
         if debug:
             traceback.print_exc()
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{program}: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr)

@@ -24,8 +24,9 @@ from mmengine.config import Config
 from rmoe.engine.check_values import everywhere
 from rmoe.engine.ports import free_port
 from rmoe.errors import UserError
+from rmoe.inference.moved import moved_paths
 
-_STEP = re.compile(r"Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?loss: ([\d.]+)")
+_STEP = re.compile(r"Iter\(train\)\s*\[\s*(\d+)/(\d+)\].*?loss: (\S+)")
 _TAIL = 25  # lines of a failed run's log that are shown
 _POLL = 0.2  # seconds
 
@@ -123,11 +124,9 @@ class Training:
 
 def moved(config: Config, old: Path, new: Path) -> dict[str, str]:
     """Returns the options (dotted keys and values) that move every path of a config from the folder `old` to `new`."""
-    return {
-        key: str(new / Path(value).relative_to(old))
-        for key, value in everywhere(config.to_dict())
-        if isinstance(value, str) and Path(value).is_relative_to(old)
-    }
+    before = config.to_dict()
+    pairs = zip(everywhere(before), everywhere(moved_paths(before, old, new)), strict=True)
+    return {key: there for (key, here), (_, there) in pairs if isinstance(there, str) and there != here}
 
 
 def with_classes(config: Config, number: int) -> dict[str, int]:
@@ -144,10 +143,13 @@ def run_logged(command: Sequence[str], log: Path, show: Show | None = None) -> N
     with log.open("wb") as out, log.open(errors="replace") as lines:
         child = subprocess.Popen(installed(command), stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
         try:
+            unfinished = ""
             while child.poll() is None:
                 time.sleep(_POLL)
-                _tell(show, lines.read())
-            _tell(show, lines.read())
+                text = unfinished + lines.read()
+                whole, end, unfinished = text.rpartition("\n")
+                _tell(show, whole + end)
+            _tell(show, unfinished + lines.read())
         finally:
             _end(child)
     if child.returncode:

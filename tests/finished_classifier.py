@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rmoe.engine.checkpoint.export import write_model
+from rmoe.engine.checkpoint.export import core_sha256, write_model
 from rmoe.moe.state import global_state_dict
 from rmoe.tasks.classification import TimmClassifier
 
@@ -30,7 +30,8 @@ def finished(folder: Path, core: Path, seed: int, moe: dict[str, Any] | None, **
         if any(word in name for word in TRAINED):
             torch.nn.init.normal_(x, std=0.3)
     folder.mkdir()
-    write_model(folder, global_state_dict(model), config, classes=("a", "b", "c"), inputs=INPUTS, core_sha256="0" * 64)
+    known = {"classes": ("a", "b", "c"), "inputs": INPUTS, "core_sha256": core_sha256(config)}
+    write_model(folder, global_state_dict(model), config, **known)
     return folder
 
 

@@ -55,6 +55,20 @@ def test_a_config_is_moved_with_all_that_it_reads_in_a_folder():
     assert with_classes(config, 5) == {"pipeline.1.num_classes": 5, "num_classes": 5}
 
 
+def test_only_what_names_a_path_is_moved():
+    dataset = {"data_root": "./", "ann_file": "ann.json", "data_prefix": {"img_path": "images"}, "split": "val"}
+    config = Config({"dataset": dataset, "evaluator": {"ann_file": "ann.json"}, "scope": "mmseg"})
+    assert moved(config, Path("./"), Path("new")) == {"dataset.data_root": "new", "evaluator.ann_file": "new/ann.json"}
+
+
+def test_progress_is_read_whole(tmp_path):
+    seen = []
+    line = LINE.replace("2.6019", "nan") + "\n"
+    code = f"import time; print({line[:70]!r}, end='', flush=True); time.sleep(0.5); print({line[70:]!r}, end='')"
+    run_logged([sys.executable, "-c", code], tmp_path / "log", lambda *told: seen.append(told))
+    assert seen == [(40, 300, "nan")]
+
+
 def test_a_complete_run_is_skipped_unless_something_changed(tmp_path, monkeypatch):
     one = training(tmp_path, monkeypatch, FINISHES)
     assert one.run()

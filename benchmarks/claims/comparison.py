@@ -6,14 +6,14 @@ same test after Holm's correction over all arms of a task and metric that are co
 
 Of an arm's several learning rates the best is taken, by its mean difference to dense at the usual one: of dense, which
 makes the reference, of the candidates, and of their controls. It is chosen on the seeds that it is judged on, which
-favours each of them.
+favours each of them; and on pairs that all rates of the arm have, since one that was tried on easier seeds would win by
+these. `rates_tried` says which there were.
 """
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from math import inf
 from typing import NamedTuple
 
 from scipy.stats import t as student
@@ -115,13 +115,38 @@ def gather(study: Study, ledger: Ledger, cells: Iterable[Cell]) -> dict[str, Run
 def best_of(family: str, runs: Mapping[str, Runs], read: Read) -> str | None:
     """Returns the learning rate's arm that stands for a family, or an arm that has but one rate; None without a run.
 
-    It is the one with the highest mean difference to dense, of those with at least `FEW` seeds, if there are any.
+    Of the rates with at least `FEW` seeds, if there are any, it is the one with the highest mean difference to dense,
+    over the pairs that all of them have; where these have none in common, the one with the most seeds.
     """
-    present = [name for name in FAMILIES.get(family, (family,)) if runs.get(name)]
-    found = {name: difference(runs[name], runs.get("dense", {}), read, subtract) for name in present}
-    enough = [name for name in present if len(found[name].seeds) >= FEW] or present
-    means = {name: -inf if (mean := found[name].mean) is None else mean for name in enough}
-    return max(enough, key=lambda name: means[name], default=None)
+    pairs = {name: _pairs(runs[name], runs.get("dense", {}), read) for name in _present(family, runs)}
+    enough = {name: mine for name, mine in pairs.items() if len(_seeds(mine)) >= FEW} or pairs
+    if not enough:
+        return None
+    common = set.intersection(*enough.values())
+    if not common:
+        return max(enough, key=lambda name: len(_seeds(enough[name])))
+    dense = {key: runs["dense"][key] for key in common}
+    means = {name: difference(runs[name], dense, read, subtract).mean or 0.0 for name in enough}
+    return max(means, key=lambda name: means[name])
+
+
+def rates_tried(name: str, runs: Mapping[str, Runs], read: Read) -> dict[str, int]:
+    """Returns, for each rate of an arm's family, by arm, on how many seeds it has pairs with dense: 0 if not tried."""
+    dense, family = runs.get("dense", {}), family_of(name)
+    return {one: len(_seeds(_pairs(runs.get(one, {}), dense, read))) for one in FAMILIES.get(family, (family,))}
+
+
+def _present(family: str, runs: Mapping[str, Runs]) -> list[str]:
+    return [name for name in FAMILIES.get(family, (family,)) if runs.get(name)]
+
+
+def _pairs(mine: Runs, theirs: Runs, read: Read) -> set[tuple[int, Context]]:
+    """Returns the seeds and contexts in which both arms have a figure."""
+    return {key for key in mine.keys() & theirs.keys() if None not in (read(mine[key]), read(theirs[key]))}
+
+
+def _seeds(pairs: Iterable[tuple[int, Context]]) -> set[int]:
+    return {seed for seed, _ in pairs}
 
 
 def measured(study: Study, ledger: Ledger) -> Iterator[tuple[str, str, dict[str, Runs]]]:
@@ -165,6 +190,7 @@ def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
         "values": means,
         "mean": statistics.mean(means),
         "std": statistics.stdev(means) if len(means) > 1 else None,
+        "rates_tried": rates_tried(name, runs, read),
         "best_dense": best,
         "rival": study.rivals.get(name),
     }

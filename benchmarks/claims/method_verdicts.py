@@ -134,6 +134,7 @@ def arms_table(rows: Sequence[Row]) -> list[Row]:
             "arm": row["arm"],
             "metric": row["metric"],
             "seeds": len(row["seeds"]),
+            "rates tried (seeds)": _rates(row["rates_tried"]),
             "mean": row["mean"],
             "− dense": difference(row).mean,
             "95 %": span(difference(row).interval),
@@ -147,6 +148,13 @@ def arms_table(rows: Sequence[Row]) -> list[Row]:
         }
         for row in rows
     ]
+
+
+def _rates(tried: Mapping[str, int]) -> str:
+    """Returns the rates of an arm with their seeds, as people read them."""
+    if len(tried) == 1:
+        return "has one"
+    return ", ".join(f"{name} ({seeds})" if seeds else f"{name} not tried" for name, seeds in tried.items())
 
 
 def ideas_table(rows: Sequence[Row]) -> list[Row]:

@@ -48,8 +48,9 @@ def render(folder: Path) -> str:
         *_part(folder, "claims", "All arms", table),
         *_part(folder, "long", "A longer schedule", longer_table),
         *_part(folder, "ablation", "One choice at a time", ablation),
-        f"## Inside the experts\n\n{common.markdown(experts(inside | longer))}",
     ]
+    if seen := inside | longer:
+        parts.append(f"## Inside the experts\n\n{common.markdown(experts(seen))}")
     return "\n".join(parts)
 
 

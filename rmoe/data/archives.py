@@ -16,7 +16,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -205,9 +205,10 @@ class Packed:
     def name(self, number: int) -> str:
         """Returns the names of an image and its archive for a message; this reads the archive again."""
         path, offset = Path(self._archives[self._archive[number]]), self._offset[number]
-        with archive_errors(path):
+        with suppress(OSError, UserError), archive_errors(path):
             found = (f"{name} in {path}" for name, start, _ in _members(path) if start == offset)
             return next(found, f"an image in {path}, which has changed since,")
+        return f"an image in {path}, which can no longer be read,"
 
 
 _DAMAGES = (

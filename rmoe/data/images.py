@@ -20,6 +20,15 @@ IGNORED = 255  # the label value of void
 MOST_PIXELS = Image.MAX_IMAGE_PIXELS or 2**26  # a larger image may be a decompression bomb, says Pillow
 _DEEP = ("I", "F")  # the names of modes with 16 and 32 bits begin with these letters
 _ORIENTATION = 0x0112  # the EXIF tag
+_TURNED_BACK = {  # what undoes each orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 
 
 class UnreadableImage(UserError):
@@ -41,10 +50,18 @@ def read_image(path: str, content: bytes | None = None) -> Image.Image:
         UnreadableImage: the file is missing, is no image, is damaged, was cut short, or has too many pixels.
         OtherMode: the image has 16 or 32 bits a channel, or floats.
     """
-    image = _decode(path, content, "image")[0]
+    return of_8_bits(_decode(path, content, "image")[0], path)
+
+
+def of_8_bits(image: Image.Image, name: str) -> Image.Image:
+    """Returns the image if it has at most 8 bits a channel; `name` is what messages call it.
+
+    Raises:
+        OtherMode: it has more.
+    """
     if image.mode.startswith(_DEEP):
         raise OtherMode(
-            f"image {path} has mode {image.mode}, of more than 8 bits a channel, which would be cut off; save it "
+            f"image {name} has mode {image.mode}, of more than 8 bits a channel, which would be cut off; save it "
             "with 8 bits a channel, scaled to 0 … 255"
         )
     return image
@@ -85,17 +102,30 @@ def _decode(path: str, content: bytes | None, kind: str) -> tuple[Image.Image, s
     try:
         if content is None and not stat.S_ISREG(os.stat(path).st_mode):  # reading a pipe or a device may never end
             raise OSError("it is a folder or no ordinary file")
-        with Image.open(path if content is None else io.BytesIO(content)) as image:
+        # Of a path, Pillow would map the bytes of some TIFFs with height and width of the turned image.
+        with open(path, "rb") if content is None else io.BytesIO(content) as file, Image.open(file) as image:
             if image.width * image.height > MOST_PIXELS:
                 raise OSError(f"{image.width} x {image.height} pixels, more than {MOST_PIXELS}: cut it into tiles")
             packing = _packing(image)
+            turned = image.getexif().get(_ORIENTATION, 1) if image.format == "TIFF" else 1
             image.load()
-        return image, packing
+        return _as_stored(image, turned), packing
     except UnidentifiedImageError:
         why = "it is empty or no image of a known format"
     except Exception as error:  # decoders raise errors of any type at damaged bytes
         why = reason(error)
     raise UnreadableImage(f"{path} is no readable {kind} ({why}); restore or remove the file")
+
+
+def _as_stored(image: Image.Image, turned: int) -> Image.Image:
+    """Returns an image that Pillow has turned by its EXIF orientation, as it does TIFFs alone, as it was before; the
+    orientation stays with it.
+    """
+    if turned not in _TURNED_BACK:
+        return image
+    stored = image.transpose(_TURNED_BACK[turned])
+    stored.getexif()[_ORIENTATION] = turned
+    return stored
 
 
 def _packing(image: Image.Image) -> str:

@@ -1,7 +1,7 @@
 """Unpacks the official archives of ADE20K, COCO and ImageNet to the folders that the configs read.
 
-Everything is unpacked beside its destination and renamed when it is complete. An interrupted run goes on where it
-stopped: files that are complete are not written again.
+Everything is unpacked beside its destination and renamed when it is complete. An interrupted run of the same archives
+goes on where it stopped: files that are complete are not written again.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ import re
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from rmoe.data.archives import archive_errors, require_end
 from rmoe.data.check import FETCH_ADE20K
 from rmoe.data.files import reason
+from rmoe.data.partial import begin, finish
 from rmoe.data.progress import tracked
 from rmoe.errors import UserError
 
@@ -34,6 +35,7 @@ _SOURCES = {
     "coco": ", ".join(_COCO_ZIPS),
     "imagenet": f"{_IMAGENET_TRAIN}, {_IMAGENET_VAL} and {_DEVKIT}",
 }
+_UNPACKED = {"ade20k": (f"{_ADE20K}.zip",), "coco": _COCO_ZIPS, "imagenet": (_IMAGENET_TRAIN, _IMAGENET_VAL)}
 
 
 def prepare(kind: str, source: Path, out: Path, synsets: Path | None = None) -> None:
@@ -49,7 +51,7 @@ def prepare(kind: str, source: Path, out: Path, synsets: Path | None = None) -> 
 
     Raises:
         UserError: an archive is missing, was cut short, holds something else, or has a name that leads out of `out`;
-            `out` is not empty; the disk is full.
+            `out` is not empty, or a user's own folder is where it is unpacked; the disk is full.
     """
     out = Path(os.path.abspath(out))
     if os.path.lexists(out) and (not os.path.isdir(out) or any(out.iterdir())):
@@ -58,11 +60,10 @@ def prepare(kind: str, source: Path, out: Path, synsets: Path | None = None) -> 
         raise UserError(f"there is no folder {source}; name the one with {_SOURCES[kind]}")
     partial = out.with_name(f".{out.name}.partial")
     try:
-        partial.mkdir(parents=True, exist_ok=True)
+        sizes = _sizes(kind, source)
+        begin(partial, {"unpacked": kind, "archives": sizes}, lambda left: _goes_on(left, kind, sizes))
         _UNPACK[kind](source, partial, synsets)
-        if out.exists():
-            out.rmdir()
-        partial.rename(out)
+        finish(partial, out)
     except OSError as error:
         todo = f"mend that and run the same command again: it goes on from {partial}"
         raise UserError(f"cannot unpack to {out}: {reason(error)}; {todo}") from error
@@ -96,6 +97,19 @@ def _unpack_imagenet(source: Path, out: Path, synsets: Path | None) -> None:
 
 
 _UNPACK = {"ade20k": _unpack_ade20k, "coco": _unpack_coco, "imagenet": _unpack_imagenet}
+
+
+def _sizes(kind: str, source: Path) -> dict[str, int]:
+    """Returns the bytes of each archive that is unpacked, of those that are there."""
+    return {name: (source / name).stat().st_size for name in _UNPACKED[kind] if (source / name).is_file()}
+
+
+def _goes_on(left: Any, kind: str, sizes: Mapping[str, int]) -> bool:
+    """Says whether a folder is of the same archives; one that was cut short when they were unpacked has grown since."""
+    try:
+        return left["unpacked"] == kind and all(sizes.get(name, 0) >= size for name, size in left["archives"].items())
+    except (TypeError, KeyError, AttributeError):
+        return False
 
 
 def _archive(source: Path, name: str, advice: str = "fetch it, or correct the path") -> Path:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 
+from rmoe.engine.command import new_file
 from rmoe.engine.terminal import keep_warnings, say
-from rmoe.errors import UserError
+from rmoe.errors import UserError, printable
 from rmoe.inference.command import add_run, import_modules
+from rmoe.inference.printing import tell
 
 
 def add_deploy(groups: argparse._SubParsersAction) -> None:
@@ -20,8 +21,8 @@ def add_deploy(groups: argparse._SubParsersAction) -> None:
     )
     parser = groups.add_parser("deploy", help="write a finished run as ONNX, or by torch.export", description=text)
     add_run(parser)
-    parser.add_argument("--onnx", type=Path, metavar="FILE", help="ONNX file to write")
-    parser.add_argument("--pt2", type=Path, metavar="FILE", help="archive to write, for torch.export.load")
+    parser.add_argument("--onnx", type=new_file, metavar="FILE", help="ONNX file to write")
+    parser.add_argument("--pt2", type=new_file, metavar="FILE", help="archive to write, for torch.export.load")
     parser.add_argument(
         "--part", default="model", help="model, backbone or neck (with the backbone; the most of a detector)"
     )
@@ -57,9 +58,6 @@ def _deploy(arguments: argparse.Namespace) -> None:
     import_modules(arguments.modules)
     if arguments.onnx is None and arguments.pt2 is None:
         raise UserError("say what to write: --onnx FILE, --pt2 FILE or both")
-    for option, path in (("--onnx", arguments.onnx), ("--pt2", arguments.pt2)):
-        if path is not None:
-            _check_file(option, path)
     if arguments.pt2 is not None and arguments.pt2.suffix != ".pt2":
         raise UserError(f"--pt2 {arguments.pt2}: torch.export's archives are called *.pt2; give such a name")
     from rmoe.deploy.export import check_opset, check_packages, traced, write_onnx, write_pt2
@@ -69,7 +67,7 @@ def _deploy(arguments: argparse.Namespace) -> None:
     if arguments.onnx is not None:
         check_packages()
         check_opset(arguments.opset)
-    say(f"loading {arguments.folder}")
+    say(f"loading {printable(arguments.folder)}")
     run = load(arguments.folder, task=arguments.task, device="cpu")
     size = arguments.image_size and tuple(arguments.image_size)
     graph = graph_of(run, arguments.part, size, arguments.normalised)
@@ -77,9 +75,9 @@ def _deploy(arguments: argparse.Namespace) -> None:
     shape = " x ".join(map(str, graph.example.shape[2:]))
     told = f"written; {shape}, {graph.about['images']}; {', '.join(graph.outputs)}; differs from torch by at most"
     if arguments.pt2 is not None:
-        print(f"{arguments.pt2}: {told} {write_pt2(program, graph, arguments.pt2):.2g}")
+        tell(f"{arguments.pt2}: {told} {write_pt2(program, graph, arguments.pt2):.2g}")
     if arguments.onnx is not None:
-        print(f"{arguments.onnx}: {told} {write_onnx(program, graph, arguments.onnx, arguments.opset):.2g}")
+        tell(f"{arguments.onnx}: {told} {write_onnx(program, graph, arguments.onnx, arguments.opset):.2g}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -89,19 +87,13 @@ def _merge(arguments: argparse.Namespace) -> None:
     from rmoe.inference.files import find_images
 
     images = find_images(arguments.images) if arguments.images else []
-    say(f"loading {arguments.folder}")
+    say(f"loading {printable(arguments.folder)}")
     found = merge(arguments.folder, arguments.out, task=arguments.task, average=arguments.average, images=images)
     kind = "computes what the mixture does" if found.exact else "an approximation of the mixture"
-    print(f"{arguments.out}: written, a dense model: {kind}")
+    tell(f"{arguments.out}: written, a dense model: {kind}")
     if found.metrics is None:
-        print(f"not evaluated: {found.not_measured}")
+        tell(f"not evaluated: {found.not_measured}")
         return
     for name, value in found.metrics.items():
         before = (found.metrics_of_mixture or {}).get(name)
-        print(f"{name}: {value:g} (mixture: {before:g})")
-
-
-def _check_file(option: str, path: Path) -> None:
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f"{option} {path} cannot be written: its folder must be there, and writable; make it first")
+        tell(f"{name}: {value:g} (mixture: {before:g})")

@@ -105,7 +105,7 @@ def write_onnx(program: torch.export.ExportedProgram, graph: Graph, path: Path, 
         with torch.no_grad(), _quiet():
             names: dict[str, Any] = {"input_names": [INPUT], "output_names": [*graph.outputs]}
             made: Any = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False, **names)
-    except Exception as error:  # torch and onnxscript raise errors of many types
+    except torch.onnx.OnnxExporterError as error:
         raise UserError(
             f"ONNX has no form of the model ({described(error)}); write --pt2, or another --part"
         ) from error

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rmoe.engine.building import described
 from rmoe.engine.checkpoint.export import write_model
 from rmoe.engine.checkpoint.files import write_json
 from rmoe.engine.checkpoint.weights import fill
 from rmoe.engine.model_config import mappings
 from rmoe.errors import UserError
 from rmoe.inference.evaluate import evaluate, run_config
+from rmoe.inference.folders import new_folder
 from rmoe.inference.load import build_model, load
 from rmoe.inference.predictor import Picture, Predictor
 from rmoe.moe.experts import Network
@@ -62,41 +62,41 @@ def merge(
     Args:
         path: of the mixture's run, see `rmoe.load`.
         task: see `rmoe.load`.
-        out: folder to make.
+        out: folder to make, which must be empty or not there.
         average: take θ0 + Σ v_e Δ_e, an approximation, where no one network computes the same; v_e = 1/E, or …
         images: … the mean gate values that the run's gates give on these images.
 
     Raises:
         UserError: what `rmoe.load` raises; the run is dense, or no one network computes what its layers do and
-            `average` is not given; `out` is there, or cannot be written.
+            `average` is not given; `out` is not empty, or cannot be written.
     """
-    out = _new_folder(Path(out))
-    run = load(path, task=task, device="cpu")
+    with new_folder(out) as folder:
+        run = load(path, task=task, device="cpu")
+        networks, values = _networks(run, average, images)
+        _write(run, networks, folder)
+        found = _measured(Merged(str(run.source), not average, values), run.source.parent, path, task, folder)
+        write_json(folder / MERGED, asdict(found))
+    return found
+
+
+def _networks(
+    run: Predictor, average: bool, images: Sequence[Picture]
+) -> tuple[dict[str, Network], dict[str, list[float]] | None]:
+    """Returns the dense network of each layer, and, of an average, what each expert was weighed by."""
     layers = moe_layers(run.model)
     if not layers:
         raise UserError(f"{run.source} is dense; there is nothing to merge")
     if images and not average:
         raise UserError("images measure what an average weighs experts by; give --average as well, or no --images")
-    if average:
-        measured = mean_gate_values(run, images) if images else {}
-        networks = {name: _told(name, average_network, layer, measured.get(name)) for name, layer in layers.items()}
-    else:
-        networks = {name: _told(name, exact_network, layer) for name, layer in layers.items()}
-    values = None
-    if average:
-        values = {
-            name: [1 / layer.num_experts] * layer.num_experts if name not in measured else measured[name].tolist()
-            for name, layer in layers.items()
-        }
-    found = Merged(str(run.source), not average, values)
-    try:
-        out.mkdir()
-        _write(run, networks, out)
-        found = _measured(found, run.source.parent, path, task, out)
-        write_json(out / MERGED, asdict(found))
-    except OSError as error:
-        raise UserError(f"{out} cannot be written ({described(error)}); give another place") from error
-    return found
+    if not average:
+        return {name: _told(name, exact_network, layer) for name, layer in layers.items()}, None
+    measured = mean_gate_values(run, images) if images else {}
+    networks = {name: _told(name, average_network, layer, measured.get(name)) for name, layer in layers.items()}
+    values = {
+        name: [1 / layer.num_experts] * layer.num_experts if name not in measured else measured[name].tolist()
+        for name, layer in layers.items()
+    }
+    return networks, values
 
 
 @torch.no_grad()
@@ -174,11 +174,3 @@ def _measured(found: Merged, folder: Path, path: str | Path, task: str | None, o
     except UserError as error:
         return Merged(found.source, found.exact, found.gate_values, not_measured=str(error))
     return Merged(found.source, found.exact, found.gate_values, after.metrics, before.metrics)
-
-
-def _new_folder(out: Path) -> Path:
-    if out.exists():
-        raise UserError(f"--out {out} is there already; give the name of a new folder")
-    if not out.absolute().parent.is_dir():
-        raise UserError(f"--out {out} cannot be made: {out.absolute().parent} is no folder; make it first")
-    return out

@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rmoe.engine.command import Options
+from rmoe.engine.command import Options, new_file
 from rmoe.engine.terminal import keep_warnings, say
-from rmoe.errors import UserError
+from rmoe.errors import UserError, printable
+from rmoe.inference.printing import tell
 
 
 def add_predict(groups: argparse._SubParsersAction) -> None:
@@ -52,7 +53,7 @@ def add_test(groups: argparse._SubParsersAction) -> None:
     parser.add_argument("--flip", action="store_true", help="evaluate flipped images as well, and merge")
     parser.add_argument("--scales", type=float, nargs="+", default=(), metavar="S", help="and images of these scales")
     parser.add_argument("--batch-size", type=int, metavar="N", help="default: the config's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result to FILE as well")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the result to FILE as well")
     parser.set_defaults(run=_test)
 
 
@@ -79,12 +80,12 @@ def _predict(arguments: argparse.Namespace) -> int:
     from rmoe.inference.load import load
     from rmoe.inference.precision import share_in_int8
 
-    say(f"loading {arguments.folder}")
+    say(f"loading {printable(arguments.folder)}")
     chosen = {"dtype": arguments.dtype, "precision": arguments.precision}
     predictor = load(arguments.folder, task=arguments.task, device=arguments.device, **chosen)
     if predictor.precision == "int8":
-        print(f"weights that are 8-bit integers: {share_in_int8(predictor.model):.0%}")
-    print(f"weights: {predictor.source}", flush=True)
+        tell(f"weights that are 8-bit integers: {share_in_int8(predictor.model):.0%}")
+    tell(f"weights: {predictor.source}")
     done, failed = predict(
         predictor,
         arguments.images,
@@ -93,7 +94,7 @@ def _predict(arguments: argparse.Namespace) -> int:
         threshold=arguments.threshold,
         opacity=arguments.opacity,
     )
-    print(f"{arguments.out}: {done} images predicted" + (f", {failed} not" if failed else ""))
+    tell(f"{arguments.out}: {done} images predicted" + (f", {failed} not" if failed else ""))
     return 1 if failed else 0
 
 
@@ -103,8 +104,6 @@ def _test(arguments: argparse.Namespace) -> None:
     from rmoe.engine.checkpoint.files import write_json
     from rmoe.inference.evaluate import evaluate, show
 
-    if arguments.json is not None and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json} cannot be written: its folder must be there; make it first")
     found = evaluate(
         arguments.folder,
         task=arguments.task,

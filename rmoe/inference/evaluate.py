@@ -15,6 +15,7 @@ from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.registry import DATASETS, MODELS, DefaultScope
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -24,12 +25,13 @@ from rmoe.engine.check_values import short_name
 from rmoe.engine.read_config import change, read_config
 from rmoe.engine.task_config import task_config
 from rmoe.engine.terminal import progress_bar
-from rmoe.errors import UserError
+from rmoe.errors import UserError, printable
 from rmoe.inference.load import load, quiet
+from rmoe.inference.moved import ROOTS, moved_paths
 from rmoe.inference.predictor import Predictor
+from rmoe.inference.printing import tell
 from rmoe.tasks.classification import Accuracy, ImageFolder
 
-_ROOTS = ("data_root", "root")
 _LARGEST = 16.0  # scale of an image
 
 
@@ -138,7 +140,7 @@ def evaluate(
             collate_fn=_collate(predictor, loader),
         )
     metrics, classes = _measured(predictor, batches, evaluator, len(dataset))
-    root = next((str(described[key]) for key in _ROOTS if described.get(key)), None)
+    root = next((str(described[key]) for key in ROOTS if described.get(key)), None)
     return Evaluation(str(predictor.source), split, root, len(dataset), tuple(scales), flip, metrics, classes)
 
 
@@ -164,18 +166,19 @@ def show(found: Evaluation) -> None:
     console = Console()
     augmented = f", scales {', '.join(f'{x:g}' for x in found.scales)}" if found.scales else ""
     augmented += ", flipped as well" if found.flip else ""
-    console.print(f"{found.weights}: {found.split}, {found.images} images{augmented}", highlight=False, soft_wrap=True)
+    tell(f"{found.weights}: {found.split}, {found.images} images{augmented}", console)
     if found.classes:
         columns = list(next(iter(found.classes.values())))
         table = Table("class", *columns)
         for column in table.columns[1:]:
             column.justify = "right"
         for name, values in found.classes.items():
-            table.add_row(name, *(f"{values[key]:.2f}" if math.isfinite(values[key]) else "" for key in columns))
+            cells = (f"{values[key]:.2f}" if math.isfinite(values[key]) else "" for key in columns)
+            table.add_row(Text(printable(name)), *cells)
         console.print(table)
     for name, value in found.metrics.items():
         if not name.endswith("_precision"):  # they are in the table
-            console.print(f"{name}: {value:g}", highlight=False)
+            tell(f"{name}: {value:g}", console)
 
 
 def _data(config: Config, split: str, root: str | Path | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -189,12 +192,12 @@ def _data(config: Config, split: str, root: str | Path | None) -> tuple[dict[str
         found = inner(config[f"{split}_dataloader"].dataset) | kept
     content: dict[str, Any] = {"dataset": found, "evaluators": plain if isinstance(plain, list) else [plain]}
     if root is not None:
-        old = next((found[key] for key in _ROOTS if found.get(key)), None)
+        old = next((found[key] for key in ROOTS if found.get(key)), None)
         if not old:
             raise UserError(
                 "the data set's config has no data_root that --data-root could stand for; use --cfg-options"
             )
-        content = _moved(content, Path(old), Path(root))
+        content = moved_paths(content, Path(old), Path(root))
     return content["dataset"], content["evaluators"]
 
 
@@ -205,27 +208,14 @@ def inner(config: Any) -> dict[str, Any]:
     return config.to_dict() if hasattr(config, "to_dict") else dict(config)
 
 
-def _moved(node: Any, old: Path, new: Path) -> Any:
-    """Returns plain data whose paths below the folder `old` are below `new`."""
-    if isinstance(node, dict):
-        return {key: _moved(value, old, new) for key, value in node.items()}
-    if isinstance(node, list | tuple):
-        return type(node)(_moved(value, old, new) for value in node)
-    if isinstance(node, str) and node and Path(node).is_relative_to(old):
-        return str(new / Path(node).relative_to(old))
-    return node
-
-
 def _check_classes(found: Any, predictor: Predictor) -> None:
-    names = tuple(found or ())
-    if predictor.classes and names != predictor.classes:
-        pairs = zip(names, predictor.classes, strict=False)
-        number = next(
-            (i for i, (one, other) in enumerate(pairs) if one != other), min(len(names), len(predictor.classes))
-        )
-        said = [repr(each[number]) if number < len(each) else "missing" for each in (names, predictor.classes)]
+    names, known = tuple(found or ()), tuple(predictor.metadata.get("classes") or ())
+    if known and names != known:
+        pairs = zip(names, known, strict=False)
+        number = next((i for i, (one, other) in enumerate(pairs) if one != other), min(len(names), len(known)))
+        said = [repr(each[number]) if number < len(each) else "missing" for each in (names, known)]
         raise UserError(
-            f"the data set has {len(names)} classes, the run {len(predictor.classes)}; class {number} is {said[0]} in "
+            f"the data set has {len(names)} classes, the run {len(known)}; class {number} is {said[0]} in "
             f"the data set and {said[1]} in the run: give a data set with the run's classes in their order"
         )
 

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from rmoe.engine.terminal import keep_warnings, say
-from rmoe.errors import UserError
+from rmoe.errors import UserError, printable
 from rmoe.inference.command import add_run, import_modules
+from rmoe.inference.printing import tell
 
 
 def add_export(groups: argparse._SubParsersAction) -> None:
@@ -49,15 +50,12 @@ def _export(arguments: argparse.Namespace) -> None:
     for name, fits in (("core", arguments.trained_only), ("license", not arguments.timm), ("shard_size", whole)):
         if getattr(arguments, name) is not None and not fits:
             raise UserError(f"--{name.replace('_', '-')} does not go with this kind of export; leave it out")
-    say(f"loading {arguments.folder}")
+    say(f"loading {printable(arguments.folder)}")
     if arguments.trained_only:
         from rmoe.inference.adapters import export_adapter
 
-        print(
-            export_adapter(
-                arguments.folder, arguments.out, task=arguments.task, core=arguments.core, license=arguments.license
-            )
-        )
+        words = {"task": arguments.task, "core": arguments.core, "license": arguments.license}
+        tell(str(export_adapter(arguments.folder, arguments.out, **words)))
         return
     from rmoe.inference.load import load
     from rmoe.inference.pretrained import save_pretrained, save_timm
@@ -65,10 +63,10 @@ def _export(arguments: argparse.Namespace) -> None:
     run = load(arguments.folder, task=arguments.task, device="cpu")
     if arguments.timm:
         save_timm(run, arguments.out)
-        print(f"{arguments.out}: written; timm.create_model('local-dir:{arguments.out}', pretrained=True) loads it")
+        tell(f"{arguments.out}: written; timm.create_model('local-dir:{arguments.out}', pretrained=True) loads it")
         return
     save_pretrained(run, arguments.out, shard_size=arguments.shard_size or "5GB", license=arguments.license)
-    print(f"{arguments.out}: written; rmoe.from_pretrained('{arguments.out}') loads it")
+    tell(f"{arguments.out}: written; rmoe.from_pretrained('{arguments.out}') loads it")
 
 
 def _attach(arguments: argparse.Namespace) -> None:
@@ -76,4 +74,4 @@ def _attach(arguments: argparse.Namespace) -> None:
     from rmoe.inference.adapters import attach
 
     out = attach(arguments.core, arguments.adapter, arguments.out)
-    print(f"{out}: written; rmoe predict {out} and rmoe.load read it")
+    tell(f"{out}: written; rmoe predict {out} and rmoe.load read it")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,11 @@ from rmoe.engine.terminal import progress_bar
 from rmoe.errors import UserError
 from rmoe.inference.pictures import class_shares, colour_map, draw
 from rmoe.inference.predictor import Classification, Detection, Prediction, Predictor, Segmentation, opened
+from rmoe.inference.printing import tell
 
 RESULTS = "predictions.json"
-_PICTURES, _COLOURS, _LABELS = "pictures", "colours", "labels"
+_FOLDERS = _PICTURES, _COLOURS, _LABELS = "pictures", "colours", "labels"
+_LONGEST = 200  # bytes of a file's name without suffix
 _WILD = "*?["
 
 
@@ -54,7 +57,7 @@ def predict(
     """
     if not 0 <= opacity <= 1:
         raise UserError(f"--opacity is {opacity}; it is a number from 0 to 1")
-    paths = find_images(words)
+    paths = find_images(words, out)
     names = _names(paths)
     folders = (_PICTURES, _COLOURS, _LABELS) if predictor.task == "segmentation" else (_PICTURES,)
     answers = predictor.answers(paths, batch_size, threshold)
@@ -71,8 +74,35 @@ def predict(
         "files": [f"{folder}/{name}.png" for name in names for folder in folders],
     }
     first = next(answers)  # what is wrong with the model or the numbers is told before anything is written
-    _make(out)
-    write_json(out / RESULTS, content)
+    earlier = _earlier(out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / RESULTS, {**content, "files": list(dict.fromkeys([*content["files"], *earlier]))})
+        content, counts = _written(content, first, answers, paths, names, predictor, out, opacity, threshold)
+        for name in set(earlier) - set(content["files"]):
+            (out / name).unlink(missing_ok=True)
+        write_json(out / RESULTS, content)
+    except OSError as error:
+        raise UserError(f"{out} cannot be written ({error}); make room, or give another --out") from error
+    return counts
+
+
+def _written(
+    content: dict[str, Any],
+    first: Any,
+    answers: Iterator[Any],
+    paths: Sequence[str],
+    names: Sequence[str],
+    predictor: Predictor,
+    out: Path,
+    opacity: float,
+    threshold: float,
+) -> tuple[dict[str, Any], tuple[int, int]]:
+    """Writes the pictures; returns the whole content of predictions.json, and how many images were done and were not.
+
+    Raises:
+        OSError: a picture cannot be written.
+    """
     images: dict[int, dict[str, Any]] = {}
     objects: dict[int, list[dict[str, Any]]] = {}
     failed: dict[int, str] = {}
@@ -81,7 +111,7 @@ def predict(
         for index, answer in _chain(first, answers):
             if isinstance(answer, UserError):
                 failed[index] = str(answer)
-                bar.console.print(f"rmoe: {answer}", markup=False, highlight=False, soft_wrap=True)
+                tell(f"rmoe: {answer}", bar.console)
             else:
                 image = opened(paths[index])
                 files = _draw(image, answer, predictor, out, names[index], opacity, threshold)
@@ -94,34 +124,44 @@ def predict(
         content["annotations"] = [one for i in sorted(objects) for one in objects[i]]
     content["failed"] = [{"file_name": paths[i], "why": failed[i]} for i in sorted(failed)]
     content["files"] = [file for i in sorted(images) for file in images[i]["files"].values()]
-    write_json(out / RESULTS, content)
-    return len(images), len(failed)
+    return content, (len(images), len(failed))
 
 
-def find_images(words: Sequence[str]) -> list[str]:
+def find_images(words: Sequence[str], out: Path | None = None) -> list[str]:
     """Returns the paths that files, folders and patterns stand for, each once, in their order.
+
+    Args:
+        words: of the command line.
+        out: a folder in which nothing is searched, since results are written there.
 
     Raises:
         UserError: a folder has no image, or a pattern matches none.
     """
     found: dict[str, str] = {}
     for word in words:
-        for path in _matches(word):
+        for path in _matches(word, out):
             found.setdefault(os.path.realpath(path) if "\0" not in path else path, path)
     if not found:
         raise UserError("no image is given; give files, folders or patterns such as 'photos/*.jpg'")
     return list(found.values())
 
 
-def _matches(word: str) -> list[str]:
+def _matches(word: str, out: Path | None) -> list[str]:
+    results = None if out is None else Path(os.path.realpath(out))
+
+    def is_input(path: str) -> bool:
+        if results is not None and Path(os.path.realpath(path)).is_relative_to(results):
+            return False
+        return is_image(os.path.basename(path))
+
     if os.path.isdir(word):
-        inside = [os.path.join(where, name) for where, names in walk(word) for name in names if is_image(name)]
+        inside = [path for where, names in walk(word) for name in names if is_input(path := os.path.join(where, name))]
         if not inside:
             raise UserError(f"the folder {word} has no image; give one that has, or files")
         return inside
     if os.path.lexists(word) or not any(sign in word for sign in _WILD):
         return [word]
-    inside = sorted(path for path in glob.glob(word, recursive=True) if is_image(os.path.basename(path)))
+    inside = sorted(path for path in glob.glob(word, recursive=True) if is_input(path))
     if not inside:
         raise UserError(f"no image matches {word!r}; quote patterns, and see that the folder is right")
     return inside
@@ -131,36 +171,50 @@ def _names(paths: Sequence[str]) -> list[str]:
     """Returns a name for each path, unlike all others: the path below the folder that all are in, without suffix."""
     absolute = [Path(os.path.abspath(path.replace("\0", ""))) for path in paths]
     common = os.path.commonpath([path.parent for path in absolute])
-    short = [path.relative_to(common).with_suffix("").as_posix() for path in absolute]
+    below = [path.relative_to(common) for path in absolute]
+    short = [path.with_name(_cut(path.stem)).as_posix() for path in below]
+    often = Counter(short)
+    folders = {parent.as_posix().casefold() for path in below for parent in path.parents}
     taken: set[str] = set()
     names = []
     for path, name in zip(absolute, short, strict=True):
-        if short.count(name) > 1:  # of another suffix
+        if often[name] > 1:  # of another suffix
             name = f"{name}_{path.suffix[1:]}"
-        while name.casefold() in taken:
+        while name.casefold() in taken or f"{name}.png".casefold() in folders:
             name += "_"
         taken.add(name.casefold())
         names.append(name)
     return names
 
 
-def _make(out: Path) -> None:
-    """Makes the folder, or empties it of the predictions that an earlier call has left."""
+def _cut(name: str) -> str:
+    """Returns a file's name no longer than that a suffix still fits into what file systems take."""
+    return os.fsdecode(os.fsencode(name)[:_LONGEST]) if len(os.fsencode(name)) > _LONGEST else name
+
+
+def _earlier(out: Path) -> list[str]:
+    """Returns the files of the predictions that an earlier call has left in a folder; none where it is new or empty.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
     check_folder(out, "--out")
-    earlier: list[str] = []
-    if out.is_dir() and any(out.iterdir()):
-        try:
-            content = json.loads((out / RESULTS).read_text())
-            if "rmoe" not in content:
-                raise ValueError
-            earlier = [*content["files"]]
-        except Exception as error:  # whatever it is, it is not ours
-            raise UserError(f"{out} holds files that are no predictions of ours; give another --out") from error
-    for name in earlier:
-        path = out / name
-        if path.resolve().is_relative_to(out.resolve()):
-            path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    if not out.is_dir() or not any(out.iterdir()):
+        return []
+    try:
+        content = json.loads((out / RESULTS).read_text())
+        files = content["files"]
+        if "rmoe" not in content or not all(_is_ours(name, out) for name in files):
+            raise ValueError
+    except Exception as error:  # whatever it is, it is not ours
+        raise UserError(f"{out} holds files that are no predictions of ours; give another --out") from error
+    return [*files]
+
+
+def _is_ours(name: Any, out: Path) -> bool:
+    """Returns whether a word in predictions.json names a picture that `predict` may have written into `out`."""
+    known = isinstance(name, str) and name.endswith(".png") and name.partition("/")[0] in _FOLDERS
+    return known and (out / name).resolve().is_relative_to(out.resolve()) and not (out / name).is_dir()
 
 
 def _draw(

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rmoe.backbones.load_core import checked_path
+from rmoe.data.partial import begin, finish
 from rmoe.engine.checkpoint.files import PARTIAL
 from rmoe.engine.lock import check_folder
 from rmoe.errors import UserError
@@ -18,7 +19,8 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """Yields a folder to write into, which gets the name `out` once the block has ended without an error.
 
     Raises:
-        UserError: `out` is no path, is there and not an empty folder, or cannot be written.
+        UserError: `out` is no path, is there and not an empty folder, or cannot be written; a folder of a user's own is
+            in the way.
     """
     path = checked_path(out, "the folder to write")
     check_folder(path, "--out")
@@ -26,13 +28,11 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         raise UserError(f"the folder {path} is not empty; give another --out, or remove it first")
     partial = path.absolute().with_name(path.absolute().name + PARTIAL)
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        if path.is_dir():
-            path.rmdir()
-        partial.rename(path)
+        begin(partial, {"for": path.absolute().name})
+        try:
+            yield partial
+            finish(partial, path)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
         raise UserError(f"{path} cannot be written ({error}); make room, or give another --out") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

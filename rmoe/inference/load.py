@@ -35,8 +35,9 @@ from rmoe.engine.task_config import checked_task, model_of, model_tasks, read_al
 from rmoe.engine.terminal import without_noise
 from rmoe.errors import UserError
 from rmoe.inference.inputs import Inputs
-from rmoe.inference.precision import check_precision, lowered
+from rmoe.inference.precision import check_precision, lowered, tell_if_slow
 from rmoe.inference.predictor import Predictor
+from rmoe.tasks.classification import TimmClassifier
 
 _BEST = "best_*.pth"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -127,14 +128,18 @@ def predictor(
     """
     device, dtype = checked_device(device), _dtype(dtype)
     precision = check_precision(precision, device, dtype)
+    dtype = torch.bfloat16 if precision == "bfloat16" else dtype
+    tell_if_slow(device, dtype)
     inputs = metadata.get("inputs")
     with user_errors(f"{where}: the model that it describes"):
         model = build_model(metadata, where)
         fill(model, state, where)
         if precision is not None:
             model = lowered(model, precision)
-        classes = tuple(metadata.get("classes") or ())
-        colours = metadata.get("palette") or palette(len(classes))
+        known = tuple(metadata.get("classes") or ())
+        classes = (*known, *(f"class {label}" for label in range(len(known), _class_count(model))))
+        colours = metadata.get("palette") or ()
+        colours = colours if len(colours) == len(classes) else palette(len(classes))
         return Predictor(
             model=model.eval().to(device),
             inputs=Inputs(inputs) if inputs else None,
@@ -142,9 +147,18 @@ def predictor(
             palette=tuple((int(r), int(g), int(b)) for r, g, b in colours),
             source=where,
             metadata=metadata,
-            dtype=torch.bfloat16 if precision == "bfloat16" else dtype,
+            dtype=dtype,
             precision=precision,
         )
+
+
+def _class_count(model: nn.Module) -> int:
+    """Returns how many classes a model tells apart, as its heads say; 0 where none does."""
+    if isinstance(model, TimmClassifier):
+        return int(model.model.num_classes)
+    heads = (module for name, child in model.named_children() if name != "backbone" for module in child.modules())
+    counts = [getattr(module, "num_classes", 0) for module in heads]
+    return max((count for count in counts if isinstance(count, int)), default=0)
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -284,7 +298,10 @@ def checked_device(device: str | torch.device | None) -> torch.device:
     """
     chosen = ("cuda" if torch.cuda.is_available() else "cpu") if device is None else device
     try:
-        return torch.empty(0, device=chosen).device
+        found = torch.empty(0, device=chosen).device
+        if found.type == "meta":
+            raise ValueError("it holds no numbers")
+        return found
     except Exception as error:  # torch raises errors of many types for what is no device and for one that is not there
         text = str(error).splitlines()[0]
         raise UserError(f"the device {chosen!r:.80} cannot be used: {text}; give cpu, cuda or cuda:N") from error

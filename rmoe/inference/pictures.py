@@ -44,16 +44,16 @@ def draw(
     if isinstance(prediction, Segmentation):
         view = _over(view, colour_map(prediction, palette), opacity)
         shares = class_shares(prediction)
-        lines = [(f"{_name(classes, label)} {share:.1%}", palette[label]) for label, share in shares]
+        lines = [(f"{classes[label]} {share:.1%}", palette[label]) for label, share in shares]
     elif isinstance(prediction, Detection):
         view = _objects(view, prediction, classes, palette, scale, opacity)
         found, counts = np.unique(prediction.labels, return_counts=True)
         order = np.argsort(-counts, kind="stable")
-        lines = [(f"{_name(classes, int(found[i]))}: {counts[i]}", palette[int(found[i])]) for i in order]
+        lines = [(f"{classes[int(found[i])]}: {counts[i]}", palette[int(found[i])]) for i in order]
         lines.append((f"score from {threshold:g}" if lines else f"nothing of score {threshold:g}", None))
     else:
         assert isinstance(prediction, Classification)
-        lines = [(f"{_name(classes, label)} {share:.1%}", palette[label]) for label, share in prediction.top()]
+        lines = [(f"{classes[label]} {share:.1%}", palette[label]) for label, share in prediction.top()]
     return _with_legend(view, lines)
 
 
@@ -88,7 +88,7 @@ def _objects(
         colour = tuple(palette[found.labels[number]])
         left, top, right, bottom = (float(side) * scale for side in found.boxes[number])
         drawn.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=2)
-        text = f"{_name(classes, int(found.labels[number]))} {found.scores[number]:.2f}"
+        text = f"{classes[int(found.labels[number])]} {found.scores[number]:.2f}"
         width = font.getlength(text) + 4
         x = max(0.0, min(left, view.width - width))
         y = top - _TEXT - 3 if top >= _TEXT + 3 else top
@@ -112,10 +112,6 @@ def _with_legend(view: Image.Image, lines: Sequence[tuple[str, Any]]) -> Image.I
             drawn.rectangle((x, y, x + _SWATCH, y + _SWATCH), fill=tuple(colour), outline="black")
         drawn.text((x + _SWATCH + _MARGIN, y - 2), text, fill="black", font=font)
     return picture
-
-
-def _name(classes: Sequence[str], label: int) -> str:
-    return classes[label] if label < len(classes) else f"class {label}"
 
 
 def _ink(colour: Sequence[int]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
+from rmoe.engine.terminal import say
 from rmoe.errors import UserError, nearest
 from rmoe.moe.layer import ResidualMoE
 
@@ -19,17 +19,9 @@ Precision = Literal["bfloat16", "int8"]
 def check_precision(precision: Any, device: torch.device, dtype: torch.dtype) -> Precision | None:
     """Returns a precision that a model can be brought to on that device; None leaves it in float32.
 
-    Where bfloat16 is asked for, by either name, and the CPU has no instructions for it, a warning says so.
-
     Raises:
         UserError: it is none, autocast is asked for as well, or 8-bit integers are and the device is no CPU.
     """
-    if "bfloat16" in (precision, str(dtype).removeprefix("torch.")) and lacks_bfloat16(device):
-        warnings.warn(
-            "this CPU has no instructions for bfloat16, so an image may take minutes: leave it out (float32), or give "
-            "precision='int8'",
-            stacklevel=3,
-        )
     if precision is None:
         return None
     if precision not in get_args(Precision):
@@ -39,6 +31,15 @@ def check_precision(precision: Any, device: torch.device, dtype: torch.dtype) ->
     if precision == "int8" and device.type != "cpu":
         raise UserError(f"precision 'int8' is for CPUs, and the device is {device}; give device='cpu' (--device cpu)")
     return precision
+
+
+def tell_if_slow(device: torch.device, dtype: torch.dtype) -> None:
+    """Says so where bfloat16 is computed in and the device is a CPU that has no instructions for it."""
+    if dtype == torch.bfloat16 and lacks_bfloat16(device):
+        say(
+            "this CPU has no instructions for bfloat16, so an image may take minutes: leave it out (float32), or give "
+            "precision int8"
+        )
 
 
 def lacks_bfloat16(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from mmengine.registry import DefaultScope
 from PIL import Image
 from torch import nn
 
-from rmoe.data.images import read_image, upright
+from rmoe.data.images import of_8_bits, read_image, upright
 from rmoe.engine.building import described
 from rmoe.errors import UserError
 from rmoe.inference.inputs import Inputs, Item
@@ -73,7 +73,8 @@ class Predictor:
     Attributes:
         model: in evaluation mode; what the run's config described, mmseg's, mmdet's or `rmoe.TimmClassifier`.
         inputs: turns an image into the model's input; None where the run had no validation set.
-        classes: their names in the order of their indices; empty where the run did not know them.
+        classes: a name of each class of the model, in the order of their indices; "class 0" and so on where the run did
+            not know them.
         palette: a colour of each class, the data set's own if it had one.
         source: the file whose weights these are.
         metadata: of the run's `model.safetensors`.
@@ -203,7 +204,7 @@ class Predictor:
         except Exception as error:  # other packages' transforms raise errors of many types at extreme sizes
             raise UserError(
                 f"{name}, {picture.width} x {picture.height} pixels, is not taken by the run's transforms "
-                f"({described(error)}); cut or resize it"
+                f"({described(error)}); if others are, cut or resize it, and if none is, mend the transforms"
             ) from error
 
     def run(self, batch: Mapping[str, Any]) -> Any:
@@ -256,12 +257,12 @@ def opened(image: Picture) -> Image.Image:
     """Returns an image as viewers show it, turned as its EXIF orientation says.
 
     Raises:
-        UserError: it cannot be read, or is an array of another form.
+        UserError: it cannot be read, has more than 8 bits a channel, or is an array of another form.
     """
     if isinstance(image, str | Path):
         return upright(read_image(str(image)))
     if isinstance(image, Image.Image):
-        return upright(image)
+        return upright(of_8_bits(image, "given"))
     array = np.asarray(image)
     if (
         array.dtype != np.uint8

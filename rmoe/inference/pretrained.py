@@ -32,6 +32,7 @@ from rmoe.moe.state import global_state_dict, save_tensors
 
 SHARD_SIZE = "5GB"
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_LAST_NORM = re.compile(r"(fc_)?norm\.")  # the one part of timm's models that dense tasks have no use for
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?(KB|MB|GB|TB)")
 
 
@@ -64,6 +65,7 @@ def save_pretrained(
     run: Predictor, out: str | Path, *, shard_size: int | str = SHARD_SIZE, license: str | None = None
 ) -> None:
     """Writes a loaded run into a new folder, in Hugging Face's layout; see `Predictor.save_pretrained`."""
+    _check_whole(run)
     state, limit = global_state_dict(run.model), _shard_size(shard_size)
     with new_folder(out) as folder:
         write_json(folder / CONFIG, _config(run))
@@ -108,11 +110,13 @@ def save_timm(run: Predictor, out: str | Path) -> None:
     `timm.create_model("local-dir:OUT", pretrained=True)` loads it, as does "hf-hub:ORG/NAME" once it is pushed, and
     `core=` of a config.
 
-    Weights that the run's model does not have, such as the last norm of a segmentor's backbone, are timm's initial.
+    A last norm, which the backbone of a segmentor or detector does not have, is timm's initial one.
 
     Raises:
-        UserError: the run is no timm model or a mixture of experts, or the folder cannot be written.
+        UserError: the run is no timm model or a mixture of experts, lacks other weights of timm's model, or was loaded
+            in fewer bits; or the folder cannot be written.
     """
+    _check_whole(run)
     config = run.metadata["model"]
     found = timm_state(config, global_state_dict(run.model))
     if found is None:
@@ -121,6 +125,11 @@ def save_timm(run: Predictor, out: str | Path) -> None:
             "dense run that it was made from"
         )
     node = next(node for _, node in timm_nodes(config))
+    if lacking := [name for name in found[1] if not _LAST_NORM.match(name)]:
+        raise UserError(
+            f"{run.source} lacks {len(lacking)} weights of timm's {node['model']}, such as {lacking[0]}: its backbone "
+            "ends before timm's; export it without --timm"
+        )
     net = untrained(node)
     net.load_state_dict(found[0])
     names = list(run.classes) if run.task == "classification" else []
@@ -134,6 +143,14 @@ def save_timm(run: Predictor, out: str | Path) -> None:
         )
         save_tensors(folder / WEIGHTS, net.state_dict(), {"format": "pt"})  # readable by others, see there
         (folder / "README.md").write_text(card(run, Path(out).name, None, timm=node["model"]))
+
+
+def _check_whole(run: Predictor) -> None:
+    """Refuses a run whose weights are no longer those that its description is of."""
+    if run.precision is not None:
+        raise UserError(
+            f"{run.source} was loaded with precision {run.precision!r}, in which weights are not saved; load it without"
+        )
 
 
 def _config(run: Predictor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -17,12 +18,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from mmengine.config import Config
 from mmengine.registry import DATASETS, MODELS, init_default_scope
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, NonNegativeInt, PositiveInt, ValidationError
 from safetensors.torch import load_file
 from torch import nn
 
 from rmoe.engine.building import user_errors
 from rmoe.engine.changes import parsed
-from rmoe.engine.checkpoint.export import MODEL
+from rmoe.engine.checkpoint.export import MODEL, read_metadata
 from rmoe.engine.model_config import for_one_process
 from rmoe.engine.task_config import model_tasks, read_alone, state_of, task_config
 from rmoe.errors import UserError
@@ -31,7 +33,52 @@ from rmoe.moe.state import load_global_state_dict
 from rmoe.tasks.scenes import Scene, evenly_spread
 
 ANALYSIS, ANALYSIS_JSON = "analysis", "analysis.json"  # where `rmoe analyze` writes, in the work dir
-_COST = ("train_seconds", "device_seconds", "flops_per_step", "params_total", "params_active", "params_trainable")
+
+
+class _File(BaseModel):
+    """Says what a file has to hold for what is read of it; it may hold more."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+
+class _Cost(_File):
+    """Describes cost.json."""
+
+    train_seconds: NonNegativeFloat
+    device_seconds: NonNegativeFloat
+    flops_per_step: NonNegativeFloat
+    params_total: NonNegativeInt
+    params_active: NonNegativeInt
+    params_trainable: NonNegativeInt
+    steps: NonNegativeInt | None = None
+    devices: PositiveInt | None = None
+    device: str | None = None
+    precision: str | None = None
+    zero_stage: int | None = None
+    ep_size: int | None = None
+    command: list[str] | None = None
+    software: dict[str, str | None] | None = None
+
+
+class _Load(_File):
+    """Describes what analysis.json says of the load of a layer."""
+
+    load: list[float]
+    load_entropy: float
+    information: float
+    by_class: dict[str, list[NonNegativeInt]]
+
+
+class _Layer(_File):
+    """Describes what analysis.json says of a layer."""
+
+    load: _Load
+
+
+class _Analysis(_File):
+    """Describes analysis.json."""
+
+    layers: dict[str, _Layer]
 
 
 class _Measure(NamedTuple):
@@ -110,7 +157,7 @@ class Run:
 
     def __init__(self, folder: Path, *, task: str | None = None, trusted: bool = True) -> None:
         self.folder, self.part = folder, task
-        whole = run_config(folder) if trusted else _literal_config(folder)
+        whole = run_config(folder) if trusted else literal_config(folder)
         with user_errors(f"{folder} is no run's: its dumped config lacks what a report needs"):
             self._model = whole.get("model")
             self.config = task_config(whole, task, folder)
@@ -126,6 +173,13 @@ class Run:
         """Returns the seed of the run; 0 where the config names none, as in training."""
         return (self.config.get("randomness") or {}).get("seed") or 0
 
+    @property
+    def core_sha256(self) -> str | None:
+        """Returns the hash of the core's file that a finished run was made from; None where the run does not say."""
+        with suppress(UserError):
+            return read_metadata(self.folder).get("core_sha256")
+        return None
+
     def left(self, kind: str) -> Path:
         """Returns the folder of that name that the run has left, of its task where it has several."""
         return self.folder / kind / (self.part or "")
@@ -136,11 +190,16 @@ class Run:
         Raises:
             UserError: there is none yet, or it is damaged.
         """
-        with user_errors(f"{self.folder}: cost.json is damaged, run the training again"):
-            cost: dict[str, Any] = json.loads(self._file("cost.json").read_text())
-            if lacking := [key for key in _COST if not isinstance(cost[key], int | float)]:
-                raise ValueError(f"{lacking[0]} is no number")
-            return cost
+        return _fitting(self._file("cost.json"), _Cost, "run the training again")
+
+    def analysis(self) -> dict[str, Any] | None:
+        """Returns the content of analysis.json, which `rmoe analyze` has left; None where it has not.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        path = self.left(ANALYSIS) / ANALYSIS_JSON
+        return _fitting(path, _Analysis, "run rmoe analyze again") if path.is_file() else None
 
     def values(self) -> dict[str, float]:
         """Returns the metrics, in percent, as they were logged last; only those that were.
@@ -234,7 +293,7 @@ class Run:
 
     def _log(self) -> Iterator[dict[str, Any]]:
         """Yields what was logged, line by line; a step that a resumed run has done again is there twice."""
-        for log in sorted(self.folder.rglob("scalars.json")):
+        for log in sorted(self.folder.glob("*/vis_data/scalars.json")):
             with user_errors(f"{log} is damaged"):
                 lines = [json.loads(line) for line in log.read_text().splitlines()]
                 if not all(isinstance(line, dict) for line in lines):
@@ -254,7 +313,30 @@ class Run:
         return self.folder / name
 
 
-def _literal_config(folder: Path) -> Config:
+def _fitting(path: Path, schema: type[BaseModel], advice: str) -> dict[str, Any]:
+    """Returns the content of a JSON file.
+
+    Raises:
+        UserError: it cannot be read, or does not fit the schema.
+    """
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        schema.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} is damaged: {where[:80]}: {first['msg']}; {advice}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}; {advice}") from error
+    return content
+
+
+def literal_config(folder: Path) -> Config:
+    """Returns the config that a run has dumped, read as data.
+
+    Raises:
+        UserError: the folder is no run's, or the config is damaged.
+    """
     configs = sorted(folder.glob("*.py"))
     if len(configs) != 1:
         raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")

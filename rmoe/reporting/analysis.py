@@ -8,22 +8,25 @@ rest. Only the two weight matrices of each network count here, not the biases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from mmengine.config import ConfigDict
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from rmoe.errors import UserError
 from rmoe.moe.experts import Network
+from rmoe.moe.gate import Routing
 from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 from rmoe.moe.state import moe_layers
-
-_STRIDES = (4, 8, 16, 32, 64)
 
 
 class LabelledImage(Protocol):
@@ -36,8 +39,9 @@ class LabelledImage(Protocol):
     def answer(self, model: Any) -> Any:
         """Evaluates the model on it."""
 
-    def size(self, model: Any) -> tuple[int, int]:
-        """Returns (height, width) in pixels as the backbone gets it."""
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Returns (height, width) in pixels as the backbone gets it, without what a batch pads it by."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class LayerLoad:
         by_class: for each class that occurs, its tokens by expert, int [E].
         information: mutual information of expert and class over the entropy of the classes: 0 where experts do not
             look at classes, 1 where an expert tells the class; 0 with one class.
+        none: share of the tokens that have no expert; of what is above, they count in the gate's entropy alone.
     """
 
     load: list[float]
@@ -98,6 +103,7 @@ class LayerLoad:
     gate_entropy: float
     by_class: dict[str, list[int]]
     information: float
+    none: float = 0.0
 
 
 def weight_statistics(model: nn.Module) -> dict[str, LayerWeights]:
@@ -231,31 +237,33 @@ def load_statistics(model: nn.Module, images: Iterable[LabelledImage], classes: 
         UserError: the model is dense.
     """
     experts = {name: layer.num_experts for name, layer in _layers(model).items()}
-    counts = {name: np.zeros((len(classes) + 1, number), dtype=np.int64) for name, number in experts.items()}
+    counts = {name: np.zeros((len(classes) + 1, number + 1), dtype=np.int64) for name, number in experts.items()}
     entropy: dict[str, list[float]] = {name: [] for name in experts}
     for image in images:
-        labels_hw, routed = image.labels, _routed(model, lambda: image.answer(model), image.size(model))  # noqa: B023
-        for name, (expert_hw, probability_TE) in routed.items():
-            labels = _sampled(labels_hw, expert_hw.shape)
+        labels_hw, routed = image.labels, routing_maps(model, lambda: image.answer(model), image.shape)  # noqa: B023
+        for name, found in routed.items():
+            labels = _sampled(labels_hw, found)
             labels = np.where((labels >= 0) & (labels < len(classes)), labels, len(classes))
-            np.add.at(counts[name], (labels.ravel(), expert_hw.ravel()), 1)
-            entropy[name].append(torch.special.entr(probability_TE).sum(1).mean().item())
+            np.add.at(counts[name], (labels.ravel(), found.expert_hw.ravel()), 1)
+            entropy[name].append(torch.special.entr(found.probability_hwE).sum(-1).mean().item())
     return {name: _load(counts[name], entropy[name], classes) for name in experts}
 
 
 def _load(counts: np.ndarray, entropies: list[float], classes: Sequence[str]) -> LayerLoad:
-    experts, known = counts.shape[1], counts[:-1]
-    load = counts.sum(0) / counts.sum()
+    """Returns what counts [classes and none of them, experts and none of them] come to."""
+    experts, known = counts.shape[1] - 1, counts[:-1, :-1]
+    *load, none = (counts.sum(0) / counts.sum()).tolist()
     full = np.log(experts) if experts > 1 else 1.0
     joint = known / max(known.sum(), 1)
     by_class, by_expert = joint.sum(1), joint.sum(0)
     shared = _entropy(by_class) + _entropy(by_expert) - _entropy(joint)
     return LayerLoad(
-        load=load.tolist(),
-        load_entropy=_entropy(load) / full,
+        load=load,
+        load_entropy=_entropy(np.array(load) / max(sum(load), 1e-12)) / full,
         gate_entropy=float(np.mean(entropies)) / full,
         by_class={name: row.tolist() for name, row in zip(classes, known, strict=True) if row.any()},
         information=shared / _entropy(by_class) if _entropy(by_class) else 0.0,
+        none=none,
     )
 
 
@@ -264,10 +272,11 @@ def _entropy(shares: np.ndarray) -> float:
     return float((positive * np.log(1 / positive)).sum())
 
 
-def _sampled(labels_hw: np.ndarray, grid: tuple[int, ...]) -> np.ndarray:
-    """Returns the label in the middle of each cell of the grid."""
+def _sampled(labels_hw: np.ndarray, found: RoutingMap) -> np.ndarray:
+    """Returns the label in the middle of each cell of a map; of a cell whose middle is outside, at the edge."""
     rows, columns = (
-        ((np.arange(count) + 0.5) * side / count).astype(int) for count, side in zip(grid, labels_hw.shape, strict=True)
+        np.minimum((np.arange(count) + 0.5) * cell * side, side - 1).astype(int)
+        for count, cell, side in zip(found.expert_hw.shape, found.cell, labels_hw.shape, strict=True)
     )
     return labels_hw[np.ix_(rows, columns)]
 
@@ -327,48 +336,156 @@ def _cosines(x_EN: Tensor) -> list[list[float]]:
     return (unit @ unit.T).tolist()
 
 
-def routing_maps(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Returns the first choice of every token of one image; the expert with the largest part, where all are used.
+class RoutingMap(NamedTuple):
+    """Tells which expert each token of an image went to, and where in the image the token is.
+
+    Attributes:
+        expert_hw: the expert with the largest part, int64 [h, w]; the number of experts where there is none.
+        probability_hwE: the gate's, float32.
+        cell: (height, width) of a token's part of the image, over the image's; the last ones may reach beyond it.
+    """
+
+    expert_hw: np.ndarray
+    probability_hwE: Tensor
+    cell: tuple[float, float]
+
+
+def routing_maps(
+    model: nn.Module, run: Callable[[], Any], shape: tuple[int, int] | None = None
+) -> dict[str, RoutingMap]:
+    """Returns the first choice of every token of one image, by layer as above, on the grid of that layer's tokens.
+
+    A segmentor that sees images through a sliding window sees this one whole.
 
     Args:
         model: with `ResidualMoE` layers.
         run: one evaluation of `model` on one image.
-        size: (height, width) in pixels of the image as the backbone gets it.
-
-    Returns:
-        By layer as above, experts as int64 [h, w], on the grid of that layer's tokens.
+        shape: (height, width) in pixels of the image, without what a batch pads it by on the right and below; by
+            default all of what the backbone gets.
 
     Raises:
-        UserError: the model is dense.
+        UserError: the model is dense, or the grid of a layer's tokens is not known.
     """
-    return {name: expert_hw for name, (expert_hw, _) in _routed(model, run, size).items()}
-
-
-def _routed(model: nn.Module, run: Callable[[], Any], size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
-    """Returns the map and the gate's probabilities, float32 [T, E], of each layer."""
     mixtures = _mixtures(model)
-    with torch.no_grad(), collect() as records:
+    with torch.no_grad(), _whole_images(model), _watched(model, mixtures) as grids, collect() as records:
         run()
     found = {}
     for path, layer in mixtures.items():
-        routing, prefix = records.routing[layer], _prefix_tokens(model, path)
-        first_T = routing.expert_TK[:, 0] if layer.config.chooses else routing.probability_TE.argmax(1)
-        expert_T = first_T[prefix:].cpu().numpy()
-        found[_name(path)] = (expert_T.reshape(_grid(len(expert_T), size)), routing.probability_TE[prefix:].cpu())
+        routing, grid = records.routing[layer], grids[path]
+        tokens = slice(-grid.rows * grid.columns, None)
+        first_hw, probability_hwE = (
+            x[tokens].unflatten(0, (grid.rows, grid.columns)).cpu()
+            for x in (_first_choices(layer, routing), routing.probability_TE)
+        )
+        cell, kept = grid.within(shape)
+        found[_name(path)] = RoutingMap(first_hw[kept].numpy(), probability_hwE[kept], cell)
     return found
+
+
+def _first_choices(layer: ResidualMoE, routing: Routing) -> Tensor:
+    """Returns the expert with the largest part in each token, int64 [T]; the number of experts where none has any."""
+    if not layer.config.chooses:
+        return routing.probability_TE.argmax(1)
+    gate_T, place_T = routing.gate_TK.max(1)
+    expert_T = routing.expert_TK.gather(1, place_T[:, None])[:, 0]
+    return torch.where(gate_T > 0, expert_T, layer.num_experts)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Says how the tokens of a layer lie in the image that the backbone got.
+
+    Attributes:
+        rows, columns: of tokens.
+        image: (height, width) of that image in pixels, if it is known.
+        strides: those of the backbone's maps, in pixels; rows and columns are rounded up.
+    """
+
+    rows: int
+    columns: int
+    image: tuple[int, int] | None
+    strides: Sequence[int]
+
+    def within(self, shape: tuple[int, int] | None) -> tuple[tuple[float, float], tuple[slice, slice]]:
+        """Returns the size of a cell over that of the part `shape` of the image, and which cells are in that part."""
+        cells, kept = [], []
+        for axis, count in enumerate((self.rows, self.columns)):
+            whole = self.image[axis] if self.image else count
+            part = shape[axis] if shape and self.image else whole
+            pixels = min((stride for stride in self.strides if stride * count >= whole), default=whole / count)
+            cells.append(pixels / part)
+            kept.append(slice(min(count, math.ceil(part / pixels))))
+        return (cells[0], cells[1]), (kept[0], kept[1])
+
+
+@contextmanager
+def _whole_images(model: Any) -> Iterator[None]:
+    """Lets a segmentor see images whole where it would see one window of them after another."""
+    settings: Any = getattr(model, "test_cfg", None)
+    if not isinstance(settings, Mapping) or settings.get("mode") != "slide":
+        yield
+        return
+    model.test_cfg = ConfigDict(settings, mode="whole")
+    try:
+        yield
+    finally:
+        model.test_cfg = settings
+
+
+@contextmanager
+def _watched(model: nn.Module, mixtures: Mapping[str, ResidualMoE]) -> Iterator[dict[str, _Grid]]:
+    """Yields what becomes, by path, the grid of each mixture's tokens while the model runs.
+
+    A mixture often gets tokens in a row. Then the modules around it may get them as a map, or a convolution has made a
+    map of as many.
+    """
+    grids: dict[str, _Grid] = {}
+    given: dict[nn.Module, torch.Size] = {}  # maps that modules around mixtures got
+    made: list[torch.Size] = []  # maps that convolutions gave
+
+    def get(module: nn.Module, inputs: Any) -> None:
+        if inputs and isinstance(inputs[0], Tensor) and inputs[0].dim() == 4:
+            given[module] = inputs[0].shape
+
+    def make(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        made.append(output.shape)
+
+    def find(path: str, layer: ResidualMoE, inputs: Any) -> None:
+        around = _around(model, path)
+        tokens_BTC = layer.form.tokens(inputs[0])
+        tokens, width = tokens_BTC[..., 0].numel() - _prefix_tokens(model, path), tokens_BTC.shape[-1]
+        maps = [given[module] for module in around if module in given]
+        sides = [x[1:3] for x in maps if x[3] == width] + [x[2:] for x in [*maps, *reversed(made)] if x[1] == width]
+        sides += [x[2:] for x in reversed(made)]
+        fitting = [(rows, columns) for rows, columns in sides if rows * columns == tokens]
+        if not fitting:
+            raise UserError(
+                f"{_name(path)} has {tokens} tokens, and neither a module around it nor a convolution before it has a "
+                "map of as many, so that it is not known where they are in the image; leave this run out of analyses"
+            )
+        known = maps and fitting[0] not in (tuple(maps[-1][1:3]), tuple(maps[-1][2:]))
+        image = (maps[-1][2], maps[-1][3]) if known else None
+        strides = [x["reduction"] for module in around for x in getattr(module, "feature_info", ())]
+        grids[path] = _Grid(*fitting[0], image, strides)
+
+    watched = {module for path in mixtures for module in _around(model, path)}
+    hooks = [module.register_forward_pre_hook(get) for module in watched]
+    hooks += [x.register_forward_hook(make) for x in model.modules() if isinstance(x, nn.Conv2d)]
+    hooks += [layer.register_forward_pre_hook(partial(find, path)) for path, layer in mixtures.items()]
+    try:
+        yield grids
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _around(model: nn.Module, path: str) -> list[nn.Module]:
+    """Returns the module at a path and those around it, from the innermost to the whole model."""
+    parts = path.split(".")
+    return [model.get_submodule(".".join(parts[:end])) for end in range(len(parts), -1, -1)]
 
 
 def _prefix_tokens(model: nn.Module, path: str) -> int:
     """Returns how many tokens stand before those of the map, as the innermost module around `path` says that knows."""
-    while path and not hasattr(model.get_submodule(path), "num_prefix_tokens"):
-        path = path.rpartition(".")[0]
-    return int(getattr(model.get_submodule(path), "num_prefix_tokens", 0))
-
-
-def _grid(tokens: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Returns (rows, columns) of the map that has so many tokens."""
-    for stride in _STRIDES:
-        rows, columns = (-(-side // stride) for side in size)
-        if rows * columns == tokens:
-            return rows, columns
-    raise AssertionError(f"{tokens} tokens fit no grid over {size} pixels")
+    known = (getattr(module, "num_prefix_tokens", None) for module in _around(model, path))
+    return int(next((number for number in known if number is not None), 0))

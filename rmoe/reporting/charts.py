@@ -20,7 +20,7 @@ _CLASSES = 30  # of a chart
 _NAME = 42  # characters of a name in a legend
 _COSTS = {
     "device seconds": lambda cost: cost["device_seconds"],
-    "training FLOPs": lambda cost: cost["flops_per_step"] * cost.get("steps", math.nan),
+    "training FLOPs": lambda cost: cost["flops_per_step"] * (cost.get("steps") or math.nan),
     "parameters trained": lambda cost: cost["params_trainable"],
     "parameters active": lambda cost: cost["params_active"],
 }

@@ -1,24 +1,23 @@
 """Sets runs side by side: which are comparable, which are one arm at other seeds, and by how much arms differ.
 
-Runs of one task on one data set are comparable: a group. Runs of a group whose configs differ in seeds and paths alone
-are one arm. A group's arms are compared with that of the first run that was given.
+Runs of one task on one data set are comparable: a group. Runs of a group that were treated alike are one arm, see
+`rmoe.reporting.arms`. A group's arms are compared with that of the first run that was given.
 """
 
 from __future__ import annotations
 
 import math
-import re
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rmoe.errors import UserError
 from rmoe.inference.runs import Run
+from rmoe.reporting.arms import leaves, settings
 from rmoe.reporting.statistics import paired
 
-# What may differ between runs of one arm: where they are, and how they were carried out.
-_BESIDE = ("work_dir", "load_from", "resume", "launcher", "env_cfg", "strategy", "card", "log_level", "visualizer")
 _ABSENT = "–"
 _LONG = 32  # characters of one of them
 _NAMED = 2  # differing keys that the name of an arm has
@@ -174,20 +173,25 @@ def compare(runs: Sequence[Run], majorities: Sequence[dict[str, float]] | None =
         majorities: for each run, what its metrics give to the commonest class.
 
     Raises:
-        UserError: the logs or cost.json of a run are damaged.
+        UserError: the logs of a run are damaged.
     """
     names = _names([run.left("") for run in runs])
     notes: list[str] = []
-    configs = [dict(_leaves(run.config.to_dict())) for run in runs]
+    configs = [dict(leaves(run.config.to_dict())) for run in runs]
     members: dict[str, list[int]] = {}
     for number, run in enumerate(runs):
         members.setdefault(_data(run), []).append(number)
     groups = []
     for mine in members.values():
-        arms = _arm_names([runs[i].stage for i in mine], [configs[i] for i in mine])
+        arms = _arm_names([runs[i].stage for i in mine], settings([runs[i] for i in mine]))
         entries = []
         for i, arm in zip(mine, arms, strict=True):
-            cost = runs[i].cost() if (runs[i].folder / "cost.json").exists() else None
+            cost = None
+            if (runs[i].folder / "cost.json").exists():
+                try:
+                    cost = runs[i].cost()
+                except UserError as error:
+                    notes.append(f"{error}; it is left out")
             majority = majorities[i] if majorities else None
             entries.append(Entry(runs[i], names[i], arm, runs[i].logged_values(), cost, majority))
         shown = {entry.name: configs[i] for entry, i in zip(entries, mine, strict=True)}
@@ -202,7 +206,7 @@ def compare(runs: Sequence[Run], majorities: Sequence[dict[str, float]] | None =
 
 
 def _notes(entry: Entry) -> Iterable[str]:
-    if entry.cost is None:
+    if not (entry.run.folder / "cost.json").exists():
         yield f"{entry.name} has no cost.json: it is not finished."
     if not entry.values:
         yield f"{entry.name} has no {entry.run.task.measures[0].logged} in its logs: it was not evaluated yet."
@@ -247,20 +251,6 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return names
 
 
-def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, str]]:
-    """Yields (dotted key, value as text) of a config; a list of plain values is one value."""
-    plain = not isinstance(node, Mapping) and not any(isinstance(one, Mapping) for one in _items(node).values())
-    if plain or not node:
-        yield path, str(node)
-        return
-    for key, inner in _items(node).items():
-        yield from _leaves(inner, f"{path}.{key}".lstrip("."))
-
-
-def _items(node: Any) -> dict[Any, Any]:
-    return dict(node) if isinstance(node, Mapping) else dict(enumerate(node)) if isinstance(node, list | tuple) else {}
-
-
 def differing(configs: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, str]]:
     """Returns the keys whose value is not the same in all of `configs`, and that value in each."""
     keys = dict.fromkeys(key for config in configs.values() for key in config)
@@ -268,9 +258,8 @@ def differing(configs: Mapping[str, Mapping[str, str]]) -> dict[str, dict[str, s
     return {key: row for key, row in rows.items() if len(set(row.values())) > 1}
 
 
-def _arm_names(stages: Sequence[str], configs: Sequence[Mapping[str, str]]) -> list[str]:
-    """Returns the stage of each run, with what tells it from the other arms of its stage."""
-    own = [_of_arm(config) for config in configs]
+def _arm_names(stages: Sequence[str], own: Sequence[Mapping[str, str]]) -> list[str]:
+    """Returns the stage of each run, with what of its settings tells it from the other arms of its stage."""
     names, known = [], {}  # type: ignore[var-annotated]
     for stage, config in zip(stages, own, strict=True):
         if stage not in known:
@@ -284,16 +273,6 @@ def _arm_names(stages: Sequence[str], configs: Sequence[Mapping[str, str]]) -> l
             words = [f"{word:.{_LONG}}" for word in words[:_NAMED]] + [f"… ({arms.index(config) + 1})"]
         names.append(" ".join([stage, *words]))
     return names
-
-
-def _of_arm(config: Mapping[str, str]) -> dict[str, str]:
-    """Returns what of a config belongs to its arm; cores whose names differ in numbers alone are of several seeds."""
-    kept = {key: value for key, value in config.items() if key.partition(".")[0] not in _BESIDE}
-    return {
-        key: re.sub(r"\d+", "", Path(value).name) if key.endswith(".core") else value
-        for key, value in kept.items()
-        if key.rpartition(".")[2] != "seed"
-    }
 
 
 def _arms(entries: Sequence[Entry]) -> list[Arm]:

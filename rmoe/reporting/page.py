@@ -22,7 +22,7 @@ import rmoe
 from rmoe.engine.building import user_errors
 from rmoe.engine.predictions import FOLDER, INDEX
 from rmoe.errors import UserError
-from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON
+from rmoe.inference.runs import ANALYSIS
 from rmoe.reporting import charts
 from rmoe.reporting.comparison import Comparison, Entry, Group, finite
 from rmoe.reporting.reproduce import commands
@@ -37,13 +37,14 @@ def render(found: Comparison) -> str:
     """Returns the page as text.
 
     Raises:
-        UserError: the analysis or the stored predictions of a run are damaged.
+        UserError: the stored predictions of a run are damaged.
     """
     from plotly.offline import get_plotlyjs
 
     colour = charts.colours(found)
     drawn: dict[str, charts.Chart] = {"curves": charts.curves(found)}
-    groups = [_group(number, group, colour, drawn) for number, group in enumerate(found.groups)]
+    notes = [*found.notes]
+    groups = [_group(number, group, colour, drawn, notes) for number, group in enumerate(found.groups)]
     scripts = [get_plotlyjs(), (_TEMPLATES / "report.js").read_text(encoding="utf-8")]
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -52,7 +53,7 @@ def render(found: Comparison) -> str:
     return template.render(
         title=" · ".join(group.title for group in found.groups),
         runs=found.entries,
-        notes=found.notes,
+        notes=notes,
         groups=groups,
         curves=list(drawn["curves"]),
         thinned=max((len(x) for entry in found.entries for x in entry.run.scalars.values()), default=0),
@@ -72,8 +73,10 @@ def embedded(data: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _group(number: int, group: Group, colour: Mapping[str, str], drawn: dict[str, charts.Chart]) -> dict[str, Any]:
-    """Returns what the template needs of a group, and adds its charts to `drawn`."""
+def _group(
+    number: int, group: Group, colour: Mapping[str, str], drawn: dict[str, charts.Chart], notes: list[str]
+) -> dict[str, Any]:
+    """Returns what the template needs of a group; adds its charts to `drawn`, and to `notes` what is left out."""
     costs: list[tuple[str, str, list[str]]] = []
     for metric in group.metrics:
         charted = charts.cost_and_quality(group, metric, colour)
@@ -97,7 +100,9 @@ def _group(number: int, group: Group, colour: Mapping[str, str], drawn: dict[str
         "left_out": left_out,
         "arms": group.arm_names(),
         "predictions": list(_predictions(group)),
-        "routing": [mine for n, entry in enumerate(group.entries) if (mine := _routing(f"{number}-{n}", entry, drawn))],
+        "routing": [
+            mine for n, entry in enumerate(group.entries) if (mine := _routing(f"{number}-{n}", entry, drawn, notes))
+        ],
         "reproduce": [(entry, commands(entry)) for entry in group.entries],
     }
 
@@ -151,18 +156,21 @@ def png(path: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
-def _routing(name: str, entry: Entry, drawn: dict[str, charts.Chart]) -> dict[str, Any] | None:
-    """Returns what is known of a run's mixtures; None of a dense one."""
+def _routing(name: str, entry: Entry, drawn: dict[str, charts.Chart], notes: list[str]) -> dict[str, Any] | None:
+    """Returns what is known of a run's mixtures, None of a dense one; adds to `notes` what cannot be shown."""
     gates, folder = charts.gates(entry), entry.run.left(ANALYSIS)
-    analysis = _stored(folder / ANALYSIS_JSON)
+    try:
+        analysis = entry.run.analysis()
+    except UserError as error:
+        analysis = None
+        notes.append(f"{error}; it is left out")
     if not gates and analysis is None:
         return None
     layers = []
     if analysis is not None:
-        with user_errors(f"{folder / ANALYSIS_JSON} is damaged"):
-            for number, (layer, inside) in enumerate(analysis["layers"].items()):
-                drawn[f"experts-{name}-{number}"] = charts.classes_by_expert(inside["load"])
-                layers.append((f"experts-{name}-{number}", layer, inside["load"]))
+        for number, (layer, inside) in enumerate(analysis["layers"].items()):
+            drawn[f"experts-{name}-{number}"] = charts.classes_by_expert(inside["load"])
+            layers.append((f"experts-{name}-{number}", layer, inside["load"]))
     pictures = [path for path in (folder / "experts.png", folder / "norms.png") if path.is_file()]
     return {
         "entry": entry,

@@ -65,20 +65,24 @@ def draw_detections(scenes: Sequence[Scene], models: Sequence[tuple[str, nn.Modu
 
 def draw_experts(scenes: Sequence[Scene], model: nn.Module) -> Figure:
     """Draws a row for each of the `scenes`: the image, and over it, for each MoE layer, each token's expert with the
-    largest part."""
+    largest part; the image alone where none has any."""
     layers = moe_layers(model)
     experts = max(layer.num_experts for layer in layers.values())
     colours = np.array(palette(experts)) / 255  # no grey: the image under them is
-    maps = [routing_maps(model, partial(scene.answer, model), scene.size(model)) for scene in scenes]
+    shades = np.concatenate([np.pad(colours, ((0, 0), (0, 1)), constant_values=0.65), np.zeros((1, 4))])
+    maps = [routing_maps(model, partial(scene.answer, model), scene.shape) for scene in scenes]
     titles = [name.removesuffix(".mlp") for name in maps[0]]
     figure, axes = _grid(len(scenes), ["image", *titles], legend=1.2)
     for row, scene, found in zip(axes, scenes, maps, strict=True):
         image = scene.image
         row[0].imshow(image)
-        for axis, expert_hw in zip(row[1:], found.values(), strict=True):
-            extent = (0, image.shape[1], image.shape[0], 0)
-            axis.imshow(image.mean(-1), cmap="gray", extent=extent)
-            axis.imshow(colours[expert_hw], extent=extent, alpha=0.65, interpolation="nearest")
+        for axis, one in zip(row[1:], found.values(), strict=True):
+            height, width = image.shape[:2]
+            (rows, columns), (tall, wide) = one.expert_hw.shape, one.cell
+            drawn = shades[np.where(one.expert_hw < one.probability_hwE.shape[-1], one.expert_hw, experts)]
+            axis.imshow(image.mean(-1), cmap="gray", extent=(0, width, height, 0))
+            axis.imshow(drawn, extent=(0, columns * wide * width, rows * tall * height, 0), interpolation="nearest")
+            axis.set(xlim=(0, width), ylim=(height, 0))
     _legend(figure, [(f"expert {expert}", colours[expert]) for expert in range(experts)])
     return figure
 
@@ -111,7 +115,7 @@ def draw_load(layers: Mapping[str, LayerLoad]) -> Figure:
         shown = right.imshow((counts / counts.sum(1, keepdims=True)).T, vmin=0, vmax=1, cmap="viridis", aspect="auto")
         figure.colorbar(shown, ax=right, fraction=0.05, label="share of the class")
         right.yaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        right.set_xticks(range(len(names)), names, rotation=90, fontsize="xx-small")
+        right.set_xticks(range(len(names)), [_plain(name) for name in names], rotation=90, fontsize="xx-small")
         right.set_xlabel(f"what the expert tells of the class: {load.information:.2f}", fontsize="x-small")
     return figure
 
@@ -173,12 +177,17 @@ def _grid(rows: int, titles: Sequence[str], legend: float) -> tuple[Figure, np.n
     top = 1 - 0.3 / (side * rows + 0.3)
     figure.subplots_adjust(left=0.005, right=width / (width + legend), bottom=0.005, top=top, wspace=0.03, hspace=0.03)
     for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
+        axis.set_title(_plain(title))
     for axis in axes.flat:
         axis.axis("off")
     return figure, axes
 
 
+def _plain(text: str) -> str:
+    """Returns a text that matplotlib draws as it is: a dollar begins a formula there, an underscore hides a label."""
+    return ("\u200b" if text.startswith("_") else "") + text.replace("$", r"\$")
+
+
 def _legend(figure: Figure, entries: Sequence[tuple[str, Any]]) -> None:
-    handles = [Patch(facecolor=colour, edgecolor="black", label=name) for name, colour in entries]
+    handles = [Patch(facecolor=colour, edgecolor="black", label=_plain(name)) for name, colour in entries]
     figure.legend(handles=handles, loc="center right", frameon=False)

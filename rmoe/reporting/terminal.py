@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rmoe.errors import printable
 from rmoe.reporting.comparison import Arm, Comparison, Entry, Group
 
 _GAP = 2  # columns of the terminal between two of a table
@@ -41,11 +42,6 @@ def show_inside(lines: Mapping[str, Mapping[str, float | None]], console: Consol
         cells = [[name, *(column[i] for column in columns[:fitting])] for i, name in enumerate(lines, start=1)]
         console.print(_table(["layer", *heads[:fitting]], cells, 1, console.width))
         heads = heads[fitting:]
-
-
-def printable(text: str) -> str:
-    """Returns the text without what could steer a terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def counted(number: float) -> str:

@@ -58,9 +58,11 @@ class Scene:
         with torch.no_grad():
             return model.test_step(self.batch)[0]
 
-    def size(self, model: Any) -> tuple[int, int]:
-        """Returns (height, width) in pixels of the image as the backbone gets it."""
-        return tuple(model.data_preprocessor(self.batch, False)["inputs"].shape[-2:])
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Returns (height, width) in pixels of the image as the backbone gets it, without what a batch pads it by."""
+        rows, columns = self.batch["inputs"][0].shape[-2:]
+        return rows, columns
 
     @property
     def name(self) -> str:

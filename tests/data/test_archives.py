@@ -153,6 +153,15 @@ def test_members_that_are_no_images(tmp_path: Path) -> None:
     assert check_image_folder(tmp_path / "train").problems == []
 
 
+def test_an_archive_that_has_gone_since_is_named(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("x.jpg", b"no image")
+    packed = Packed([tmp_path / "a.zip"], [index(tmp_path / "a.zip")], ["a"])
+    (tmp_path / "a.zip").unlink()
+    with pytest.raises(UserError, match=r"an image in .*a.zip, which can no longer be read, is no readable image"):
+        packed.image(0)
+
+
 def test_one_broken_archive_does_not_hide_the_others(tmp_path: Path) -> None:
     PACKED["tar of each class"](tmp_path)
     PACKED["zip"](tmp_path / "more")

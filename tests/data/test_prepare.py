@@ -14,6 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from rmoe.cli import main
+from rmoe.data.partial import MARKER
 from rmoe.data.prepare import prepare
 from rmoe.errors import UserError
 
@@ -179,6 +180,24 @@ def test_a_run_that_was_interrupted_goes_on(coco, tmp_path):
     prepare("coco", coco, out)
     assert (out / "train2017" / "000000000001.jpg").stat().st_mtime_ns == written
     assert not (tmp_path / ".data.partial").exists()
+
+
+def test_a_folder_that_no_run_has_left_is_left_alone(coco, tmp_path):
+    mine = tmp_path / ".data.partial"
+    mine.mkdir()
+    (mine / "thesis.tex").write_text("years of work")
+    refused(f"{mine} is in the way.*move it away", "coco", coco, tmp_path / "data")
+    assert files(mine) == ["thesis.tex"]
+
+
+def test_what_was_left_of_other_archives_is_made_anew(coco, tmp_path):
+    partial = tmp_path / ".data.partial"
+    partial.mkdir()
+    (partial / MARKER).write_text(json.dumps({"unpacked": "coco", "archives": {"val2017.zip": 10**9}}))
+    (partial / "val2017").mkdir()
+    (partial / "val2017" / "stale.jpg").touch()
+    prepare("coco", coco, tmp_path / "data")
+    assert not [name for name in files(tmp_path / "data") if "stale" in name or MARKER in name]
 
 
 def test_nothing_is_overwritten(coco, tmp_path):

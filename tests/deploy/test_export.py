@@ -127,8 +127,6 @@ def folder(tmp_path: Path) -> Path:
     ("options", "message"),
     [
         ([], "say what to write: --onnx FILE, --pt2 FILE or both"),
-        (["--onnx", "{}/gone/x.onnx"], "--onnx .*gone/x.onnx cannot be written: its folder must be there"),
-        (["--onnx", "{}"], "cannot be written"),
         (["--pt2", "{}/x.zip"], r"x.zip: torch.export's archives are called \*.pt2"),
         (["--onnx", "{}/x.onnx", "--opset", "17"], "the opset is 17; torch writes 18 to 23"),
         (["--onnx", "{}/x.onnx", "--opset", "99"], "the opset is 99; torch writes 18 to 23"),
@@ -144,6 +142,16 @@ def test_a_command_that_cannot_be_done(
     assert error.count("\n") == 1
     assert re.search(message, error), error
     assert {one.name for one in folder.parent.iterdir()} == {"run"}
+
+
+@pytest.mark.parametrize("option", ["--onnx", "--pt2"])
+def test_a_file_that_cannot_be_written_is_told_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    for path in (tmp_path / "gone" / "x.pt2", tmp_path):
+        with pytest.raises(SystemExit, match="2"):
+            main(["deploy", str(tmp_path / "run"), option, str(path)])
+        assert f"argument {option}: '{path}' cannot be written: its folder must be there" in capsys.readouterr().err
 
 
 def test_a_package_that_is_missing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,8 +84,7 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for arguments, message in [
         ([mixture, "--out", out], "blocks.0.mlp: its gate decides for each token among 3 experts.*--average"),
         ([dense, "--out", out], "is dense; there is nothing to merge"),
-        ([mixture, "--average", "--out", dense], "is there already; give the name of a new folder"),
-        ([mixture, "--average", "--out", tmp_path / "a" / "b"], "is no folder; make it first"),
+        ([mixture, "--average", "--out", dense], "is not empty; give another --out"),
         ([mixture, "--average", "--images", tmp_path / "x.png", "--out", out], "x.png"),
     ]:
         assert main(["merge", *map(str, arguments)]) == 2
@@ -93,5 +92,6 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert error.count("\n") == 1, error
         assert all(part in error for part in message.split(".*")), error
         assert not out.exists()
+    assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(UserError, match="give --average as well"):
         merge(mixture, out, images=["x.png"])

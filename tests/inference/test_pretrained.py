@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,7 @@ from finished_runs import finished_run
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
+from small_runs import segmentor
 
 import rmoe
 from rmoe.backbones.build import timm_model
@@ -292,6 +294,25 @@ def test_timm_loads_a_dense_backbone_by_itself(dense: Path, tmp_path: Path, cach
     )
     with pytest.raises(UserError, match=r"is timm's: load the model by timm.create_model\('local-dir:"):
         rmoe.from_pretrained(tmp_path / "timm")
+
+
+@pytest.mark.parametrize("precision", ["int8", "bfloat16"])
+def test_what_was_loaded_in_fewer_bits_is_not_saved(dense: Path, tmp_path: Path, precision: str) -> None:
+    loaded = rmoe.load(dense, device="cpu", precision=precision)
+    for save in (loaded.save_pretrained, lambda out: save_timm(loaded, out)):
+        with pytest.raises(UserError, match=f"was loaded with precision '{precision}'.*load it without"):
+            save(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_a_backbone_without_its_last_blocks_is_not_filled_up_for_timm(tmp_path: Path) -> None:
+    loaded = rmoe.load(segmentor(tmp_path / "run", "vit", None), device="cpu")
+    cut = {**loaded.metadata["model"]}
+    cut["backbone"] = {**cut["backbone"], "kwargs": {**cut["backbone"]["kwargs"], "depth": 3}}
+    cut = dataclasses.replace(loaded, metadata={**loaded.metadata, "model": cut})
+    with pytest.raises(UserError, match=r"lacks \d+ weights of timm's .*, such as blocks.2"):
+        save_timm(cut, tmp_path / "timm")
+    save_timm(loaded, tmp_path / "timm")
 
 
 def test_a_mixture_is_nothing_for_timm(run: Path, tmp_path: Path) -> None:

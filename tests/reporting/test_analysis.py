@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_runs import segmentor
 from timm.layers import Mlp
 from torch import nn
 
+import rmoe
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
@@ -37,10 +39,62 @@ VIT = {"embed_dim": 12, "depth": 2, "num_heads": 2}
 )
 def test_maps_are_on_the_grids_of_their_layers(model, kwargs, out, grids):
     pyramid = TimmPyramid(model, kwargs, out, moe={"num_experts": 3}, allow_random_core=True).eval()
-    maps = routing_maps(pyramid, lambda: pyramid(torch.randn(1, 3, 64, 80)), (64, 80))
-    assert [expert_hw.shape for expert_hw in maps.values()] == grids
+    maps = routing_maps(pyramid, lambda: pyramid(torch.randn(1, 3, 64, 80)))
+    assert [one.expert_hw.shape for one in maps.values()] == grids
     assert [f"model.{name}" for name in maps] == list(moe_layers(pyramid))
-    assert all(expert_hw.min() >= 0 and expert_hw.max() < 3 for expert_hw in maps.values())
+    assert all(one.expert_hw.min() >= 0 and one.expert_hw.max() < 3 for one in maps.values())
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "size", "grids"),
+    [
+        ("vit_small_patch14_dinov2", {**VIT, "img_size": 28}, (70, 112), {(5, 8)}),
+        ("vit_small_patch14_dinov2", {**VIT, "img_size": 28}, (64, 100), {(5, 8)}),  # padded to the patches
+        (
+            "swin_tiny_patch4_window7_224",
+            {**SWIN, "depths": (1, 1, 1, 1)},
+            (65, 79),
+            {(17, 20), (9, 10), (5, 5), (3, 3)},
+        ),
+    ],
+)
+def test_maps_know_their_grids_at_any_stride_and_size(model, kwargs, size, grids):
+    out = (0, 1) if "vit" in model else (0, 1, 2, 3)
+    pyramid = TimmPyramid(model, kwargs, out, moe={"blocks": "all"}, allow_random_core=True).eval()
+    maps = routing_maps(pyramid, lambda: pyramid(torch.randn(1, 3, *size)), size)
+    assert {one.expert_hw.shape for one in maps.values()} == grids
+
+
+def test_what_a_batch_pads_an_image_by_is_no_part_of_its_map():
+    pyramid = TimmPyramid("vit_tiny_patch16_224", VIT, (0, 1), moe={"blocks": "all"}, allow_random_core=True).eval()
+    found = next(iter(routing_maps(pyramid, lambda: pyramid(torch.randn(1, 3, 128, 128)), (100, 50)).values()))
+    assert (found.expert_hw.shape, found.cell) == ((7, 4), (0.16, 0.32))
+    assert found.probability_hwE.shape == (7, 4, 8)
+
+
+def test_a_sliding_window_is_left_out_for_maps(tmp_path):
+    window = {"mode": "slide", "crop_size": (32, 32), "stride": (16, 16)}
+    run = rmoe.load(segmentor(tmp_path / "run", "swin", test_cfg=window), device="cpu")
+    batch = run.inputs.collate([run.item(np.zeros((64, 96, 3), np.uint8))])
+    maps = routing_maps(run.model, lambda: run.run(batch), (64, 96))
+    assert {one.expert_hw.shape for one in maps.values()} == {(16, 24), (8, 12)}
+    assert run.model.test_cfg.mode == "slide"
+
+
+def test_tokens_on_an_unknown_grid_are_refused():
+    net = Net()
+    with pytest.raises(UserError, match="mlp has 8 tokens, and neither"):
+        routing_maps(net, lambda: net(torch.zeros(8, 6)))
+
+
+def test_a_token_that_no_expert_takes_has_none():
+    net = Net(router="expert_choice", top_k=1)
+    image = Picture([0] * 8, [0] * 8)  # each of the four experts takes two of the eight, and the same
+    (found,) = routing_maps(net, lambda: image.answer(net)).values()
+    assert sorted(found.expert_hw.ravel().tolist())[-6:] == [4] * 6
+    (load,) = load_statistics(net, [image], ["sky"]).values()
+    assert (load.none, sum(load.load)) == (0.75, 0.25)
+    assert sum(load.by_class["sky"]) == 2
 
 
 def test_a_token_is_where_it_was_in_the_image():
@@ -64,7 +118,7 @@ def test_a_token_is_where_it_was_in_the_image():
     with torch.no_grad():
         layer.gate.weight.zero_()
         layer.gate.weight[3], layer.gate.weight[5] = left - right, right - left
-    (expert_hw,) = routing_maps(pyramid, lambda: pyramid(image), (64, 96)).values()
+    expert_hw = next(iter(routing_maps(pyramid, lambda: pyramid(image)).values())).expert_hw
     assert np.unique(expert_hw[:, :4]).tolist() == [3]
     assert np.unique(expert_hw[:, 4:]).tolist() == [5]
 
@@ -72,7 +126,7 @@ def test_a_token_is_where_it_was_in_the_image():
 def test_a_dense_model_has_none():
     dense = TimmPyramid("vit_tiny_patch16_224", VIT, (0, 1))
     with pytest.raises(UserError, match="the model is dense"):
-        routing_maps(dense, lambda: None, (16, 16))
+        routing_maps(dense, lambda: None)
 
 
 class Net(nn.Module):
@@ -198,12 +252,13 @@ class Picture:
     """2 × 4 pixels and as many tokens, each of which goes to the expert `to` says."""
 
     def __init__(self, to: list[int], labels: list[int]) -> None:
-        self.tokens, self.labels = torch.eye(6)[to], np.array(labels).reshape(2, 4)
+        self.tokens, self.labels = torch.eye(6)[to].view(1, 2, 4, 6), np.array(labels).reshape(2, 4)
 
     def answer(self, model: nn.Module) -> object:
         return model(self.tokens)
 
-    def size(self, model: nn.Module) -> tuple[int, int]:
+    @property
+    def shape(self) -> tuple[int, int]:
         return (8, 16)  # of stride 4
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from finished_runs import COST, finished_run
 
+from rmoe.engine.checkpoint.export import MODEL, write_tensors
 from rmoe.errors import UserError
 from rmoe.inference.runs import Run
 from rmoe.reporting.comparison import compare
@@ -76,6 +79,69 @@ def test_cores_of_several_seeds_are_one_arm_and_those_of_two_pipelines_are_not(t
     other = finished_run(tmp_path / "i", "residual", 0, config={"model.backbone.core": "runs/intermediate_0"})
     assert len(compared(*seeds).groups[0].arm_names()) == 1
     assert len(compared(*seeds, other).groups[0].arm_names()) == 2
+
+
+CORE = "model.backbone.core"
+
+
+def arms(*folders: Path) -> list[str]:
+    return [entry.arm for entry in compared(*folders).groups[0].entries]
+
+
+@pytest.mark.parametrize(
+    "cores", [("w/core_400", "w/core_1200"), ("imagenet/model.safetensors", "random/model.safetensors")]
+)
+def test_other_cores_are_other_arms_whatever_numbers_and_folders_tell_them_apart(cores, tmp_path):
+    folders = [
+        finished_run(tmp_path / f"{i}_{s}", seed=s, config={CORE: x}) for i, x in enumerate(cores) for s in (0, 1)
+    ]
+    assert arms(*folders) == [f"dense core={core}" for core in cores for _ in (0, 1)]
+
+
+def test_a_core_that_a_run_here_has_made_counts_by_the_config_of_that_run(tmp_path):
+    folders = []
+    for steps in (400, 1200):
+        for seed in (0, 1):
+            core = finished_run(
+                tmp_path / f"{seed}{steps}a", "upstream", seed, config={"train_cfg": {"max_iters": steps}}
+            )
+            folders.append(finished_run(tmp_path / f"{steps}_{seed}", seed=seed, config={CORE: str(core)}))
+    assert arms(*folders) == [f"dense max_iters={steps}" for steps in (400, 1200) for _ in (0, 1)]
+
+
+def test_a_core_in_one_place_is_told_from_an_earlier_one_by_its_hash(tmp_path):
+    folders = [finished_run(tmp_path / f"{n}", seed=n % 2, config={CORE: "core.pth"}) for n in range(4)]
+    for folder, digest in zip(folders, ("a" * 64, "a" * 64, "b" * 64), strict=False):
+        write_tensors(folder / MODEL, {"x": torch.zeros(1)}, {"rmoe": "1", "core_sha256": digest})
+    assert len(set(arms(*folders[:2], folders[2]))) == 2
+    moved = finished_run(tmp_path / "moved", seed=2, config={CORE: "elsewhere/core.pth"})
+    write_tensors(moved / MODEL, {"x": torch.zeros(1)}, {"rmoe": "1", "core_sha256": "a" * 64})
+    assert len(set(arms(*folders[:2], moved, folders[3]))) == 1  # the last does not say, but has the path
+
+
+def test_what_a_run_was_loaded_from_belongs_to_its_arm(tmp_path):
+    a, b = (finished_run(tmp_path / x, seed=n, config={"load_from": f"{x}.pth"}) for n, x in enumerate("ab"))
+    assert arms(a, b) == ["dense load_from=a.pth", "dense load_from=b.pth"]
+    resumed = finished_run(tmp_path / "r", seed=2, config={"load_from": None, "resume": "r/iter_4"})
+    assert len(set(arms(a, resumed))) == 1
+
+
+def test_batch_precision_and_clipping_belong_to_an_arm_and_processes_do_not(tmp_path):
+    def run(name: str, seed: int, processes: int, batch: int, **more: Any) -> Path:
+        one = {"config": {"train_batch_size": batch, **more}, "layout": {"processes": processes}}
+        loader = {"batch_size": batch // processes}
+        return finished_run(tmp_path / name, seed=seed, config={"strategy": one, "train_dataloader": loader})
+
+    alone, together = run("a", 0, 1, 8), run("b", 1, 8, 8, fp16={"enabled": False}, gradient_clipping=0.0)
+    assert arms(alone, together) == ["dense", "dense"]
+    assert arms(alone, run("c", 1, 1, 16)) == ["dense train_batch_size=8", "dense train_batch_size=16"]
+    assert len(set(arms(alone, run("d", 1, 1, 8, fp16={"enabled": True})))) == 2
+    assert len(set(arms(alone, run("e", 1, 1, 8, gradient_clipping=0.01)))) == 2
+
+
+def test_logs_of_a_run_in_the_folder_of_another_are_not_its_own(tmp_path):
+    outer, inner = (finished_run(tmp_path / x, value=v) for x, v in (("outer", 40.0), ("outer/sub", 77.0)))
+    assert [Run(folder).values() for folder in (outer, inner)] == [{"mIoU": 40.0}, {"mIoU": 77.0}]
 
 
 def test_other_data_is_not_compared_and_that_is_said(tmp_path):

@@ -199,6 +199,28 @@ def test_long_curves_are_thinned():
     assert charts.thinned([]) == []
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"steps": "many"}, {"software": [1]}, {"software": {"commit": 5}}, {"devices": 0}, {"flops_per_step": None}],
+)
+def test_a_cost_that_does_not_fit_is_left_out_and_told(tmp_path, wrong):
+    run = finished_run(tmp_path / "run", cost={**COST, **wrong})
+    page = render(compare([Run(run)]))
+    assert "cost.json is damaged" in page
+    assert "it is left out" in page
+
+
+@pytest.mark.parametrize("wrong", ["information", "load", "by_class"])
+def test_an_analysis_that_does_not_fit_is_left_out_and_told(tmp_path, wrong):
+    run = finished_run(tmp_path / "run", "residual")
+    add_analysis(run)
+    path = run / "analysis" / "analysis.json"
+    content = json.loads(path.read_text())
+    del content["layers"]["layers.2.blocks.1.mlp"]["load"][wrong]
+    path.write_text(json.dumps(content))
+    assert f"analysis.json is damaged: layers.layers.2.blocks.1.mlp.load.{wrong}" in render(compare([Run(run)]))
+
+
 def test_damaged_pictures_and_files_are_named(tmp_path):
     run = finished_run(tmp_path / "run")
     add_predictions(run)

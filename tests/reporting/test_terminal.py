@@ -6,9 +6,10 @@ import pytest
 from finished_runs import finished_run
 from rich.console import Console
 
+from rmoe.errors import printable
 from rmoe.inference.runs import Run
 from rmoe.reporting.comparison import compare
-from rmoe.reporting.terminal import counted, printable, show, show_inside
+from rmoe.reporting.terminal import counted, show, show_inside
 
 
 def lines(draw, width: int) -> list[str]:

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks import tables
 from benchmarks.claims import comparison, method, method_verdicts
-from benchmarks.claims.comparison import best_of, difference, divide, holm, reading, regimes, subtract
+from benchmarks.claims.comparison import best_of, difference, divide, holm, rates_tried, reading, regimes, subtract
 from benchmarks.claims.ledger import Cell, Context, Ledger
 from benchmarks.claims.method import STEPS, Study
 from benchmarks.claims.method_verdicts import FEW, MET, MISSED, NOT_RUN, verdicts
@@ -68,6 +68,15 @@ def test_the_best_rate_is_that_with_the_highest_difference_to_dense() -> None:
     assert best_of("dense", {"dense": dense} | elsewhere, MIOU) == "dense"
     assert best_of("upper_bound_all", {"dense": dense, "upper_bound_all": runs(2.0)}, MIOU) == "upper_bound_all"
     assert best_of("soft", {"dense": dense, "soft": {}}, MIOU) is None
+
+
+def test_rates_are_compared_on_the_pairs_that_all_of_them_have() -> None:
+    dense = runs(0.0, 0.0, 0.0, 0.0, 0.0, 0.0)
+    rates = {"dense": dense, "soft": runs(1.0, 1.0, 1.0, 9.0, 9.0, 9.0), "soft_lr_double": runs(2.0, 2.0, 2.0)}
+    assert best_of("soft", rates, MIOU) == "soft_lr_double"  # though on easier seeds of its own the other has more
+    assert rates_tried("soft_lr_double", rates, MIOU) == {**{"soft": 6, "soft_lr_double": 3, "soft_lr_fourfold": 0}}
+    apart = {"dense": dense, "soft": runs(1.0, 1.0), "soft_lr_double": runs(None, None, 99.0)}
+    assert best_of("soft", apart, MIOU) == "soft"  # no pair in common: the one with more seeds
 
 
 # Seeds 0 … 7: values of each arm less dense's.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.claims.verdicts import ablation, experts, longer_table, verdicts
+from benchmarks.claims.verdicts import ablation, experts, longer_table, render, verdicts
 
 
 def residual(diff: list[float] | None, to_moe: list[float], dense: float, moe: float) -> dict[str, Any]:
@@ -27,6 +28,10 @@ def found(**row: Any) -> dict[str, str]:
     """Verdicts by the beginnings of their claims."""
     rows = verdicts([residual(**row)], [], {})
     return {" ".join(row["claim"].split()[:4]): row["verdict"] for row in rows}
+
+
+def test_a_folder_without_experts_makes_a_page(tmp_path: Path) -> None:
+    assert "Inside the experts" not in render(tmp_path)
 
 
 def test_what_the_paper_says_would_be_confirmed() -> None:
