@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
@@ -66,7 +67,11 @@ class GateBalanceHook(Hook):
             scalars |= self._look(runner, number, task)
         told = records.information() if self._tasks else {}
         scalars |= {f"gate/{self._names[layer]}/task_information": float(one) for layer, one in told.items()}
-        scalars |= {f"residual/{name}": float(norm) for name, norm in residual_norms(runner.model.module).items()}
+        sharded = runner.model.zero_optimization_partition_weights()
+        norms = residual_norms(
+            runner.model.module, lambda layer: deepspeed.zero.GatheredParameters([*layer.parameters()], enabled=sharded)
+        )
+        scalars |= {f"residual/{name}": float(norm) for name, norm in norms.items()}
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     def _look(self, runner: Any, number: int | None, task: str) -> dict[str, float]:
