@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +17,7 @@ from mmengine.registry import OPTIMIZERS, Registry
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from rmoe.engine.check_values import is_number
 from rmoe.engine.trained import NORMS, TABLES, freeze_others, is_head
 from rmoe.errors import UserError, nearest
 from rmoe.moe.experts import BIASES
@@ -245,7 +245,7 @@ def _undecayed(model: nn.Module) -> set[str]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or value < 0:
         raise UserError(f"{name} is {value!r}; it takes a finite number of 0 or more, such as 1e-4")
 
 
@@ -305,7 +305,7 @@ def checked_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapp
     scheduled = {key.removeprefix("initial_") for key in own if key.startswith("initial_")}
     moving = scheduled | {"lr"} | ({"betas"} if "momentum" in scheduled else set())
     for key, value in own.items():
-        if key in moving and _is_number(value) == _is_number(saved[key]):
+        if key in moving and is_number(value) == is_number(saved[key]):
             continue
         if key in moving or saved[key] != value:
             raise UserError(
@@ -315,10 +315,6 @@ def checked_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapp
     if "lr" not in scheduled and "lr" in own and own["lr"] != saved["lr"]:
         print_log(f"the learning rate is the checkpoint's, {saved['lr']}, and not {own['lr']}", logger="current")
     return saved
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _listed(value: Any) -> Any:

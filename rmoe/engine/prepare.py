@@ -59,7 +59,8 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     moe = [complete_moe(values) for values in moe_dicts(cfg.model)]
     check_calibration(cfg.get("calibrate"), moe)
     _check_experts(moe, ds_json.zero_stage(content), processes)
-    config = _deepspeed_config(cfg, content, processes)
+    config, overruled = _deepspeed_config(cfg, content, processes)
+    notes += overruled
     notes += _other_batch(cfg, config["train_batch_size"])
     check_json(cfg, config["train_micro_batch_size_per_gpu"], ds_json.zero_stage(config))
     cfg.train_dataloader.batch_size = config["train_micro_batch_size_per_gpu"]
@@ -115,8 +116,10 @@ def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> 
             )
 
 
-def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """Returns DeepSpeed's config, which takes over what of `cfg.optim_wrapper` is DeepSpeed's business."""
+def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -> tuple[dict[str, Any], list[str]]:
+    """Returns DeepSpeed's config, which takes over what of `cfg.optim_wrapper` is DeepSpeed's business, and what to
+    tell where it says otherwise.
+    """
     wrapper = cfg.optim_wrapper
     for key in wrapper:
         if key not in _WRAPPER_KEYS:
@@ -127,17 +130,29 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
         # mmengine decays everything that a config does not except.
         wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), "exempt": False}
         wrapper.constructor = "rmoe.ParamGroups"
-    clip = wrapper.get("clip_grad") or {}
+    clip = {"max_norm": None} if wrapper.get("clip_grad") is None else wrapper.clip_grad
+    if "max_norm" not in clip:
+        raise UserError(
+            f"optim_wrapper.clip_grad is {clip}, without max_norm; give one, such as dict(max_norm=1.0), or "
+            "clip_grad=None to clip nothing"
+        )
     if clip.get("norm_type", 2) != 2 or set(clip) - {"max_norm", "norm_type", "error_if_nonfinite", "foreach"}:
         raise UserError(f"optim_wrapper.clip_grad is {clip}; DeepSpeed clips by max_norm with norm_type 2 only")
-    return ds_json.resolve(
+    batch_size, accumulation = cfg.train_dataloader.get("batch_size"), wrapper.get("accumulative_counts")
+    config = ds_json.resolve(
         content,
-        batch_size=cfg.train_dataloader.get("batch_size") or 1,
-        accumulation=wrapper.get("accumulative_counts", 1),
-        max_norm=clip.get("max_norm", 0.0),
+        batch_size=batch_size or 1,
+        accumulation=accumulation or 1,
+        max_norm=clip["max_norm"] or 0.0,
         processes=processes,
         autocasts=autocasts(),
     )
+    stated = {
+        ds_json.MICRO: ("train_dataloader.batch_size", batch_size),
+        ds_json.ACCUMULATION: ("optim_wrapper.accumulative_counts", accumulation),
+        ds_json.CLIPPING: ("optim_wrapper.clip_grad.max_norm", clip["max_norm"]),
+    }
+    return config, ds_json.overruled(config, stated)
 
 
 def _other_batch(cfg: Config, images: int) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,26 @@ def test_the_json_rules_the_batch_size(tmp_path: Path) -> None:
     assert cfg.train_dataloader.batch_size == 3
     assert cfg.strategy.config.train_batch_size == 12
     assert cfg.strategy.config.gradient_clipping == 0.5  # the config's clip_grad
+
+
+@pytest.mark.parametrize(
+    ("options", "content", "said"),
+    [
+        ({}, {"gradient_clipping": 1.0}, "optim_wrapper.clip_grad.max_norm is 0.5 in the config.* makes it 1.0"),
+        ({"optim_wrapper.accumulative_counts": 4}, {"train_batch_size": 16}, "accumulative_counts is 4 .* makes it 2"),
+        ({}, {"train_micro_batch_size_per_gpu": 3}, "train_dataloader.batch_size is 4 in the config.* makes it 3"),
+        ({"optim_wrapper.accumulative_counts": 4}, {"gradient_accumulation_steps": "auto"}, ""),
+        ({}, {"gradient_accumulation_steps": 4, "gradient_clipping": 0.5}, ""),
+    ],
+)
+def test_a_json_that_says_otherwise_is_told(
+    options: dict[str, Any], content: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), options)
+    notes = launch.prepare(cfg, read_json(write_json(tmp_path / "ds.json", 2, **content)), 2, tmp_path / "work", False)
+    told = [note for note in notes if "DeepSpeed JSON" in note]
+    assert len(told) == bool(said)
+    assert re.search(said, " ".join(told))
 
 
 def test_the_layout(tmp_path: Path) -> None:
@@ -78,6 +99,8 @@ def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path:
         ({"model.moe.losses.zz": 4}, {}, "no key 'zz'; did you mean 'z'"),
         ({"train_cfgg.max_iters": 4}, {}, "no 'train_cfgg'; did you mean 'train_cfg'"),
         ({"optim_wrapper.clip_grad.norm_type": 1}, {}, "clip_grad"),
+        ({"optim_wrapper.clip_grad": {"_delete_": True, "norm_type": 2}}, {}, "without max_norm; give one"),
+        ({"optim_wrapper.clip_grad": {"_delete_": True}}, {}, "without max_norm; give one"),
         ({"optim_wrapper.clip_gradd.max_norm": 1}, {}, "no key 'clip_gradd'; did you mean 'clip_grad'"),
         ({"optim_wrapper.constructor": "LayerDecay"}, {}, "'LayerDecay'; use 'rmoe.ParamGroups'"),
         (
