@@ -17,6 +17,7 @@ from mmengine.registry import OPTIMIZERS, Registry
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from rmoe.config import ResidualMoEConfig
 from rmoe.engine.check_values import is_number
 from rmoe.engine.trained import NORMS, TABLES, freeze_others, is_head
 from rmoe.errors import UserError, nearest
@@ -132,6 +133,28 @@ def param_groups(
     return [group for group in split if group["params"]]
 
 
+def complete_paramwise(wrapper: Any, mixtures: Sequence[ResidualMoEConfig]) -> None:
+    """Writes what a config's `optim_wrapper` leaves open of `paramwise_cfg` into it, in place: what is saved says which
+    groups there are, whatever the defaults of later versions are.
+
+    Args:
+        wrapper: the section.
+        mixtures: those of the model, whose kind says which rate residuals have. Where they say several, it stays open.
+    """
+    defaults = {name: parameter.default for name, parameter in _options().items()}
+    rates = {one.kind.lr_mult for one in mixtures} or {1.0}
+    if len(rates) == 1:
+        defaults["residual_lr_mult"] = rates.pop()
+    given = wrapper.get("paramwise_cfg") or {}
+    wrapper["paramwise_cfg"] = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _options() -> dict[str, inspect.Parameter]:
+    """Returns the options of `param_groups` by name."""
+    parameters = inspect.signature(param_groups).parameters
+    return {name: one for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
+
+
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class ParamGroups:
     """mmengine's way to `param_groups`: `optim_wrapper = dict(constructor='rmoe.ParamGroups', paramwise_cfg=dict(…))`.
@@ -152,7 +175,7 @@ class ParamGroups:
             if not isinstance(value, Mapping):
                 raise UserError(f"optim_wrapper.{name} is {value!r}; it takes a dict, see the configs in rmoe/configs")
         self._optimizer, self._options = dict(optim_wrapper_cfg["optimizer"]), dict(paramwise_cfg or {})
-        known = [p.name for p in inspect.signature(param_groups).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = _options()
         for key in self._options:
             if key not in known:
                 raise UserError(f"optim_wrapper.paramwise_cfg has no key '{key}'{nearest(str(key), known)}")

@@ -16,6 +16,7 @@ from rmoe.engine.checkpoint import files
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
 from rmoe.engine.model_config import allow_random_cores, complete_moe, moe_dicts
+from rmoe.engine.optim import complete_paramwise
 from rmoe.engine.precision import autocasts
 from rmoe.engine.processes import backend
 from rmoe.engine.task_config import check_json, check_tasks
@@ -61,6 +62,7 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     _check_experts(moe, ds_json.zero_stage(content), processes)
     config, overruled = _deepspeed_config(cfg, content, processes)
     notes += overruled
+    complete_paramwise(cfg.optim_wrapper, moe)
     notes += _other_batch(cfg, config["train_batch_size"])
     check_json(cfg, config["train_micro_batch_size_per_gpu"], ds_json.zero_stage(config))
     cfg.train_dataloader.batch_size = config["train_micro_batch_size_per_gpu"]

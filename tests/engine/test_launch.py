@@ -63,7 +63,7 @@ def test_the_layout(tmp_path: Path) -> None:
 
 def test_what_a_config_need_not_say(tmp_path: Path) -> None:
     cfg = prepared(tmp_path, {"optim_wrapper.constructor": "DefaultOptimWrapperConstructor"})
-    assert cfg.optim_wrapper.paramwise_cfg == {"exempt": False}
+    assert cfg.optim_wrapper.paramwise_cfg.exempt is False
     assert cfg.train_dataloader.sampler.type == "rmoe.InfiniteSampler"
     assert cfg.train_dataloader.dataset.dataset.type == "ToyTokens"
     assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
