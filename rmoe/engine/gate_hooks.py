@@ -11,6 +11,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from mmengine.hooks import Hook
 
+from rmoe.engine.hooks import CHANGES
 from rmoe.errors import UserError
 from rmoe.moe.exchange import expert_group
 from rmoe.moe.experts import Full
@@ -133,8 +134,9 @@ class TemperatureHook(Hook):
         self._begin, self._until = begin, until
 
     def before_train(self, runner: Any) -> None:
-        """Finds the gates."""
-        self._gates = [layer.gate for layer in moe_layers(runner.model.module).values()]
+        """Finds the gates, those of an average of the weights too, which is what is evaluated."""
+        models = {runner.model.module, runner.model.evaluated}
+        self._gates = [layer.gate for model in models for layer in moe_layers(model).values()]
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Sets the temperature of a step, which follows from its number alone."""
@@ -154,13 +156,17 @@ class AverageExpertsHook(Hook):
     of them (Experts Weights Averaging, arXiv 2308.06093). The mean is of all experts, on however many processes they
     are, in float32. Under ZeRO each step sends the experts' weights once more.
 
+    Experts that are frozen stay as they are.
+
     Args:
         rate: above 0; with 1 all experts are the same after each step.
 
     Raises:
         UserError: the rate is out of its range; at the start, residuals are not of the core's shape, whose mean would
-            be no mean of networks, or ZeRO's stage is 3.
+            be no mean of networks, all are frozen, or ZeRO's stage is 3.
     """
+
+    priority = CHANGES
 
     def __init__(self, rate: float = 0.1) -> None:
         if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
@@ -178,22 +184,28 @@ class AverageExpertsHook(Hook):
                 )
         if runner.model.zero_optimization_stage() == 3:
             raise UserError("rmoe.AverageExpertsHook works at ZeRO stages 0, 1 and 2; give another DeepSpeed JSON")
-        self._experts = [(layer.deepspeed_moe.experts.own(), layer.ep_size) for layer in layers.values()]
+        self._experts = [
+            (parameter, layer.ep_size)
+            for layer in layers.values()
+            for parameter in layer.deepspeed_moe.experts.own().values()
+            if parameter.requires_grad
+        ]
+        if layers and not self._experts:
+            raise UserError("rmoe.AverageExpertsHook: all experts are frozen; train some, or leave the hook out")
 
     @torch.no_grad()
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Changes the weights, and the copy of them that DeepSpeed's optimizer keeps. Collective."""
         if (runner.iter + 1) % runner.strategy.layout.accumulation:
             return
-        for parameters, ep_size in self._experts:
-            for parameter in parameters.values():
-                kept = safe_get_full_fp32_param(parameter)  # None where there is no copy
-                experts = parameter.float() if kept is None else kept
-                mean = experts.mean(0)
-                if ep_size > 1:
-                    dist.all_reduce(mean, group=expert_group(ep_size))
-                    mean /= ep_size
-                nearer = torch.lerp(experts, mean, self._rate)
-                parameter.copy_(nearer)
-                if kept is not None:
-                    safe_set_full_fp32_param(parameter, nearer)
+        for parameter, ep_size in self._experts:
+            kept = safe_get_full_fp32_param(parameter)  # None where there is no copy
+            experts = parameter.float() if kept is None else kept
+            mean = experts.mean(0)
+            if ep_size > 1:
+                dist.all_reduce(mean, group=expert_group(ep_size))
+                mean /= ep_size
+            nearer = torch.lerp(experts, mean, self._rate)
+            parameter.copy_(nearer)
+            if kept is not None:
+                safe_set_full_fp32_param(parameter, nearer)

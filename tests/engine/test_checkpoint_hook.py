@@ -46,6 +46,10 @@ def test_folders_have_no_suffix_and_files_have_one(tmp_path: Path) -> None:
     assert names(tmp_path) == ["best_mIoU_iter_6.pth", "iter_2", "iter_4", "iter_6"]
 
 
+def test_the_only_checkpoint_is_not_removed_before_the_next_is_written() -> None:
+    assert [CheckpointHook(max_keep_ckpts=number).max_keep_ckpts for number in (-1, 1, 2, 3)] == [-1, 2, 2, 3]
+
+
 @pytest.mark.parametrize(
     ("options", "template"),
     [

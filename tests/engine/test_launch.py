@@ -15,6 +15,7 @@ from toy import write_config, write_json
 from rmoe.engine import launch, processes
 from rmoe.engine.checkpoint.files import RUN, Layout, write_marker
 from rmoe.engine.ds_json import read_json
+from rmoe.engine.prepare import check_unused
 from rmoe.errors import UserError
 
 MOE = {"num_experts": 4, "ep_size": 2}
@@ -84,9 +85,27 @@ def test_hooks_of_an_earlier_versions_dump_are_not_doubled(tmp_path: Path) -> No
     assert [hook["type"] for hook in once.custom_hooks] == [hook["type"] for hook in prepared(tmp_path).custom_hooks]
 
 
-def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path: Path) -> None:
-    cfg = prepared(tmp_path, {"default_hooks.checkpoint.max_keep_ckpts": 1})
-    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
+def test_a_dumped_config_of_a_resumed_run_starts(tmp_path: Path) -> None:
+    half_a_checkpoint(tmp_path / "work", 4, Layout(2, 1, 0, 4, 1, 3))
+    prepared(tmp_path, resume=True).dump(tmp_path / "dumped.py")
+    cfg = launch.read_config(tmp_path / "dumped.py", {})
+    launch.prepare(cfg, read_json(tmp_path / "ds.json"), 2, tmp_path / "other", False)
+    assert cfg.resume is False
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, False),
+        ({"default_hooks.checkpoint": None}, True),
+        ({"default_hooks.checkpoint.save_optimizer": False}, True),
+        ({"default_hooks.checkpoint": None, "custom_hooks": [{"type": "CheckpointHook"}]}, False),
+    ],
+)
+def test_a_run_that_nothing_can_be_resumed_from_is_told(options: dict[str, Any], told: bool, tmp_path: Path) -> None:
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), options)
+    notes = launch.prepare(cfg, {}, 1, tmp_path / "work", False)
+    assert any("a run that is stopped cannot be resumed" in note for note in notes) == told
 
 
 @pytest.mark.parametrize(
@@ -102,6 +121,8 @@ def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path:
         ({"optim_wrapper.clip_grad": {"_delete_": True, "norm_type": 2}}, {}, "without max_norm; give one"),
         ({"optim_wrapper.clip_grad": {"_delete_": True}}, {}, "without max_norm; give one"),
         ({"optim_wrapper.clip_gradd.max_norm": 1}, {}, "no key 'clip_gradd'; did you mean 'clip_grad'"),
+        ({"resume": True}, {}, "resume=True; leave it out, and give --resume"),
+        ({"resume": "work_dirs/other/iter_5"}, {}, "resume='work_dirs/other/iter_5'; leave it out, and give --resume"),
         ({"optim_wrapper.constructor": "LayerDecay"}, {}, "'LayerDecay'; use 'rmoe.ParamGroups'"),
         (
             {"custom_hooks": [{"type": "EMAHook", "momentum": 0.1}]},
@@ -151,6 +172,21 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
         prepared(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "cost.json"])
+def test_a_finished_run_without_checkpoints_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    cfg = prepared(tmp_path)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / name).touch()
+    with pytest.raises(UserError, match=f"{name} is of a finished run; give another --work-dir"):
+        prepared(tmp_path)
+    with pytest.raises(UserError, match=f"another run has left .*{name} meanwhile; start again with --resume"):
+        check_unused(cfg, False)
+    check_unused(cfg, True)
+    half_a_checkpoint(tmp_path / "work", 4, Layout(2, 1, 0, 4, 1, 3))
+    with pytest.raises(UserError, match="another run has left .*iter_4 meanwhile; start again, or give another"):
+        check_unused(cfg, True)
+
+
 def test_resume_takes_the_newest_and_its_own_layout(tmp_path: Path) -> None:
     layout = Layout(processes=2, ep_size=1, num_experts=0, micro_batch=4, accumulation=1, seed=3)
     for iteration in (4, 10, 6):
@@ -171,12 +207,11 @@ def test_resume_with_nothing_there_starts(tmp_path: Path) -> None:
 def test_what_was_left_out_is_told(tmp_path: Path) -> None:
     (tmp_path / "work" / "iter_9").mkdir(parents=True)
     (tmp_path / "work" / "iter_9" / RUN).touch()
-    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {"default_hooks.checkpoint.max_keep_ckpts": 1})
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {})
     cfg.train_dataloader.sampler = {"type": "SomeSampler"}
     notes = "\n".join(launch.prepare(cfg, {}, 1, tmp_path / "work", True))
     assert "iter_9 is half written" in notes
     assert "starting anew" in notes
-    assert "keeping 2" in notes
     assert "SomeSampler" in notes
 
 
