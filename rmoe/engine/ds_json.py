@@ -99,8 +99,8 @@ def _values(content: Any) -> Iterator[tuple[str, int, Any]]:
 def _check_section(path: Path, key: str, value: Any) -> None:
     """Checks what stands under a top-level key by asking DeepSpeed itself, for this key alone."""
     default = _asked_for()[key]
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
+    if key != CLIPPING and value != AUTO:
+        _check_type(path, key, value, default)
     section = _section(key)
     if key == _AUTOCAST and isinstance(value, dict) and value.get("enabled") == AUTO:
         value = {**value, "enabled": True}
@@ -117,12 +117,19 @@ def _check_key(path: Path, key: str, value: Any, section: Mapping[str, Any]) -> 
     name = key.partition(".")[2]
     if name not in section:
         raise UserError(f"{path}: DeepSpeed has no key '{key}'{nearest(name, section)}")
-    default = section[name]
+    _check_type(path, key, value, section[name])
+
+
+def _check_type(path: Path, key: str, value: Any, default: Any) -> None:
+    words, fits = "", True
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
-    elif isinstance(default, int | float) and not is_number(value):
-        raise UserError(f"{path}: {key} is {value!r}; it takes a number")
+        words, fits = "true or false", isinstance(value, bool)
+    elif isinstance(default, int | float):
+        words, fits = "a number", is_number(value)
+    elif isinstance(default, str):
+        words, fits = "a string", isinstance(value, str)
+    if not fits:
+        raise UserError(f"{path}: {key} is {value!r}; it takes {words}")
 
 
 def _check_numbers(path: Path, content: Mapping[str, Any]) -> None:
@@ -131,6 +138,9 @@ def _check_numbers(path: Path, content: Mapping[str, Any]) -> None:
         raise UserError(
             f'{path}: {CLIPPING} is {clipping!r}; it is the largest norm of the gradient, 0 for none, or "auto"'
         )
+    every = content.get("steps_per_print")  # whose default DeepSpeed does not say
+    if every is not None and not (is_number(every) and isinstance(every, int) and every > 0):
+        raise UserError(f"{path}: steps_per_print is {every!r}; it takes a whole number of 1 or more")
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it is one of 0, 1, 2, 3")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import deepspeed
@@ -11,6 +10,7 @@ import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from mmengine.hooks import Hook
 
+from rmoe.engine.check_values import between, check_arguments, whole
 from rmoe.engine.hooks import CHANGES
 from rmoe.errors import UserError
 from rmoe.moe.exchange import expert_group
@@ -46,11 +46,8 @@ class GateBalanceHook(Hook):
     priority = "LOW"
 
     def __init__(self, interval: int = 10, share: float = 0.8, steps: int = 100) -> None:
-        if not (interval >= 1 and 0 < share <= 1 and steps >= 0):
-            raise UserError(
-                f"rmoe.GateBalanceHook: interval is {interval}, share {share} and steps {steps}; interval is at least "
-                "1, share between 0 and 1, and steps not negative"
-            )
+        numbers = {"interval": (interval, whole(1)), "share": (share, between(0, 1)), "steps": (steps, whole(0))}
+        check_arguments("rmoe.GateBalanceHook", **numbers)
         self._interval, self._share, self._steps = interval, share, steps
         self._since: dict[str, int] = {}  # layer → the iteration at which it was first seen collapsed
 
@@ -125,12 +122,7 @@ class TemperatureHook(Hook):
     """
 
     def __init__(self, begin: float = 2.0, until: float = 1.0) -> None:
-        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (begin, until))
-        if not (numbers and 0 < begin < math.inf and 0 < until <= 1):
-            raise UserError(
-                f"rmoe.TemperatureHook: begin is {begin!r} and until {until!r}; begin is above 0, until above 0 and at "
-                "most 1"
-            )
+        check_arguments("rmoe.TemperatureHook", begin=(begin, between(0)), until=(until, between(0, 1)))
         self._begin, self._until = begin, until
 
     def before_train(self, runner: Any) -> None:
@@ -169,8 +161,7 @@ class AverageExpertsHook(Hook):
     priority = CHANGES
 
     def __init__(self, rate: float = 0.1) -> None:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
-            raise UserError(f"rmoe.AverageExpertsHook: rate is {rate!r}; it is above 0 and at most 1, such as 0.1")
+        check_arguments("rmoe.AverageExpertsHook", rate=(rate, between(0, 1)))
         self._rate = float(rate)
 
     def before_train(self, runner: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -125,10 +126,13 @@ def param_groups(
         raise UserError(
             "the model has no parameter to train: all are frozen; unfreeze some, such as moe.train_core=True"
         )
-    groups = [
-        {"params": parameters, "lr": rate, "weight_decay": decay, "name": f"lr_{rate:g}_decay_{decay:g}"}
-        for (rate, decay), parameters in merged.items()
-    ]
+    names = Counter[str]()
+    groups: list[dict[str, Any]] = []
+    for (rate, decay), parameters in merged.items():
+        name = f"lr_{rate:g}_decay_{decay:g}"
+        names[name] += 1  # numbers may differ beyond what is printed of them
+        unique = name if names[name] == 1 else f"{name}_{names[name]}"
+        groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": unique})
     split = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in split if group["params"]]
 

@@ -183,10 +183,18 @@ def test_an_only_expert_is_no_collapse(capsys: pytest.CaptureFixture[str]) -> No
     assert "has collapsed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [{"interval": 0}, {"share": 0.0}, {"share": float("nan")}, {"steps": -1}])
-def test_numbers_of_the_balance(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="rmoe.GateBalanceHook"):
-        GateBalanceHook(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"interval": value} for value in (0, 1.5, True, "1")),
+        *({"share": value} for value in (0.0, float("nan"), True, "0.5", 1.5)),
+        *({"steps": value} for value in (-1, 0.5, None)),
+    ],
+)
+def test_numbers_of_the_balance(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"rmoe.GateBalanceHook: {name} is .*; it takes a"):
+        GateBalanceHook(**wrong)
 
 
 @pytest.mark.parametrize(("until", "heats"), [(1.0, [3.0, 2.5, 2.0, 1.5, 1.0]), (0.6, [3.0, 2.0, 1.0, 1.0, 1.0])])

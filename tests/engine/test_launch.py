@@ -149,6 +149,10 @@ def test_stage_3_is_for_what_is_not_spread(tmp_path: Path, moe: dict[str, Any] |
     ("text", "message"),
     [
         ("model = dict(", "cannot be read as a config"),
+        ("param_schedulers = []", "has 'param_schedulers', which .* did you mean 'param_scheduler'"),
+        ("custom_hook = []", "did you mean 'custom_hooks'"),
+        ("randomnes = dict(seed=1)", "did you mean 'randomness'"),
+        ("calibrat = dict()", "did you mean 'calibrate'"),
         ("_base_ = 'absent.py'", "there is no config"),
         ("custom_imports = dict(imports=['rmoe.nothing'])", "cannot be read as a config"),
     ],
@@ -159,6 +163,12 @@ def test_config_files(text: str, message: str, tmp_path: Path) -> None:
         launch.read_config(tmp_path / "x.py", {})
     with pytest.raises(UserError, match="there is no config"):
         launch.read_config(tmp_path / "y.py", {})
+
+
+def test_a_config_has_variables_of_its_own(tmp_path: Path) -> None:
+    own = "data, epoch, scales, norm_cfg, train_pipeline, train_dataset, optimizer = 1, 2, (3,), {}, [], {}, {}"
+    (tmp_path / "x.py").write_text(f"{own}\nrandomness = dict(seed=1)\nrandomnes = dict(seed=2)")
+    assert launch.read_config(tmp_path / "x.py", {"calibrate.batches": 2}).calibrate.batches == 2
 
 
 def half_a_checkpoint(work_dir: Path, iteration: int, layout: Layout) -> None:
