@@ -63,8 +63,12 @@ class Supervisor:
         return False
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Passes a signal to the ranks, which save and leave (`deepspeed` would just end), or else to the command."""
+        """Passes a signal to the ranks, which save and leave (`deepspeed` would just end), or else to the command.
+
+        Of SIGINT a rank would end at once: it gets SIGTERM.
+        """
         self.asked = True
+        number = signal.SIGTERM if number == signal.SIGINT else number
         if self._group:
             for process in list(_ranks(self._group)) or [self._group]:
                 with contextlib.suppress(ProcessLookupError):
@@ -74,7 +78,9 @@ class Supervisor:
 def main() -> int:
     """Runs the command, again after a fault; returns the exit code of the last attempt."""
     parser = argparse.ArgumentParser(prog="restart.py", description=__doc__.splitlines()[0])
-    parser.add_argument("--max-restarts", type=int, required=True, metavar="N", help="after faults; others are final")
+    parser.add_argument(
+        "--max-restarts", type=_count, required=True, metavar="N", help="after faults; others are final"
+    )
     parser.add_argument("command", nargs=argparse.REMAINDER, metavar="COMMAND", help="ends with words of train.py")
     arguments = parser.parse_args()
     if not arguments.command:
@@ -88,6 +94,12 @@ def main() -> int:
         print(f"restart.py: code {code}, {count}: goes on from the last checkpoint", file=sys.stderr, flush=True)
         command = [*arguments.command, "--resume"]
     return code
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of restarts; it is a whole number, at least 0")
+    return int(text)
 
 
 def _ranks(group: int) -> Iterator[int]:

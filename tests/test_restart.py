@@ -48,12 +48,21 @@ def test_what_a_launcher_leaves_behind_is_killed_and_counts_as_a_fault(tmp_path:
     assert not [process for process in processes if Path("/proc", process).exists()]
 
 
-def test_a_request_to_leave_goes_to_the_ranks_and_is_not_restarted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("restarts", ["-1", "x", "1.5"])
+def test_a_number_of_restarts(restarts: str, tmp_path: Path) -> None:
+    words = [sys.executable, str(ROOT / "launch" / "restart.py"), "--max-restarts", restarts, "true"]
+    ended = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert ended.returncode == 2
+    assert f"'{restarts}' is no number of restarts; it is a whole number, at least 0" in ended.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_request_to_leave_goes_to_the_ranks_and_is_not_restarted(number: signal.Signals, tmp_path: Path) -> None:
     rank = "RANK=0 bash -c 'trap \"exit 85\" TERM; echo ready >>$0; while :; do sleep 0.05; done' $1"
     child = start(tmp_path, 3, f"trap 'exit 4' TERM; {rank} & wait $!; exit $?")
     while not (tmp_path / "said").exists():
         time.sleep(0.05)
-    child.send_signal(signal.SIGTERM)
+    child.send_signal(number)
     assert "restart" not in child.communicate(timeout=30)[1]
     assert child.returncode == 85
 

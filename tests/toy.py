@@ -143,8 +143,9 @@ def write_config(path: Path, options: Mapping[str, Any] | None = None) -> Path:
 
 
 def write_json(path: Path, stage: int = 0, **keys: Any) -> Path:
-    """A DeepSpeed JSON at `path`; `keys` win."""
-    content = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": stage}} | keys
+    """A DeepSpeed JSON at `path`; `keys` win. At stage 3 parameters of any size are split, not only large ones."""
+    zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
+    content = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": zero} | keys
     path.write_text(json.dumps(content))
     return path
 

@@ -7,9 +7,14 @@
 set -euo pipefail
 dry_run=
 if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
-options=()
-while [[ ${1:-} == --* ]]; do options+=("$1"); shift; done
+words=("$@") # of which the first that ends with .sbatch is the script
+while (($#)) && [[ $1 != *.sbatch ]]; do shift; done
+if ! (($#)); then
+  echo "submit.sh: none of its words ends with .sbatch; give the batch script, such as launch/slurm/pretrain_core.sbatch" >&2
+  exit 2
+fi
 
+options=()
 if [[ ${GPUS:-} ]]; then
   per_node=${GPUS_PER_NODE:-8}
   if ((GPUS < per_node)); then per_node=$GPUS; fi
@@ -22,7 +27,7 @@ elif [[ ${GPUS_PER_NODE:-} ]]; then
   options+=("--ntasks-per-node=$GPUS_PER_NODE" "--gpus-per-node=$GPUS_PER_NODE")
 fi
 if [[ ${CPUS_PER_TASK:-} ]]; then options+=("--cpus-per-task=$CPUS_PER_TASK"); fi
-command=(sbatch --parsable "${options[@]}" "$@")
+command=(sbatch --parsable "${options[@]}" "${words[@]}") # of an option that comes twice, Slurm takes the last
 if [[ $dry_run ]]; then
   printf '%q ' "${command[@]}"
   echo

@@ -62,6 +62,8 @@ def described(error: BaseException) -> str:
     text = " ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split())
     if isinstance(error, pickle.UnpicklingError):
         text = "a checkpoint holds Python objects besides tensors, which are not loaded"
+    if isinstance(error, KeyError) and text.isidentifier():
+        return f"the key '{text}' is missing"
     return f"{type(error).__name__}: {text[:_LONGEST]}" if text else type(error).__name__
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint.files import RUN
-from rmoe.engine.model_config import fill_in_saved_moe
+from rmoe.engine.model_config import fill_in_saved_moe, moe_dicts
+from rmoe.engine.optim import complete_paramwise
 from rmoe.errors import UserError
 
 _REFUSED = {
@@ -29,6 +30,8 @@ _FREE = {
     *("core", "allow_random_core", "init_cfg", "pretrained", "checkpoint"),
     *("ep_size", "exchange", "recompute", "with_cp"),
 }
+# Keys of a mixture that a run has always written out since residuals of low rank have a rate of their own by default.
+_WRITTEN_OUT = {"top_k", "alpha", "shared_a", "tasks", "expert_drop"}
 
 
 def compare(path: Path, cfg: Any) -> list[str]:
@@ -43,7 +46,7 @@ def compare(path: Path, cfg: Any) -> list[str]:
     """
     if not (before := parsed(_text(path))):
         return []
-    fill_in_saved_moe(before)
+    _fill_in_saved(before)
     now = parsed(cfg.pretty_text)
     for section, what in _REFUSED.items():
         old, new = (dict(_flat(_section(one, section), section)) for one in (before, now))
@@ -63,6 +66,19 @@ def compare(path: Path, cfg: Any) -> list[str]:
             which = "; ".join(f"{key} was {_said(old, key)}, is {_said(new, key)}" for key in changed[:3])
             notes.append(f"resuming with another {section}: {which}; the run goes on with the new one")
     return notes
+
+
+def _fill_in_saved(config: Any) -> None:
+    """Writes into a run's saved config, in place, what it leaves open of its mixtures and of the optimizer's groups, by
+    the defaults of the version that saved it.
+    """
+    model, wrapper = config.get("model"), config.get("optim_wrapper")
+    if isinstance(wrapper, dict):
+        mixtures, given = [*moe_dicts(model)], wrapper.get("paramwise_cfg")
+        if not all(one.keys() >= _WRITTEN_OUT for one in mixtures):
+            wrapper["paramwise_cfg"] = {"residual_lr_mult": 1.0, **(given or {})}
+        fill_in_saved_moe(model)
+        complete_paramwise(wrapper, [ResidualMoEConfig.from_dict(one) for one in mixtures])
 
 
 def _text(path: Path) -> str:

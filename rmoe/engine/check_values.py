@@ -33,7 +33,9 @@ def _is_list(value: Any) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str)
 
 
-def _whole(least: int, most: int = 2**31 - 1) -> Rule:
+def whole(least: int, most: int = 2**31 - 1) -> Rule:
+    """Returns the rule of a whole number from `least` to `most`."""
+
     def accepts(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and least <= value <= most
 
@@ -43,6 +45,27 @@ def _whole(least: int, most: int = 2**31 - 1) -> Rule:
 def _number(least: float, below: float = math.inf) -> Rule:
     words = f"a number of at least {least:g}" + ("" if below == math.inf else f" and below {below:g}")
     return Rule(words, lambda value: is_number(value) and least <= value < below)
+
+
+def between(least: float, most: float = math.inf) -> Rule:
+    """Returns the rule of a number above `least` and, unless it is infinite, at most `most`."""
+    words = f"a number above {least:g}" + ("" if most == math.inf else f" and at most {most:g}")
+    return Rule(words, lambda value: is_number(value) and least < value <= most)
+
+
+def check_arguments(what: str, **checked: tuple[Any, Rule]) -> None:
+    """Checks what `what`, such as a hook, is made with.
+
+    Args:
+        what: its name.
+        **checked: by name of an argument its value and what it must be.
+
+    Raises:
+        UserError: naming the first that is something else.
+    """
+    for name, (value, rule) in checked.items():
+        if not rule.accepts(value):
+            raise UserError(f"{what}: {name} is {_shown(value)}; it takes {rule.words}")
 
 
 def _list_of(rule: Rule, length: int | None = None) -> Rule:
@@ -56,14 +79,14 @@ _TEXT = Rule("a string that is not empty", lambda value: isinstance(value, str) 
 _SECTION = Rule("a dict", lambda value: isinstance(value, Mapping))
 _MADE = Rule("a dict with a type", lambda value: isinstance(value, Mapping) and bool(value.get("type")))
 _FINITE = Rule("a finite number", is_number)
-_RATE, _SHARE, _INTERVAL = _number(0), _number(0, 1), _whole(1)
+_RATE, _SHARE, _INTERVAL = _number(0), _number(0, 1), whole(1)
 _NEVER = Rule("-1", lambda value: value == -1 and not isinstance(value, bool))
 
 _LOADER = {
     "": _SECTION,
     "dataset": _MADE,
     "batch_size": _INTERVAL,
-    "num_workers": _whole(0, 4096),
+    "num_workers": whole(0, 4096),
     "persistent_workers": _FLAG,
     "prefetch_factor": _INTERVAL | _NOTHING,
     "pin_memory": _FLAG,
@@ -93,13 +116,13 @@ _PARAMWISE = {
     "custom_keys.*.*": _RATE,
 }
 _SCHEDULER = {
-    "begin": _whole(0),
+    "begin": whole(0),
     "end": _INTERVAL,
     "by_epoch": _FLAG,
     "convert_to_iter_based": _FLAG,
     "T_max": _INTERVAL | _NOTHING,
     "step_size": _INTERVAL,
-    "milestones": _list_of(_whole(0)),
+    "milestones": _list_of(whole(0)),
     "verbose": _FLAG,
     **dict.fromkeys(("eta_min", "power", "gamma", "factor", "start_factor", "end_factor"), _FINITE),
     **dict.fromkeys(("eta_min_ratio",), _FINITE | _NOTHING),
@@ -119,7 +142,7 @@ _TABLES = {
         "default_hooks.*": _MADE | _NOTHING,
         "custom_hooks": _list_of(_MADE) | _NOTHING,
         "randomness": _SECTION | _NOTHING,
-        "randomness.seed": _whole(0, 2**32 - 1) | _NOTHING,
+        "randomness.seed": whole(0, 2**32 - 1) | _NOTHING,
         "randomness.deterministic": _FLAG,
         "randomness.diff_rank_seed": _FLAG,
         "env_cfg": _SECTION | _NOTHING,
@@ -142,7 +165,7 @@ _TABLES = {
         "max_iters": _INTERVAL,
         "max_epochs": _INTERVAL,
         "val_interval": _INTERVAL,
-        "val_begin": _whole(0),
+        "val_begin": whole(0),
         "by_epoch": _FLAG,
         "dynamic_intervals": _list_of(_list_of(_INTERVAL, 2)) | _NOTHING,
     },
@@ -166,6 +189,7 @@ _TABLES = {
     },
     "default_hooks.logger": {"interval": _INTERVAL, "log_metric_by_epoch": _FLAG, "ignore_last": _FLAG},
 }
+SECTIONS = {"tasks"} | {path.partition(".")[0] for path in (*_TABLES[""], *_TABLES) if path}  # at the top of a config
 _SHOWN = 100  # characters of a value in a message
 _LOOPS = {"IterBasedTrainLoop": "max_iters", "EpochBasedTrainLoop": "max_epochs"}
 

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
-from deepspeed.runtime.config import get_torch_autocast_dtype, get_torch_autocast_enabled
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from rmoe.engine.precision import precision
 from rmoe.errors import UserError
 
 
@@ -86,7 +86,7 @@ def check_precision(config: Mapping[str, Any]) -> None:
     Raises:
         UserError: float16 without a gradient norm, or with a step that is not DeepSpeed's own at its ZeRO stages.
     """
-    if not get_torch_autocast_enabled(config) or get_torch_autocast_dtype(config) != torch.float16:
+    if precision(config) != "float16":
         return
     zero = config.get("zero_optimization") or {}
     offload = zero.get("offload_optimizer") or {}

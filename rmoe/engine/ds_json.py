@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -13,12 +12,15 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from pydantic import ValidationError
 
 from rmoe.engine.building import described
+from rmoe.engine.check_values import is_number
 from rmoe.errors import UserError, nearest
 
 AUTO = "auto"
-_MICRO, _ACCUMULATION, _GLOBAL = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size"
+MICRO, ACCUMULATION, CLIPPING = "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"
+_GLOBAL = "train_batch_size"
 _AUTOCAST = "torch_autocast"
-_DTYPES = ("bfloat16", "bf16", "float16", "fp16")  # of torch_autocast
+# Of torch_autocast, with torch's names for them; DeepSpeed takes none as torch's default, which is float16 on a GPU.
+_DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16"}
 _LARGEST, _DEEPEST = 2**20, 16  # bytes of a file, levels in it
 
 
@@ -97,8 +99,8 @@ def _values(content: Any) -> Iterator[tuple[str, int, Any]]:
 def _check_section(path: Path, key: str, value: Any) -> None:
     """Checks what stands under a top-level key by asking DeepSpeed itself, for this key alone."""
     default = _asked_for()[key]
-    if isinstance(default, bool) and not isinstance(value, bool):
-        raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
+    if key != CLIPPING and value != AUTO:
+        _check_type(path, key, value, default)
     section = _section(key)
     if key == _AUTOCAST and isinstance(value, dict) and value.get("enabled") == AUTO:
         value = {**value, "enabled": True}
@@ -115,30 +117,36 @@ def _check_key(path: Path, key: str, value: Any, section: Mapping[str, Any]) -> 
     name = key.partition(".")[2]
     if name not in section:
         raise UserError(f"{path}: DeepSpeed has no key '{key}'{nearest(name, section)}")
-    default = section[name]
+    _check_type(path, key, value, section[name])
+
+
+def _check_type(path: Path, key: str, value: Any, default: Any) -> None:
+    words, fits = "", True
     if isinstance(default, bool):
-        if not isinstance(value, bool):
-            raise UserError(f"{path}: {key} is {value!r}; it takes true or false")
-    elif isinstance(default, int | float) and not _is_number(value):
-        raise UserError(f"{path}: {key} is {value!r}; it takes a number")
+        words, fits = "true or false", isinstance(value, bool)
+    elif isinstance(default, int | float):
+        words, fits = "a number", is_number(value)
+    elif isinstance(default, str):
+        words, fits = "a string", isinstance(value, str)
+    if not fits:
+        raise UserError(f"{path}: {key} is {value!r}; it takes {words}")
 
 
 def _check_numbers(path: Path, content: Mapping[str, Any]) -> None:
-    clipping = content.get("gradient_clipping", AUTO)
-    if clipping != AUTO and not (_is_number(clipping) and clipping >= 0):
+    clipping = content.get(CLIPPING, AUTO)
+    if clipping != AUTO and not (is_number(clipping) and clipping >= 0):
         raise UserError(
-            f'{path}: gradient_clipping is {clipping!r}; it is the largest norm of the gradient, 0 for none, or "auto"'
+            f'{path}: {CLIPPING} is {clipping!r}; it is the largest norm of the gradient, 0 for none, or "auto"'
         )
+    every = content.get("steps_per_print")  # whose default DeepSpeed does not say
+    if every is not None and not (is_number(every) and isinstance(every, int) and every > 0):
+        raise UserError(f"{path}: steps_per_print is {every!r}; it takes a whole number of 1 or more")
     stage = content.get("zero_optimization", {}).get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3) or not isinstance(stage, int):
         raise UserError(f"{path}: zero_optimization.stage is {stage!r}; it is one of 0, 1, 2, 3")
-    dtype = content.get(_AUTOCAST, {}).get("dtype", _DTYPES[0])
-    if dtype not in _DTYPES:
+    dtype = content.get(_AUTOCAST, {}).get("dtype", "bfloat16")
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise UserError(f"{path}: torch_autocast.dtype is {dtype!r}; it is one of {', '.join(_DTYPES)}")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _ask_deepspeed(content: dict[str, Any], what: str) -> None:
@@ -211,7 +219,7 @@ def resolve(
     autocasts: bool = False,
 ) -> dict[str, Any]:
     """Returns the file's content with a value for every "auto": batch sizes, accumulation, clipping and precision are
-    explicit.
+    explicit. Where autocast is on, its dtype is "bfloat16", as by default, or "float16".
 
     Args:
         content: what `read_json` returned.
@@ -224,7 +232,7 @@ def resolve(
     Raises:
         UserError: batch sizes that do not fit together, or a section that DeepSpeed refuses.
     """
-    given = {key: content.get(key, AUTO) for key in (_MICRO, _ACCUMULATION, _GLOBAL)}
+    given = {key: content.get(key, AUTO) for key in (MICRO, ACCUMULATION, _GLOBAL)}
     for key, value in given.items():
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
             raise UserError(f'{key} is {value!r} in the DeepSpeed JSON; it is a positive number or "auto"')
@@ -240,19 +248,36 @@ def resolve(
         micro = total // (steps * processes)
     if total != micro * steps * processes or not total:
         raise UserError(
-            f"{_GLOBAL} {given[_GLOBAL]} is not {_MICRO} {micro} × {_ACCUMULATION} {steps} × {processes} processes; "
+            f"{_GLOBAL} {given[_GLOBAL]} is not {MICRO} {micro} × {ACCUMULATION} {steps} × {processes} processes; "
             'change one of them, or leave it "auto"'
         )
-    clipping = content.get("gradient_clipping", AUTO)
+    clipping = content.get(CLIPPING, AUTO)
     resolved = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **content}
-    resolved |= {_MICRO: micro, _ACCUMULATION: steps, _GLOBAL: total}
-    resolved |= {"gradient_clipping": float(max_norm if clipping == AUTO else clipping)}
-    if content.get(_AUTOCAST, {}).get("enabled") == AUTO:
+    resolved |= {MICRO: micro, ACCUMULATION: steps, _GLOBAL: total}
+    resolved |= {CLIPPING: float(max_norm if clipping == AUTO else clipping)}
+    autocast = content.get(_AUTOCAST, {})
+    if autocast.get("enabled") == AUTO and not autocasts:
         del resolved[_AUTOCAST]
-        if autocasts:
-            resolved[_AUTOCAST] = {**content[_AUTOCAST], "enabled": True}
+    elif autocast.get("enabled"):
+        dtype = _DTYPES[autocast.get("dtype", "bfloat16")]
+        resolved[_AUTOCAST] = {**autocast, "enabled": True, "dtype": dtype}
     _ask_deepspeed(resolved, "DeepSpeed refuses")
     return resolved
+
+
+def overruled(config: Mapping[str, Any], stated: Mapping[str, tuple[str, Any]]) -> list[str]:
+    """Returns a line for everything that the JSON decides otherwise than the training's config states.
+
+    Args:
+        config: what `resolve` returned.
+        stated: by key of the JSON, the config's key for the same and its value there; None where it states none.
+    """
+    return [
+        f"{where} is {value} in the config, and the DeepSpeed JSON makes it {config[key]}, which is taken; to have the "
+        f'config\'s, write "auto" there for {key if key == CLIPPING else f"{key} and {_GLOBAL}"}'
+        for key, (where, value) in stated.items()
+        if value is not None and value != config[key]
+    ]
 
 
 def zero_stage(content: Mapping[str, Any]) -> int:

@@ -12,11 +12,13 @@ import contextlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +38,7 @@ FAULT = 3  # exit code of a process that a fault of another one, or its own stan
 HEARTBEATS = "heartbeats"  # folder in the work dir
 _SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 _RECORD = 1024  # bytes of a heartbeat, padded: it is overwritten in place
+_GLOO = re.compile(r"\[\S*/gloo/\S+:\d+\]")  # what a message of gloo's begins with
 _MISSED = 4  # heartbeats, after which a process counts as gone
 
 
@@ -103,17 +106,21 @@ class PreemptionHook(Hook):
             raise Preempted(f"{signal.Signals(number).name} after step {runner.iter}: {self._save(runner)}")
 
     def _save(self, runner: Any) -> str:
-        """Saves through the run's own checkpoint hook, which counts the old ones; returns what is saved."""
+        """Saves through that checkpoint hook of the run which saves the optimizer too, and counts the old ones; returns
+        what is saved, and what --resume does.
+        """
+        savers = (hook for hook in runner.hooks if isinstance(hook, CheckpointHook) and hook.save_optimizer)
+        if (saver := next(savers, None)) is None:
+            return "nothing is saved, for the config has no CheckpointHook with save_optimizer: --resume starts anew"
         if isinstance(runner.train_loop, EpochBasedTrainLoop):
-            return "a loop over epochs goes on from its last checkpoint"
-        saver = next((hook for hook in runner.hooks if isinstance(hook, CheckpointHook)), None)
-        if saver is None:
-            return "not saved, for the config has no CheckpointHook"
+            return "--resume goes on from the last checkpoint, as a loop over epochs saves none in the middle of one"
+        if runner.iter == self._start:
+            return "no step has been made since the start; --resume goes on from there"
         name = saver.filename_tmpl.format(runner.iter)
-        if runner.iter > self._start and Path(saver.last_ckpt or "").name != name:
+        if Path(saver.last_ckpt or "").name != name:
             meta = {"epoch": runner.epoch, "iter": runner.iter}
             saver._save_checkpoint_with_step(runner, runner.iter, meta=meta)
-        return f"{name} is saved" if runner.iter else "nothing to save yet"
+        return f"{name} is saved; --resume goes on"
 
 
 class Watch:
@@ -137,6 +144,7 @@ class Watch:
     def __enter__(self) -> Watch:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
+            self._file.unlink(missing_ok=True)  # an earlier run's, of which nothing may be left behind ours
             self._beat()
         except OSError as error:
             raise UserError(
@@ -236,7 +244,9 @@ class Watch:
     def _beat(self, ended: str = "") -> None:
         with self._lock:
             waits, at = _stacks(self._main)
-            self._state |= {"beat": self._state["beat"] + 1, "waits": waits, "at": at, "ended": ended[: _RECORD // 2]}
+            self._state |= {"beat": self._state["beat"] + 1, "waits": waits, "at": at, "ended": ended}
+            while len(record := json.dumps(self._state).encode()) > _RECORD:
+                self._state["ended"] = self._state["ended"][: len(self._state["ended"]) // 2]
             if not self._folder.is_dir():
                 self._folder.mkdir(parents=True, exist_ok=True)
                 if self._state["beat"] > 1:
@@ -244,7 +254,7 @@ class Watch:
             # In place and closed each time: so other machines see it at once, on a network file system too.
             descriptor = os.open(self._file, os.O_CREAT | os.O_WRONLY, 0o644)
             try:
-                os.write(descriptor, json.dumps(self._state).encode().ljust(_RECORD))
+                os.write(descriptor, record.ljust(_RECORD))
             finally:
                 os.close(descriptor)
 
@@ -302,10 +312,15 @@ def limit_group(timeout: float) -> None:
 
 
 def of_a_collective(error: BaseException) -> bool:
-    """Returns whether `error` says that the other processes cannot be reached, and nothing about this one."""
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in str(error) for word in ("gloo", "NCCL", "peer"))
-    )
+    """Returns whether `error` says that the other processes cannot be reached, and nothing about this one.
+
+    torch has a class for such errors; those of gloo are plain ones, raised in a collective or, where it is waited for
+    elsewhere, with the place in gloo's source that they are from.
+    """
+    if type(error) is not RuntimeError:
+        return isinstance(error, dist.DistError)
+    passed = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return bool(_GLOO.match(str(error))) or distributed_c10d.__file__ in passed
 
 
 def leave(text: str) -> NoReturn:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 from mmengine.hooks import Hook
 
+from rmoe.engine.check_values import between, check_arguments, whole
+from rmoe.engine.hooks import CHANGES
 from rmoe.errors import UserError
 from rmoe.moe.exchange import expert_group
 from rmoe.moe.experts import Full
@@ -44,11 +46,8 @@ class GateBalanceHook(Hook):
     priority = "LOW"
 
     def __init__(self, interval: int = 10, share: float = 0.8, steps: int = 100) -> None:
-        if not (interval >= 1 and 0 < share <= 1 and steps >= 0):
-            raise UserError(
-                f"rmoe.GateBalanceHook: interval is {interval}, share {share} and steps {steps}; interval is at least "
-                "1, share between 0 and 1, and steps not negative"
-            )
+        numbers = {"interval": (interval, whole(1)), "share": (share, between(0, 1)), "steps": (steps, whole(0))}
+        check_arguments("rmoe.GateBalanceHook", **numbers)
         self._interval, self._share, self._steps = interval, share, steps
         self._since: dict[str, int] = {}  # layer → the iteration at which it was first seen collapsed
 
@@ -66,7 +65,11 @@ class GateBalanceHook(Hook):
             scalars |= self._look(runner, number, task)
         told = records.information() if self._tasks else {}
         scalars |= {f"gate/{self._names[layer]}/task_information": float(one) for layer, one in told.items()}
-        scalars |= {f"residual/{name}": float(norm) for name, norm in residual_norms(runner.model.module).items()}
+        sharded = runner.model.zero_optimization_partition_weights()
+        norms = residual_norms(
+            runner.model.module, lambda layer: deepspeed.zero.GatheredParameters([*layer.parameters()], enabled=sharded)
+        )
+        scalars |= {f"residual/{name}": float(norm) for name, norm in norms.items()}
         runner.visualizer.add_scalars(scalars, step=runner.iter + 1)
 
     def _look(self, runner: Any, number: int | None, task: str) -> dict[str, float]:
@@ -119,17 +122,13 @@ class TemperatureHook(Hook):
     """
 
     def __init__(self, begin: float = 2.0, until: float = 1.0) -> None:
-        numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in (begin, until))
-        if not (numbers and 0 < begin < math.inf and 0 < until <= 1):
-            raise UserError(
-                f"rmoe.TemperatureHook: begin is {begin!r} and until {until!r}; begin is above 0, until above 0 and at "
-                "most 1"
-            )
+        check_arguments("rmoe.TemperatureHook", begin=(begin, between(0)), until=(until, between(0, 1)))
         self._begin, self._until = begin, until
 
     def before_train(self, runner: Any) -> None:
-        """Finds the gates."""
-        self._gates = [layer.gate for layer in moe_layers(runner.model.module).values()]
+        """Finds the gates, those of an average of the weights too, which is what is evaluated."""
+        models = {runner.model.module, runner.model.evaluated}
+        self._gates = [layer.gate for model in models for layer in moe_layers(model).values()]
 
     def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
         """Sets the temperature of a step, which follows from its number alone."""
@@ -149,17 +148,20 @@ class AverageExpertsHook(Hook):
     of them (Experts Weights Averaging, arXiv 2308.06093). The mean is of all experts, on however many processes they
     are, in float32. Under ZeRO each step sends the experts' weights once more.
 
+    Experts that are frozen stay as they are.
+
     Args:
         rate: above 0; with 1 all experts are the same after each step.
 
     Raises:
         UserError: the rate is out of its range; at the start, residuals are not of the core's shape, whose mean would
-            be no mean of networks, or ZeRO's stage is 3.
+            be no mean of networks, all are frozen, or ZeRO's stage is 3.
     """
 
+    priority = CHANGES
+
     def __init__(self, rate: float = 0.1) -> None:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 < rate <= 1:
-            raise UserError(f"rmoe.AverageExpertsHook: rate is {rate!r}; it is above 0 and at most 1, such as 0.1")
+        check_arguments("rmoe.AverageExpertsHook", rate=(rate, between(0, 1)))
         self._rate = float(rate)
 
     def before_train(self, runner: Any) -> None:
@@ -173,22 +175,28 @@ class AverageExpertsHook(Hook):
                 )
         if runner.model.zero_optimization_stage() == 3:
             raise UserError("rmoe.AverageExpertsHook works at ZeRO stages 0, 1 and 2; give another DeepSpeed JSON")
-        self._experts = [(layer.deepspeed_moe.experts.own(), layer.ep_size) for layer in layers.values()]
+        self._experts = [
+            (parameter, layer.ep_size)
+            for layer in layers.values()
+            for parameter in layer.deepspeed_moe.experts.own().values()
+            if parameter.requires_grad
+        ]
+        if layers and not self._experts:
+            raise UserError("rmoe.AverageExpertsHook: all experts are frozen; train some, or leave the hook out")
 
     @torch.no_grad()
     def after_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Changes the weights, and the copy of them that DeepSpeed's optimizer keeps. Collective."""
         if (runner.iter + 1) % runner.strategy.layout.accumulation:
             return
-        for parameters, ep_size in self._experts:
-            for parameter in parameters.values():
-                kept = safe_get_full_fp32_param(parameter)  # None where there is no copy
-                experts = parameter.float() if kept is None else kept
-                mean = experts.mean(0)
-                if ep_size > 1:
-                    dist.all_reduce(mean, group=expert_group(ep_size))
-                    mean /= ep_size
-                nearer = torch.lerp(experts, mean, self._rate)
-                parameter.copy_(nearer)
-                if kept is not None:
-                    safe_set_full_fp32_param(parameter, nearer)
+        for parameter, ep_size in self._experts:
+            kept = safe_get_full_fp32_param(parameter)  # None where there is no copy
+            experts = parameter.float() if kept is None else kept
+            mean = experts.mean(0)
+            if ep_size > 1:
+                dist.all_reduce(mean, group=expert_group(ep_size))
+                mean /= ep_size
+            nearer = torch.lerp(experts, mean, self._rate)
+            parameter.copy_(nearer)
+            if kept is not None:
+                safe_set_full_fp32_param(parameter, nearer)

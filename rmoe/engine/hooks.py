@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import sys
 import time
@@ -13,6 +14,7 @@ from typing import Any
 from mmengine.dist import all_reduce_params, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook as MMCheckpointHook
 from mmengine.hooks import Hook
+from mmengine.logging import print_log
 from mmengine.model import ExponentialMovingAverage
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -27,6 +29,9 @@ from rmoe.errors import UserError
 from rmoe.moe.state import local_experts
 from rmoe.registry import HOOKS
 
+# The order of hooks behind a step of the optimizer, as mmengine's priorities, the smallest first: what changes weights
+# or statistics, what averages them, and what stops the clock. All others come later.
+CHANGES, AVERAGES, STOPS = 0, 5, 10
 _FILE = ".pth"  # suffix of a file of weights
 
 
@@ -37,7 +42,7 @@ class RunningStatsHook(Hook):
     Synchronised batch norm has the same ones everywhere and is left to itself.
     """
 
-    priority = "HIGHEST"  # before the clock is stopped: its time is the step's
+    priority = CHANGES
 
     def before_train(self, runner: Any) -> None:
         """Finds the norms that keep statistics."""
@@ -93,7 +98,7 @@ class EMAHook(Hook):
         UserError: `momentum` is not between 0 and 1.
     """
 
-    priority = "HIGHEST"  # before the clock is stopped: its time is the step's
+    priority = AVERAGES
 
     def __init__(self, momentum: float = 1e-4) -> None:
         if not isinstance(momentum, float) or not 0 < momentum < 1:
@@ -122,7 +127,7 @@ class CostHook(Hook):
         stage: of the pipeline, as the config says.
     """
 
-    priority = "VERY_HIGH"  # other hooks' time does not count
+    priority = STOPS  # other hooks' time does not count
     _KEY = "cost"  # in the message hub, whose content is part of a checkpoint
 
     def __init__(self, stage: str | None = None) -> None:
@@ -188,17 +193,23 @@ class CheckpointHook(MMCheckpointHook):
     """Saves as mmengine's hook does, and calls a training checkpoint, which is a folder, `iter_N` or `epoch_N`, and a
     file of the best weights `best_METRIC_iter_N.pth`.
 
-    A run may have begun when its folders were called `iter_N.pth`: `max_keep_ckpts` counts and removes those too.
+    Two checkpoints are kept at least, as mmengine removes the old one before it writes the new one. A run may have
+    begun when its folders were called `iter_N.pth`: `max_keep_ckpts` counts and removes those too.
 
     Args:
         filename_tmpl: another name for folders, with `{}` for N.
+        max_keep_ckpts: how many are kept; -1 for all.
         **kwargs: those of mmengine's hook.
     """
 
     filename_tmpl: str
 
-    def __init__(self, filename_tmpl: str | None = None, **kwargs: Any) -> None:
-        super().__init__(filename_tmpl=filename_tmpl, **kwargs)
+    def __init__(self, filename_tmpl: str | None = None, max_keep_ckpts: int = -1, **kwargs: Any) -> None:
+        if max_keep_ckpts == 1:
+            said = "max_keep_ckpts 1 could leave no checkpoint when a run is killed: keeping 2"
+            print_log(said, logger="current", level=logging.WARNING)
+            max_keep_ckpts = 2
+        super().__init__(filename_tmpl=filename_tmpl, max_keep_ckpts=max_keep_ckpts, **kwargs)
         if filename_tmpl is None and self.save_optimizer:
             self.filename_tmpl = self.filename_tmpl.removesuffix(_FILE)
         self._template = self.filename_tmpl

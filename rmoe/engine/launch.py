@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     except Preempted as request:
         if not int(os.environ["RANK"]):
-            print(f"rmoe: left on {request}; --resume goes on", file=sys.stderr)
+            print(f"rmoe: left on {request}", file=sys.stderr)
         return faults.PREEMPTED
     except Fault as fault:
         faults.leave(str(fault))
@@ -104,7 +104,7 @@ def train(arguments: argparse.Namespace) -> None:
         folder = Path(cfg.work_dir)
         with Lock(folder), faults.Watch(folder, arguments.timeout) as watch:
             try:
-                check_unused(cfg)
+                check_unused(cfg, arguments.resume)
                 check_data(cfg)
                 say(f"setting up hooks and logs; output: {folder}")
                 with user_errors("the config"):

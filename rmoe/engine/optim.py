@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,8 @@ from mmengine.registry import OPTIMIZERS, Registry
 from timm.models import group_parameters
 from torch import Tensor, nn
 
+from rmoe.config import ResidualMoEConfig
+from rmoe.engine.check_values import is_number
 from rmoe.engine.trained import NORMS, TABLES, freeze_others, is_head
 from rmoe.errors import UserError, nearest
 from rmoe.moe.experts import BIASES
@@ -124,12 +126,37 @@ def param_groups(
         raise UserError(
             "the model has no parameter to train: all are frozen; unfreeze some, such as moe.train_core=True"
         )
-    groups = [
-        {"params": parameters, "lr": rate, "weight_decay": decay, "name": f"lr_{rate:g}_decay_{decay:g}"}
-        for (rate, decay), parameters in merged.items()
-    ]
+    names = Counter[str]()
+    groups: list[dict[str, Any]] = []
+    for (rate, decay), parameters in merged.items():
+        name = f"lr_{rate:g}_decay_{decay:g}"
+        names[name] += 1  # numbers may differ beyond what is printed of them
+        unique = name if names[name] == 1 else f"{name}_{names[name]}"
+        groups.append({"params": parameters, "lr": rate, "weight_decay": decay, "name": unique})
     split = split_params_into_different_moe_groups_for_optimizer(groups)
     return [group for group in split if group["params"]]
+
+
+def complete_paramwise(wrapper: Any, mixtures: Sequence[ResidualMoEConfig]) -> None:
+    """Writes what a config's `optim_wrapper` leaves open of `paramwise_cfg` into it, in place: what is saved says which
+    groups there are, whatever the defaults of later versions are.
+
+    Args:
+        wrapper: the section.
+        mixtures: those of the model, whose kind says which rate residuals have. Where they say several, it stays open.
+    """
+    defaults = {name: parameter.default for name, parameter in _options().items()}
+    rates = {one.kind.lr_mult for one in mixtures} or {1.0}
+    if len(rates) == 1:
+        defaults["residual_lr_mult"] = rates.pop()
+    given = wrapper.get("paramwise_cfg") or {}
+    wrapper["paramwise_cfg"] = {**defaults, **{key: value for key, value in given.items() if value is not None}}
+
+
+def _options() -> dict[str, inspect.Parameter]:
+    """Returns the options of `param_groups` by name."""
+    parameters = inspect.signature(param_groups).parameters
+    return {name: one for name, one in parameters.items() if one.kind is one.KEYWORD_ONLY}
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
@@ -152,7 +179,7 @@ class ParamGroups:
             if not isinstance(value, Mapping):
                 raise UserError(f"optim_wrapper.{name} is {value!r}; it takes a dict, see the configs in rmoe/configs")
         self._optimizer, self._options = dict(optim_wrapper_cfg["optimizer"]), dict(paramwise_cfg or {})
-        known = [p.name for p in inspect.signature(param_groups).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = _options()
         for key in self._options:
             if key not in known:
                 raise UserError(f"optim_wrapper.paramwise_cfg has no key '{key}'{nearest(str(key), known)}")
@@ -245,7 +272,7 @@ def _undecayed(model: nn.Module) -> set[str]:
 
 
 def _check_number(name: str, value: Any) -> None:
-    if not _is_number(value) or not math.isfinite(value) or value < 0:
+    if not is_number(value) or value < 0:
         raise UserError(f"{name} is {value!r}; it takes a finite number of 0 or more, such as 1e-4")
 
 
@@ -305,7 +332,7 @@ def checked_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapp
     scheduled = {key.removeprefix("initial_") for key in own if key.startswith("initial_")}
     moving = scheduled | {"lr"} | ({"betas"} if "momentum" in scheduled else set())
     for key, value in own.items():
-        if key in moving and _is_number(value) == _is_number(saved[key]):
+        if key in moving and is_number(value) == is_number(saved[key]):
             continue
         if key in moving or saved[key] != value:
             raise UserError(
@@ -315,10 +342,6 @@ def checked_settings(group: Mapping[str, Any], saved: Mapping[str, Any]) -> Mapp
     if "lr" not in scheduled and "lr" in own and own["lr"] != saved["lr"]:
         print_log(f"the learning rate is the checkpoint's, {saved['lr']}, and not {own['lr']}", logger="current")
     return saved
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _listed(value: Any) -> Any:

@@ -19,7 +19,7 @@ def precision(config: Mapping[str, Any]) -> str:
     """
     autocast = config.get("torch_autocast", {})
     if autocast.get("enabled"):
-        return str(autocast.get("dtype", "bfloat16"))
+        return str(autocast["dtype"])
     return "tf32" if _takes_tf32(config) else "float32"
 
 

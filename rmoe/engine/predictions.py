@@ -12,9 +12,9 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from PIL import Image
 
+from rmoe.engine.check_values import check_arguments, whole
 from rmoe.engine.checkpoint.files import PARTIAL
 from rmoe.engine.task_data import TaskDatasets
-from rmoe.errors import UserError
 from rmoe.registry import HOOKS
 from rmoe.tasks.multi_task import OneTask
 from rmoe.tasks.scenes import Picture, drawable, evenly_spread, picture, strip
@@ -43,8 +43,7 @@ class PredictionsHook(Hook):
     priority = "LOW"
 
     def __init__(self, images: int = 6) -> None:
-        if not isinstance(images, int) or isinstance(images, bool) or images < 0:
-            raise UserError(f"rmoe.PredictionsHook: images is {images!r}; it is a whole number, 0 for none")
+        check_arguments("rmoe.PredictionsHook", images=(images, whole(0)))
         self._images = images
 
     def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Sequence[Any] = ()) -> None:

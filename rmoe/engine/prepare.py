@@ -13,9 +13,11 @@ from rmoe.engine import changes, ds_json
 from rmoe.engine.calibration import check_calibration
 from rmoe.engine.check_values import check_values, short_name
 from rmoe.engine.checkpoint import files
+from rmoe.engine.checkpoint.export import MODEL
 from rmoe.engine.checkpoint.files import Layout
 from rmoe.engine.lock import check_folder
 from rmoe.engine.model_config import allow_random_cores, complete_moe, moe_dicts
+from rmoe.engine.optim import complete_paramwise
 from rmoe.engine.precision import autocasts
 from rmoe.engine.processes import backend
 from rmoe.engine.task_config import check_json, check_tasks
@@ -32,6 +34,7 @@ _SAMPLERS = {
     "EpochSampler": "rmoe.EpochSampler",
     "TaskSampler": "rmoe.TaskSampler",
 }
+_STRATEGY = "rmoe.engine.strategy.Strategy"
 _HOOKS = "rmoe.engine.hooks"
 _BALANCE = "rmoe.GateBalanceHook"
 _PREDICTIONS = "rmoe.PredictionsHook"
@@ -55,11 +58,15 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     """
     notes: list[str] = []
     check_values(cfg)
+    if cfg.get("resume") and (cfg.get("strategy") or {}).get("type") != _STRATEGY:  # which a run's dumped config has
+        raise UserError(f"the config has resume={cfg.resume!r}; leave it out, and give --resume to go on with a run")
     check_tasks(cfg)
     moe = [complete_moe(values) for values in moe_dicts(cfg.model)]
     check_calibration(cfg.get("calibrate"), moe)
     _check_experts(moe, ds_json.zero_stage(content), processes)
-    config = _deepspeed_config(cfg, content, processes)
+    config, overruled = _deepspeed_config(cfg, content, processes)
+    notes += overruled
+    complete_paramwise(cfg.optim_wrapper, moe)
     notes += _other_batch(cfg, config["train_batch_size"])
     check_json(cfg, config["train_micro_batch_size_per_gpu"], ds_json.zero_stage(config))
     cfg.train_dataloader.batch_size = config["train_micro_batch_size_per_gpu"]
@@ -79,7 +86,7 @@ def prepare(cfg: Config, content: Mapping[str, Any], processes: int, work_dir: P
     if cfg.resume or cfg.load_from:
         allow_random_cores(cfg.model)
     cfg.strategy = {
-        "type": "rmoe.engine.strategy.Strategy",
+        "type": _STRATEGY,
         "config": config,
         "layout": vars(layout),
         "load_from": cfg.load_from,
@@ -115,8 +122,10 @@ def _check_experts(moe: list[ResidualMoEConfig], stage: int, processes: int) -> 
             )
 
 
-def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -> dict[str, Any]:
-    """Returns DeepSpeed's config, which takes over what of `cfg.optim_wrapper` is DeepSpeed's business."""
+def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -> tuple[dict[str, Any], list[str]]:
+    """Returns DeepSpeed's config, which takes over what of `cfg.optim_wrapper` is DeepSpeed's business, and what to
+    tell where it says otherwise.
+    """
     wrapper = cfg.optim_wrapper
     for key in wrapper:
         if key not in _WRAPPER_KEYS:
@@ -127,17 +136,29 @@ def _deepspeed_config(cfg: Config, content: Mapping[str, Any], processes: int) -
         # mmengine decays everything that a config does not except.
         wrapper.paramwise_cfg = {**(wrapper.get("paramwise_cfg") or {}), "exempt": False}
         wrapper.constructor = "rmoe.ParamGroups"
-    clip = wrapper.get("clip_grad") or {}
+    clip = {"max_norm": None} if wrapper.get("clip_grad") is None else wrapper.clip_grad
+    if "max_norm" not in clip:
+        raise UserError(
+            f"optim_wrapper.clip_grad is {clip}, without max_norm; give one, such as dict(max_norm=1.0), or "
+            "clip_grad=None to clip nothing"
+        )
     if clip.get("norm_type", 2) != 2 or set(clip) - {"max_norm", "norm_type", "error_if_nonfinite", "foreach"}:
         raise UserError(f"optim_wrapper.clip_grad is {clip}; DeepSpeed clips by max_norm with norm_type 2 only")
-    return ds_json.resolve(
+    batch_size, accumulation = cfg.train_dataloader.get("batch_size"), wrapper.get("accumulative_counts")
+    config = ds_json.resolve(
         content,
-        batch_size=cfg.train_dataloader.get("batch_size") or 1,
-        accumulation=wrapper.get("accumulative_counts", 1),
-        max_norm=clip.get("max_norm", 0.0),
+        batch_size=batch_size or 1,
+        accumulation=accumulation or 1,
+        max_norm=clip["max_norm"] or 0.0,
         processes=processes,
         autocasts=autocasts(),
     )
+    stated = {
+        ds_json.MICRO: ("train_dataloader.batch_size", batch_size),
+        ds_json.ACCUMULATION: ("optim_wrapper.accumulative_counts", accumulation),
+        ds_json.CLIPPING: ("optim_wrapper.clip_grad.max_norm", clip["max_norm"]),
+    }
+    return config, ds_json.overruled(config, stated)
 
 
 def _other_batch(cfg: Config, images: int) -> list[str]:
@@ -158,6 +179,8 @@ def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str |
     there = [*found, *(path for path in wrong if (path / files.MARKER).exists())]
     if there and not resume:
         raise UserError(f"{there[0]} is there already; give --resume to go on from it, or another --work-dir")
+    if not resume and (left := _results(folder)):
+        raise UserError(f"{left[0]} is of a finished run; give another --work-dir, or move it away")
     if there and not found:
         harms = "; ".join(f"{path.name} is {harm}" for path, harm in wrong.items())
         raise UserError(f"no checkpoint in {folder} can be resumed: {harms}; move them away to start anew")
@@ -170,16 +193,25 @@ def _start(cfg: Config, resume: bool, layout: Layout, notes: list[str]) -> str |
     return str(found[0])
 
 
-def check_unused(cfg: Config) -> None:
+def _results(folder: Path) -> list[Path]:
+    """Returns what a run has left at its end in a work dir, checkpoints aside."""
+    return [path for path in (folder / MODEL, folder / "cost.json") if path.exists()]
+
+
+def check_unused(cfg: Config, resume: bool) -> None:
     """Looks again, once the work dir is this run's alone, whether another one has left a checkpoint there meanwhile.
+
+    Args:
+        cfg: what `prepare` made of it.
+        resume: of the command line.
 
     Raises:
         UserError: one is there, and this run is to start anew.
     """
-    if not cfg.resume and (found := files.complete_checkpoints(Path(cfg.work_dir))[0]):
-        raise UserError(
-            f"another run has left {found[0]} meanwhile; start again with --resume, or give another --work-dir"
-        )
+    folder = Path(cfg.work_dir)
+    if not cfg.resume and (found := files.complete_checkpoints(folder)[0] or ([] if resume else _results(folder))):
+        again = "start again" if resume else "start again with --resume"
+        raise UserError(f"another run has left {found[0]} meanwhile; {again}, or give another --work-dir")
 
 
 def _seed_data(loader: ConfigDict, seed: int, notes: list[str]) -> None:
@@ -229,12 +261,13 @@ def _add_hooks(cfg: Config, notes: list[str]) -> None:
             raise UserError("rmoe.EMAHook averages whole weights, which zero_optimization.stage 3 splits; use stage 2")
     # mmengine's default, unless the config has another or, by None, no checkpoints.
     cfg.default_hooks = {"checkpoint": {"type": "CheckpointHook", "interval": 1}, **(cfg.get("default_hooks") or {})}
-    saver = cfg.default_hooks.checkpoint or {}
-    for hook in (saver, *custom):
+    savers = (cfg.default_hooks.checkpoint or {}, *custom)
+    for hook in savers:
         if short_name(hook.get("type", "")) == "CheckpointHook":
             hook["type"] = "rmoe.CheckpointHook"
-    if saver.get("max_keep_ckpts") == 1:
-        # mmengine removes the old one before it writes the new one.
-        notes.append("max_keep_ckpts 1 could leave no checkpoint when a run is killed: keeping 2")
-        saver["max_keep_ckpts"] = 2
+    if not any(hook.get("type") == "rmoe.CheckpointHook" and hook.get("save_optimizer", True) for hook in savers):
+        notes.append(
+            "no CheckpointHook saves the optimizer: a run that is stopped cannot be resumed and starts anew; leave "
+            "save_optimizer True to change that"
+        )
     cfg.custom_hooks = ours[:1] + custom + ours[1:]  # what an average of weights takes along is in order by then

@@ -13,9 +13,12 @@ from mmengine.runner import FlexibleRunner
 
 from rmoe.engine import safe_config
 from rmoe.engine.building import described, user_errors
+from rmoe.engine.check_values import SECTIONS
 from rmoe.engine.shipped import find_config
 from rmoe.engine.task_config import join_tasks
 from rmoe.errors import UserError, nearest
+
+_SURE = 0.8  # how alike, by difflib, a name is to one that is read before it is taken for a misspelt one
 
 
 def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> Config:
@@ -27,7 +30,8 @@ def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> C
         safe: run no code on the config's behalf, see `rmoe.engine.safe_config`.
 
     Raises:
-        UserError: no such file, one that Python or mmengine cannot read, or an option whose key nobody reads.
+        UserError: no such file, one that Python or mmengine cannot read, a section whose name is misspelt, or an option
+            whose key nobody reads.
     """
     path = find_config(path)
     try:
@@ -44,11 +48,30 @@ def read_config(path: Path, options: Mapping[str, Any], safe: bool = False) -> C
         ) from error
     except (Exception, SystemExit) as error:  # a config is a program, which may raise anything
         raise UserError(f"{path} cannot be read as a config: {described(error)}") from error
+    _check_names(cfg)
     change(cfg, options)
     if safe and cfg.get("tasks") is not None:
         raise UserError(f"--safe-config: {path} names configs of tasks, which are programs; dump the whole config")
     join_tasks(cfg)
     return cfg
+
+
+def _read_names() -> set[str]:
+    """Returns the top-level names of a config that training reads."""
+    return {*SECTIONS, *inspect.signature(FlexibleRunner.__init__).parameters} - {"self", "cfg"}
+
+
+def _check_names(cfg: Config) -> None:
+    """Checks that no section is misspelt. A config has variables of its own, too: what is like no section, or is beside
+    the one that it is like, is let pass.
+    """
+    known = _read_names()
+    for name in sorted({*cfg} - known):
+        if close := difflib.get_close_matches(name, known - {*cfg}, n=1, cutoff=_SURE):
+            raise UserError(
+                f"the config has '{name}', which training does not read; did you mean '{close[0]}'? A variable of its "
+                "own needs a name that is less like it"
+            )
 
 
 def change(cfg: Config, options: Mapping[str, Any]) -> None:
@@ -57,7 +80,7 @@ def change(cfg: Config, options: Mapping[str, Any]) -> None:
     Raises:
         UserError: a key that nobody reads, or that does not fit the config.
     """
-    known = {*cfg, *inspect.signature(FlexibleRunner.__init__).parameters, "stage"} - {"self", "cfg"}
+    known = {*cfg, *_read_names()}
     for key in options:
         first, *others = key.split(".")
         if first not in known:

@@ -32,8 +32,7 @@ def rescale(cfg: Config, steps: int, content: Mapping[str, Any], options: Mappin
         UserError: the config trains by epochs, or an option says another length.
     """
     loop: Any = cfg.get("train_cfg") or {}
-    schedules = cfg.get("param_scheduler") or []
-    schedules = [schedules] if isinstance(schedules, Mapping) else list(schedules)
+    schedules = _schedules(cfg)
     if any(key in ("train_cfg", "train_cfg.max_iters") for key in options):
         raise UserError(f"--steps {steps} and --cfg-options train_cfg.max_iters both say how long to train; give one")
     if "max_iters" not in loop or any(one.get("by_epoch", True) for one in schedules):
@@ -58,19 +57,27 @@ def rescale(cfg: Config, steps: int, content: Mapping[str, Any], options: Mappin
     if hooks.get("logger"):
         hooks.logger.interval = interval(hooks.logger.get("interval", _LOGGED))
     saver: Any = hooks.get("checkpoint") or {}
-    if not saver.get("by_epoch", True) and saver.get("interval", 0) > 0:
-        saver.interval = interval(saver.interval, accumulation)
+    for key in ("interval", "save_begin"):
+        if not saver.get("by_epoch", True) and saver.get(key, 0) > 0:
+            saver[key] = interval(saver[key], accumulation)
     for hook in cfg.get("custom_hooks") or []:
         if hook.get("type") == "rmoe.GateBalanceHook" and "interval" in hook:
             hook.interval = interval(hook.interval)
-    kept = [one for one in schedules if _shrink(one, before, steps)]
-    cfg.param_scheduler = kept
-    cfg.merge_from_dict(dict(options))
-    notes = [f"--steps {steps}: schedules and intervals of {before} steps are scaled by {steps / before:.3g}"]
     for one in schedules:
-        if one not in kept:
+        _shrink(one, before, steps)
+    cfg.merge_from_dict(dict(options))  # before any schedule is left out: options say by its number which they mean
+    notes = [f"--steps {steps}: schedules and intervals of {before} steps are scaled by {steps / before:.3g}"]
+    schedules = _schedules(cfg)
+    cfg.param_scheduler = [one for one in schedules if _is_left(one)]
+    for one in schedules:
+        if not _is_left(one):
             notes.append(f"--steps {steps}: {one.type} is left out, it would have less than {_SHORTEST} steps")
     return notes
+
+
+def _schedules(cfg: Config) -> list[Any]:
+    schedules = cfg.get("param_scheduler") or []
+    return [schedules] if isinstance(schedules, Mapping) else list(schedules)
 
 
 def _accumulation(cfg: Config, content: Mapping[str, Any]) -> int:
@@ -81,8 +88,13 @@ def _accumulation(cfg: Config, content: Mapping[str, Any]) -> int:
     return given if isinstance(given, int) and given > 0 else 1
 
 
-def _shrink(schedule: Any, before: int, steps: int) -> bool:
-    """Scales a schedule in place, as one of a run of `steps` steps instead of `before`; returns whether any is left.
+def _is_left(schedule: Any) -> bool:
+    """Returns whether a schedule has any steps."""
+    return bool(schedule.get("end", _ENDLESS) > schedule.get("begin", 0))
+
+
+def _shrink(schedule: Any, before: int, steps: int) -> None:
+    """Scales a schedule in place, as one of a run of `steps` steps instead of `before`.
 
     The same function moves the end of one schedule and the beginning of the next, so that they stay adjacent.
     """
@@ -106,4 +118,3 @@ def _shrink(schedule: Any, before: int, steps: int) -> bool:
         schedule.begin = start
     if end < _ENDLESS:
         schedule.end = moved(end)
-    return end >= _ENDLESS or schedule.end > start

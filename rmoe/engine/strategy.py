@@ -214,9 +214,14 @@ class Strategy(DeepSpeedStrategy):
 
         Raises:
             Diverged: a weight is not finite; nothing is written.
-            UserError: it cannot be written.
+            UserError: it cannot be written, or would have a part of an accumulated step and not the rest.
         """
-        path = Path(filename)
+        path, done = Path(filename), self.model.micro_steps % self.layout.accumulation
+        if save_optimizer and done:
+            raise UserError(
+                f"{path.name} would be saved after {done} of the {self.layout.accumulation} iterations of a step "
+                "(gradient_accumulation_steps): save at a multiple of them"
+            )
         self._require_finite_weights()
         if not save_optimizer:
             files.write_weights(path, self.whole_state_dict())
@@ -370,12 +375,13 @@ class Runner(FlexibleRunner):
         epoch = len(loop.dataloader) if isinstance(loop, EpochBasedTrainLoop) else 1
         for hook in self.hooks:
             if isinstance(hook, CheckpointHook):
-                saved_at = {"the last iteration": loop.max_iters}
+                unit = epoch if hook.by_epoch else 1
+                saved_at = [("the last iteration", loop.max_iters), ("save_begin", hook.save_begin * unit)]
                 if hook.interval > 0:
-                    saved_at["the checkpoint interval"] = hook.interval * (epoch if hook.by_epoch else 1)
+                    saved_at.append(("the checkpoint interval", hook.interval * unit))
                 if hook.save_best:
-                    saved_at["the validation interval"] = loop.val_interval * epoch
-                for name, iteration in saved_at.items():
+                    saved_at += [("the validation interval", one * epoch) for one in loop.dynamic_intervals]
+                for name, iteration in saved_at:
                     if iteration % steps:
                         raise UserError(
                             f"{name}, {iteration}, is not a multiple of gradient_accumulation_steps {steps}: the "

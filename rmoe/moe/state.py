@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
 from typing import Literal
@@ -55,18 +55,25 @@ def mixed_parameters(model: nn.Module) -> Iterator[tuple[str, ResidualMoE, Role]
 
 
 @torch.no_grad()
-def residual_norms(model: nn.Module) -> dict[str, Tensor]:
+def residual_norms(
+    model: nn.Module, gathered: Callable[[nn.Module], AbstractContextManager[object]] = nullcontext
+) -> dict[str, Tensor]:
     """Returns ‖Δ_e‖ / ‖core‖ by layer, the mean over its experts: scalars, float32. Layers without a core have none.
 
     Norms are Frobenius norms over both weight matrices. Collective where processes share experts: one all-reduce.
+
+    Args:
+        model: with the layers.
+        gathered: a context in which a layer's parameters are whole, where they are not always.
     """
     found = {}
     for name, layer in moe_layers(model).items():
-        if (core := layer.theta()) is not None:
-            local = type(layer.residuals())(*(x.float() for x in layer.residuals()))
-            core_norm = _norm(core.w1_HC, core.w2_CH)
-            deltas = [local.delta(e) for e in range(layer.num_local_experts)]
-            found[name] = torch.stack([_norm(one.w1_HC, one.w2_CH) for one in deltas]).mean() / core_norm
+        with gathered(layer):
+            if (core := layer.theta()) is not None:
+                local = type(layer.residuals())(*(x.float() for x in layer.residuals()))
+                core_norm = _norm(core.w1_HC, core.w2_CH)
+                deltas = [local.delta(e) for e in range(layer.num_local_experts)]
+                found[name] = torch.stack([_norm(one.w1_HC, one.w2_CH) for one in deltas]).mean() / core_norm
     if found and any(layer.ep_size > 1 for layer in moe_layers(model).values()):
         means = torch.stack([*found.values()])
         dist.all_reduce(means)  # each expert is on as many processes

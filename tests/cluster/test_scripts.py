@@ -97,6 +97,15 @@ def test_openmmlabs_variables_size_the_job() -> None:
     assert "GPUS 6 is not a multiple of GPUS_PER_NODE 4" in " ".join(said)
 
 
+def test_options_of_sbatch_take_their_values_as_words() -> None:
+    words = ["--partition", "gpu", "-A", "us", "launch/slurm/finetune_residual.sbatch", "c.py", "d.json", "work"]
+    sbatch, training = printed("launch/slurm/submit.sh", "--dry-run", *words, GPUS="8")
+    assert sbatch == ["sbatch", "--parsable", "--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8", *words]
+    assert "c.py" in training
+    (said,) = printed("launch/slurm/submit.sh", "--dry-run", "--partition", "gpu", code=2)
+    assert "none of its words ends with .sbatch" in " ".join(said)
+
+
 def test_the_chain_hands_the_core_on() -> None:
     whole = printed("launch/slurm/chain.sh", "--dry-run", "w", "a.py", "b.py", "c.py")
     assert ["sbatch" in command for command in whole] == [True, False] * 3

@@ -166,7 +166,7 @@ def test_it_goes_on_as_if_never_stopped(folder: Path, name: str) -> None:
         (-4, "micro_batch 8.*this run has processes 1, .*micro_batch 2.*train_dataloader.batch_size 8"),
         (-3, "seed 3.*seed 4.*load_from"),
         (-2, "is of optimizer AdamW, the config.s is SGD"),
-        (-1, "optim_wrapper.paramwise_cfg.exempt was not set; this run has False"),
+        (-1, "optim_wrapper.paramwise_cfg.exempt was True; this run has False"),
     ],
 )
 def test_another_run_is_refused(folder: Path, place: int, message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,9 @@ from toy import write_config
 
 from rmoe.engine.hooks import CheckpointHook
 from rmoe.engine.prepare import prepare
+from rmoe.engine.strategy import Runner as TrainingRunner
+from rmoe.engine.strategy import Strategy
+from rmoe.errors import UserError
 
 
 class Runner(SimpleNamespace):
@@ -44,6 +48,10 @@ def test_folders_have_no_suffix_and_files_have_one(tmp_path: Path) -> None:
         run.iter = step
         hook.after_val_epoch(run, {"mIoU": quality})
     assert names(tmp_path) == ["best_mIoU_iter_6.pth", "iter_2", "iter_4", "iter_6"]
+
+
+def test_the_only_checkpoint_is_not_removed_before_the_next_is_written() -> None:
+    assert [CheckpointHook(max_keep_ckpts=number).max_keep_ckpts for number in (-1, 1, 2, 3)] == [-1, 2, 2, 3]
 
 
 @pytest.mark.parametrize(
@@ -88,3 +96,32 @@ def test_a_config_of_mmengine_gets_it(hooks: dict[str, Any], expected: Any, tmp_
     )
     assert cfg.default_hooks.checkpoint == expected
     assert {"type": "rmoe.CheckpointHook", "interval": 7} in cfg.custom_hooks
+
+
+@pytest.mark.parametrize(
+    ("saver", "intervals", "name"),
+    [
+        ({"interval": 3}, [4], "the checkpoint interval, 3"),
+        ({"interval": 4, "save_begin": 1}, [4], "save_begin, 1"),
+        ({"interval": 4, "save_best": "mIoU"}, [4, 3], "the validation interval, 3"),
+        ({"interval": 4}, [4, 3], ""),
+        ({"interval": 4, "save_begin": 2, "save_best": "mIoU"}, [4, 2], ""),
+    ],
+)
+def test_checkpoints_between_the_parts_of_a_step_are_refused_before_training(
+    saver: dict[str, Any], intervals: list[int], name: str
+) -> None:
+    run = object.__new__(TrainingRunner)
+    run._hooks = [CheckpointHook(by_epoch=False, **saver)]
+    run.strategy = SimpleNamespace(layout=SimpleNamespace(accumulation=2))
+    refused = pytest.raises(UserError, match=f"{name}, is not a multiple of gradient_accumulation_steps 2")
+    with refused if name else nullcontext():
+        run._check_accumulation(SimpleNamespace(max_iters=8, dynamic_intervals=intervals))
+
+
+def test_a_checkpoint_between_the_parts_of_a_step_is_refused_when_it_is_saved(tmp_path: Path) -> None:
+    strategy: Any = object.__new__(Strategy)
+    strategy.model, strategy.layout = SimpleNamespace(micro_steps=5), SimpleNamespace(accumulation=4)
+    with pytest.raises(UserError, match="iter_5 would be saved after 1 of the 4 iterations of a step"):
+        strategy.save_checkpoint(str(tmp_path / "iter_5"))
+    assert not (tmp_path / "iter_5").exists()

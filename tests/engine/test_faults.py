@@ -17,10 +17,12 @@ from unittest.mock import Mock
 
 import pytest
 import torch.distributed as dist
+from mmengine.hooks import CheckpointHook
 from mmengine.runner import EpochBasedTrainLoop
 from torch.distributed import distributed_c10d
 
 from rmoe.engine import faults
+from rmoe.engine.strategy import Diverged
 from rmoe.errors import UserError
 
 OTHER = {"beat": 9, "step": 7, "host": "b", "process": 2, "waits": True, "at": "x.py:3", "ended": ""}
@@ -176,15 +178,22 @@ def test_signals_are_remembered_and_put_back() -> None:
 
 
 @pytest.mark.parametrize(
-    ("loop", "saves"),
-    [(object(), "no CheckpointHook"), (object.__new__(EpochBasedTrainLoop), "from its last checkpoint")],
+    ("loop", "saver", "saves"),
+    [
+        (object(), {}, "no CheckpointHook with save_optimizer: --resume starts anew"),
+        (object(), {"save_optimizer": False}, "no CheckpointHook with save_optimizer: --resume starts anew"),
+        (object.__new__(EpochBasedTrainLoop), {"save_optimizer": True}, "--resume goes on from the last checkpoint"),
+    ],
 )
-def test_where_nothing_can_be_saved(loop: object, saves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_nothing_can_be_saved(
+    loop: object, saver: dict[str, bool], saves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run leaves all the same, but not between two parts of an accumulated step."""
     monkeypatch.setattr(dist, "all_reduce", lambda *args, **options: None)
     signals = faults.Signals()
     hook = faults.PreemptionHook(signals)
-    runner = SimpleNamespace(iter=4, epoch=0, hooks=[hook], train_loop=loop)
+    savers = [CheckpointHook(**saver)] if saver else []
+    runner = SimpleNamespace(iter=4, epoch=0, hooks=[hook, *savers], train_loop=loop)
     runner.strategy = SimpleNamespace(layout=SimpleNamespace(accumulation=2))
     hook.before_train(runner)
     hook.before_train_iter(runner, 0)
@@ -209,8 +218,31 @@ def test_new_groups_wait_as_long_as_told(monkeypatch: pytest.MonkeyPatch) -> Non
         (RuntimeError("[…/gloo/transport/tcp/pair.cc:538] Connection closed by peer"), True),
         (dist.DistBackendError("NCCL error"), True),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError("shapes of /data/gloo/peer.jpg differ [/data/gloo/x.cc:3]"), False),
+        (Diverged("[/runs/gloo/peer_review/iter_4:3] is the last good checkpoint"), False),
+        (UserError("there is no /runs/NCCL/peer"), False),
         (ValueError("gloo"), False),
     ],
 )
 def test_errors_of_a_collective(error: Exception, is_one: bool) -> None:
     assert faults.of_a_collective(error) == is_one
+
+
+def test_an_error_that_a_collective_raises_is_one_whatever_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed_c10d, "_get_default_group", Mock(side_effect=RuntimeError("closed")))
+    with pytest.raises(RuntimeError) as caught:
+        dist.barrier()
+    assert faults.of_a_collective(caught.value)
+
+
+@pytest.mark.parametrize("text", ["é" * 2000, '"' * 2000, "\0" * 2000])
+def test_a_heartbeat_is_overwritten_as_a_whole(watch: faults.Watch, text: str) -> None:
+    """Whatever the error that a process leaves behind, and whatever an earlier run has left."""
+    for said in (text, ""):
+        watch._beat(said)
+        assert watch._file.stat().st_size == faults._RECORD
+        assert watch._read()[0]["ended"] in (text[:62], text[:125], text[:250], text[:500], said)
+    watch.__exit__(KeyError, KeyError(), None)
+    watch._file.write_text("x" * 5000)
+    watch.__enter__()
+    assert 0 in watch._read()

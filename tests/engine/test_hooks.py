@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from mmengine.runner import get_priority
 from timm.layers import Mlp
 from torch import nn
 from toy import ToyModel, ToyTokens
@@ -18,7 +20,7 @@ from toy import ToyModel, ToyTokens
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine import hooks
 from rmoe.engine.gate_hooks import AverageExpertsHook, GateBalanceHook, TemperatureHook
-from rmoe.engine.hooks import EMAHook, LocalExpertsHook, RunningStatsHook
+from rmoe.engine.hooks import CostHook, EMAHook, LocalExpertsHook, RunningStatsHook
 from rmoe.engine.strategy import Engine
 from rmoe.errors import UserError
 from rmoe.moe.layer import ResidualMoE
@@ -61,7 +63,6 @@ def test_experts_are_local_while_evaluating_and_not_while_saving(monkeypatch: py
         hook.after_val_epoch(runner, metrics={})
         assert not inside[-1]
     from mmengine.hooks import CheckpointHook
-    from mmengine.runner import get_priority
 
     assert get_priority(hook.priority) < get_priority(CheckpointHook.priority)
 
@@ -131,6 +132,7 @@ class Balanced(Runner):
         super().__init__()
         config = ResidualMoEConfig(num_experts=experts, top_k=top_k, noise=0.0, gate_std=0.0)
         self.module = nn.Sequential(nn.Identity(), ResidualMoE(Mlp(2, 4), config))
+        self.zero_optimization_partition_weights = lambda: False
         self.visualizer = SimpleNamespace(add_scalars=lambda scalars, step: self.scalars.append((step, scalars)))
         self.scalars: list[tuple[int, dict[str, float]]] = []
 
@@ -181,16 +183,25 @@ def test_an_only_expert_is_no_collapse(capsys: pytest.CaptureFixture[str]) -> No
     assert "has collapsed" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("wrong", [{"interval": 0}, {"share": 0.0}, {"share": float("nan")}, {"steps": -1}])
-def test_numbers_of_the_balance(wrong: dict[str, float]) -> None:
-    with pytest.raises(UserError, match="rmoe.GateBalanceHook"):
-        GateBalanceHook(**wrong)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *({"interval": value} for value in (0, 1.5, True, "1")),
+        *({"share": value} for value in (0.0, float("nan"), True, "0.5", 1.5)),
+        *({"steps": value} for value in (-1, 0.5, None)),
+    ],
+)
+def test_numbers_of_the_balance(wrong: dict[str, Any]) -> None:
+    (name,) = wrong
+    with pytest.raises(UserError, match=f"rmoe.GateBalanceHook: {name} is .*; it takes a"):
+        GateBalanceHook(**wrong)
 
 
 @pytest.mark.parametrize(("until", "heats"), [(1.0, [3.0, 2.5, 2.0, 1.5, 1.0]), (0.6, [3.0, 2.0, 1.0, 1.0, 1.0])])
 def test_the_temperature_falls(until: float, heats: list[float]) -> None:
     runner = Runner()
     runner.module = nn.Sequential(ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=2, temperature=0.5)))  # type: ignore[attr-defined]
+    runner.evaluated = copy.deepcopy(runner.module)  # type: ignore[attr-defined]
     runner.max_iters = 5
     gate = runner.module[0].gate  # type: ignore[attr-defined]
     logits = gate.logits(torch.eye(4))
@@ -198,7 +209,7 @@ def test_the_temperature_falls(until: float, heats: list[float]) -> None:
     hook.before_train(runner)
     for runner.iter, heat in enumerate(heats):
         hook.before_train_iter(runner, runner.iter)
-        assert gate.temperature == pytest.approx(0.5 * heat)
+        assert gate.temperature == runner.evaluated[0].gate.temperature == pytest.approx(0.5 * heat)  # type: ignore[attr-defined]
         torch.testing.assert_close(gate.logits(torch.eye(4)), logits / heat)
 
 
@@ -239,6 +250,28 @@ def test_experts_are_drawn_to_their_mean(residual: str) -> None:
         old = before[name]
         expected = old + 0.25 * (old.mean(0) - old) if name in experts else old
         torch.testing.assert_close(x, expected)
+
+
+def test_frozen_experts_stay() -> None:
+    hook, runner = averaged(1.0)
+    frozen, *others = runner.module[0].deepspeed_moe.experts.own().values()  # type: ignore[attr-defined]
+    frozen.requires_grad_(False)
+    before = frozen.clone()
+    hook.before_train(runner)
+    hook.after_train_iter(runner, 0)
+    assert torch.equal(frozen, before)
+    for x in others:
+        torch.testing.assert_close(x, x[:1].expand_as(x))
+        x.requires_grad_(False)
+    with pytest.raises(UserError, match="all experts are frozen"):
+        hook.before_train(runner)
+
+
+def test_weights_are_changed_before_they_are_averaged_and_the_clock_stops() -> None:
+    order = [AverageExpertsHook, EMAHook, CostHook]
+    assert sorted(order, key=lambda hook: get_priority(hook.priority)) == order
+    assert len({get_priority(hook.priority) for hook in order}) == 3
+    assert get_priority(RunningStatsHook.priority) < get_priority(EMAHook.priority)
 
 
 def test_what_has_no_mean_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from toy import write_config, write_json
 from rmoe.engine import launch, processes
 from rmoe.engine.checkpoint.files import RUN, Layout, write_marker
 from rmoe.engine.ds_json import read_json
+from rmoe.engine.prepare import check_unused
 from rmoe.errors import UserError
 
 MOE = {"num_experts": 4, "ep_size": 2}
@@ -35,6 +37,26 @@ def test_the_json_rules_the_batch_size(tmp_path: Path) -> None:
     assert cfg.strategy.config.gradient_clipping == 0.5  # the config's clip_grad
 
 
+@pytest.mark.parametrize(
+    ("options", "content", "said"),
+    [
+        ({}, {"gradient_clipping": 1.0}, "optim_wrapper.clip_grad.max_norm is 0.5 in the config.* makes it 1.0"),
+        ({"optim_wrapper.accumulative_counts": 4}, {"train_batch_size": 16}, "accumulative_counts is 4 .* makes it 2"),
+        ({}, {"train_micro_batch_size_per_gpu": 3}, "train_dataloader.batch_size is 4 in the config.* makes it 3"),
+        ({"optim_wrapper.accumulative_counts": 4}, {"gradient_accumulation_steps": "auto"}, ""),
+        ({}, {"gradient_accumulation_steps": 4, "gradient_clipping": 0.5}, ""),
+    ],
+)
+def test_a_json_that_says_otherwise_is_told(
+    options: dict[str, Any], content: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), options)
+    notes = launch.prepare(cfg, read_json(write_json(tmp_path / "ds.json", 2, **content)), 2, tmp_path / "work", False)
+    told = [note for note in notes if "DeepSpeed JSON" in note]
+    assert len(told) == bool(said)
+    assert re.search(said, " ".join(told))
+
+
 def test_the_layout(tmp_path: Path) -> None:
     cfg = prepared(tmp_path, {"model.moe": MOE})
     assert Layout(**cfg.strategy.layout) == Layout(2, 2, 4, 4, 1, 3)
@@ -42,7 +64,7 @@ def test_the_layout(tmp_path: Path) -> None:
 
 def test_what_a_config_need_not_say(tmp_path: Path) -> None:
     cfg = prepared(tmp_path, {"optim_wrapper.constructor": "DefaultOptimWrapperConstructor"})
-    assert cfg.optim_wrapper.paramwise_cfg == {"exempt": False}
+    assert cfg.optim_wrapper.paramwise_cfg.exempt is False
     assert cfg.train_dataloader.sampler.type == "rmoe.InfiniteSampler"
     assert cfg.train_dataloader.dataset.dataset.type == "ToyTokens"
     assert [backend.type for backend in cfg.visualizer.vis_backends] == ["LocalVisBackend", "TensorboardVisBackend"]
@@ -63,9 +85,27 @@ def test_hooks_of_an_earlier_versions_dump_are_not_doubled(tmp_path: Path) -> No
     assert [hook["type"] for hook in once.custom_hooks] == [hook["type"] for hook in prepared(tmp_path).custom_hooks]
 
 
-def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path: Path) -> None:
-    cfg = prepared(tmp_path, {"default_hooks.checkpoint.max_keep_ckpts": 1})
-    assert cfg.default_hooks.checkpoint.max_keep_ckpts == 2
+def test_a_dumped_config_of_a_resumed_run_starts(tmp_path: Path) -> None:
+    half_a_checkpoint(tmp_path / "work", 4, Layout(2, 1, 0, 4, 1, 3))
+    prepared(tmp_path, resume=True).dump(tmp_path / "dumped.py")
+    cfg = launch.read_config(tmp_path / "dumped.py", {})
+    launch.prepare(cfg, read_json(tmp_path / "ds.json"), 2, tmp_path / "other", False)
+    assert cfg.resume is False
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({}, False),
+        ({"default_hooks.checkpoint": None}, True),
+        ({"default_hooks.checkpoint.save_optimizer": False}, True),
+        ({"default_hooks.checkpoint": None, "custom_hooks": [{"type": "CheckpointHook"}]}, False),
+    ],
+)
+def test_a_run_that_nothing_can_be_resumed_from_is_told(options: dict[str, Any], told: bool, tmp_path: Path) -> None:
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), options)
+    notes = launch.prepare(cfg, {}, 1, tmp_path / "work", False)
+    assert any("a run that is stopped cannot be resumed" in note for note in notes) == told
 
 
 @pytest.mark.parametrize(
@@ -78,7 +118,11 @@ def test_the_only_checkpoint_is_not_removed_before_the_next_is_written(tmp_path:
         ({"model.moe.losses.zz": 4}, {}, "no key 'zz'; did you mean 'z'"),
         ({"train_cfgg.max_iters": 4}, {}, "no 'train_cfgg'; did you mean 'train_cfg'"),
         ({"optim_wrapper.clip_grad.norm_type": 1}, {}, "clip_grad"),
+        ({"optim_wrapper.clip_grad": {"_delete_": True, "norm_type": 2}}, {}, "without max_norm; give one"),
+        ({"optim_wrapper.clip_grad": {"_delete_": True}}, {}, "without max_norm; give one"),
         ({"optim_wrapper.clip_gradd.max_norm": 1}, {}, "no key 'clip_gradd'; did you mean 'clip_grad'"),
+        ({"resume": True}, {}, "resume=True; leave it out, and give --resume"),
+        ({"resume": "work_dirs/other/iter_5"}, {}, "resume='work_dirs/other/iter_5'; leave it out, and give --resume"),
         ({"optim_wrapper.constructor": "LayerDecay"}, {}, "'LayerDecay'; use 'rmoe.ParamGroups'"),
         (
             {"custom_hooks": [{"type": "EMAHook", "momentum": 0.1}]},
@@ -105,6 +149,10 @@ def test_stage_3_is_for_what_is_not_spread(tmp_path: Path, moe: dict[str, Any] |
     ("text", "message"),
     [
         ("model = dict(", "cannot be read as a config"),
+        ("param_schedulers = []", "has 'param_schedulers', which .* did you mean 'param_scheduler'"),
+        ("custom_hook = []", "did you mean 'custom_hooks'"),
+        ("randomnes = dict(seed=1)", "did you mean 'randomness'"),
+        ("calibrat = dict()", "did you mean 'calibrate'"),
         ("_base_ = 'absent.py'", "there is no config"),
         ("custom_imports = dict(imports=['rmoe.nothing'])", "cannot be read as a config"),
     ],
@@ -117,6 +165,12 @@ def test_config_files(text: str, message: str, tmp_path: Path) -> None:
         launch.read_config(tmp_path / "y.py", {})
 
 
+def test_a_config_has_variables_of_its_own(tmp_path: Path) -> None:
+    own = "data, epoch, scales, norm_cfg, train_pipeline, train_dataset, optimizer = 1, 2, (3,), {}, [], {}, {}"
+    (tmp_path / "x.py").write_text(f"{own}\nrandomness = dict(seed=1)\nrandomnes = dict(seed=2)")
+    assert launch.read_config(tmp_path / "x.py", {"calibrate.batches": 2}).calibrate.batches == 2
+
+
 def half_a_checkpoint(work_dir: Path, iteration: int, layout: Layout) -> None:
     (work_dir / f"iter_{iteration}").mkdir(parents=True)
     write_marker(work_dir / f"iter_{iteration}", iteration, layout, {})
@@ -126,6 +180,21 @@ def test_a_run_is_not_overwritten(tmp_path: Path) -> None:
     half_a_checkpoint(tmp_path / "work", 4, Layout(2, 1, 0, 4, 1, 3))
     with pytest.raises(UserError, match="iter_4 is there already; give --resume"):
         prepared(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "cost.json"])
+def test_a_finished_run_without_checkpoints_is_not_overwritten(name: str, tmp_path: Path) -> None:
+    cfg = prepared(tmp_path)
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / name).touch()
+    with pytest.raises(UserError, match=f"{name} is of a finished run; give another --work-dir"):
+        prepared(tmp_path)
+    with pytest.raises(UserError, match=f"another run has left .*{name} meanwhile; start again with --resume"):
+        check_unused(cfg, False)
+    check_unused(cfg, True)
+    half_a_checkpoint(tmp_path / "work", 4, Layout(2, 1, 0, 4, 1, 3))
+    with pytest.raises(UserError, match="another run has left .*iter_4 meanwhile; start again, or give another"):
+        check_unused(cfg, True)
 
 
 def test_resume_takes_the_newest_and_its_own_layout(tmp_path: Path) -> None:
@@ -148,12 +217,11 @@ def test_resume_with_nothing_there_starts(tmp_path: Path) -> None:
 def test_what_was_left_out_is_told(tmp_path: Path) -> None:
     (tmp_path / "work" / "iter_9").mkdir(parents=True)
     (tmp_path / "work" / "iter_9" / RUN).touch()
-    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {"default_hooks.checkpoint.max_keep_ckpts": 1})
+    cfg = launch.read_config(write_config(tmp_path / "toy_run.py"), {})
     cfg.train_dataloader.sampler = {"type": "SomeSampler"}
     notes = "\n".join(launch.prepare(cfg, {}, 1, tmp_path / "work", True))
     assert "iter_9 is half written" in notes
     assert "starting anew" in notes
-    assert "keeping 2" in notes
     assert "SomeSampler" in notes
 
 

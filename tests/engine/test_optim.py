@@ -10,6 +10,7 @@ import torch
 from timm.layers import Mlp
 from timm.optim import param_groups_layer_decay
 from torch import nn
+from toy import ToyModel
 
 from rmoe.backbones.pyramid import TimmPyramid
 from rmoe.config import ResidualMoEConfig
@@ -284,3 +285,11 @@ def test_layer_decay_is_a_share(decay: Any) -> None:
 def test_a_model_without_layers_has_no_layer_decay() -> None:
     with pytest.raises(UserError, match=r"layer_decay is 0\.9, and the model has no backbone of timm"):
         param_groups(Small(), 1.0, layer_decay=0.9)
+
+
+def test_groups_whose_numbers_print_alike_have_names_of_their_own() -> None:
+    """DeepSpeed tells groups with experts apart by name."""
+    keys = {"head.weight": {"lr_mult": 1.0000001}, "head.bias": {"lr_mult": 1.0000002, "decay_mult": 0.0}}
+    groups = param_groups(ToyModel(), 1e-3, custom_keys=keys)
+    names = [group["name"] for group in groups]
+    assert names == ["lr_0.001_decay_0", "lr_0.001_decay_0_2", "lr_0.001_decay_0_3"]

@@ -50,6 +50,9 @@ class Runner:
         config = ResidualMoEConfig(num_experts=4, noise=0.0, residual="full")
         self.module = nn.Sequential(nn.Identity(), ResidualMoE(Mlp(2, 4), config))
 
+    def zero_optimization_partition_weights(self) -> bool:
+        return False
+
     def test_step(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"logits": torch.tensor([0.0, 1.0])}]
 

@@ -122,6 +122,23 @@ def test_what_is_left_out_is_told() -> None:
     assert "LinearLR is left out" in notes[1]
 
 
+def test_options_mean_the_schedules_of_the_config(tmp_path: Path) -> None:
+    """By their number in it, also where one is left out; and one that an option lengthens is not."""
+    (only,) = scaled("demo/core.py", 10, None, **{"param_scheduler.1.eta_min": 1e-4}).param_scheduler
+    assert (only.type, only.eta_min) == (READ["demo/core.py"].param_scheduler[1].type, 1e-4)
+    (only,) = scaled("demo/core.py", 10, None, **{"param_scheduler.0.start_factor": 0.5}).param_scheduler
+    assert "start_factor" not in only
+    first, _ = scaled("demo/core.py", 10, None, **{"param_scheduler.0.end": 3}).param_scheduler
+    assert (first.type, first.end) == ("LinearLR", 3)
+
+
+def test_the_first_checkpoint_moves_too() -> None:
+    cfg = copy.deepcopy(READ["demo/core.py"])
+    cfg.default_hooks.checkpoint.save_begin = 400
+    rescale(cfg, 60, {"gradient_accumulation_steps": 4}, {})
+    assert cfg.default_hooks.checkpoint.save_begin == 32
+
+
 def test_lengths_that_a_schedule_counts_from_its_begin(tmp_path: Path) -> None:
     cfg = Config({"train_cfg": {"max_iters": 100}, "optim_wrapper": {}})
     common = {"by_epoch": False, "begin": 20}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -280,10 +281,14 @@ def test_a_config_is_a_file(tmp_path: Path) -> None:
 
 def resumed(folder: Path, **changed: Any) -> list[str]:
     """What is told of a checkpoint of the toy config, and a run in which `changed` is otherwise."""
-    before = prepared(folder)
+    return resumed_from(prepared(folder).pretty_text, folder, **changed)
+
+
+def resumed_from(text: str, folder: Path, **changed: Any) -> list[str]:
+    """The same of a checkpoint whose config is `text`."""
     checkpoint = folder / "iter_2"
     checkpoint.mkdir(exist_ok=True)
-    (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": before.pretty_text}}))
+    (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": text}}))
     return changes.compare(checkpoint, prepared(folder, **changed))
 
 
@@ -319,6 +324,36 @@ def test_a_checkpoint_of_a_mixture_whose_top_k_was_left_open(tmp_path: Path) -> 
                     changes.compare(checkpoint, this)
 
 
+@pytest.mark.parametrize("residual", ["low_rank", "full", None])
+def test_a_default_rate_that_is_written_out_is_no_change(residual: str | None, tmp_path: Path) -> None:
+    model: dict[str, Any] = {"type": "ToyModel"} | ({"moe": {"residual": residual}} if residual else {})
+    wrapper = toy_dict()["optim_wrapper"]
+    explicit = {"residual_lr_mult": 4.0 if residual == "low_rank" else 1.0, "gate_lr_mult": 1.0, "custom_keys": {}}
+    for given in ({}, explicit):
+        now = prepared(tmp_path, model=model, optim_wrapper=wrapper | {"paramwise_cfg": given})
+        assert now.optim_wrapper.paramwise_cfg.residual_lr_mult == explicit["residual_lr_mult"]
+        said = now.pretty_text
+        assert resumed_from(said, tmp_path, model=model, optim_wrapper=wrapper | {"paramwise_cfg": explicit}) == []
+        assert resumed_from(said, tmp_path, model=model) == []
+
+
+def test_a_checkpoint_from_when_low_rank_had_no_rate_of_its_own(tmp_path: Path) -> None:
+    """It goes on with that rate of then; one from when it had, but did not say so, as it is."""
+    model: dict[str, Any] = {"type": "ToyModel", "moe": {"num_experts": 4, "top_k": 1}}
+    once = {"model": model, "optim_wrapper": toy_dict()["optim_wrapper"] | {"paramwise_cfg": {"residual_lr_mult": 1.0}}}
+    said = prepared(tmp_path, model=model).pretty_text
+    between = re.sub(r"paramwise_cfg=dict\([^()]*\)", "paramwise_cfg=dict()", said)
+    assert "paramwise_cfg=dict()" in between
+    before = between.replace("expert_drop=0.0,", "")
+    assert before != between
+    assert resumed_from(before, tmp_path, **once) == []
+    with pytest.raises(UserError, match=r"residual_lr_mult was 1.0; this run has 4.0. Resume with the former"):
+        resumed_from(before, tmp_path, model=model)
+    assert resumed_from(between, tmp_path, model=model) == []
+    with pytest.raises(UserError, match=r"residual_lr_mult was 4.0; this run has 1.0. Resume with the former"):
+        resumed_from(between, tmp_path, **once)
+
+
 def test_another_schedule_of_a_resumed_run(tmp_path: Path) -> None:
     scheduler = [toy_dict()["param_scheduler"][0] | {"power": 2.0}]
     with pytest.raises(UserError, match=r"of another schedule: param_scheduler.0.power was 0.9; this run has 2.0"):
@@ -351,6 +386,8 @@ def test_what_others_raise_while_building_names_the_key() -> None:
         with pytest.raises(UserError, match="model: .*--debug") as caught, user_errors("model"):
             raise error
         assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="model: the key 'total' is missing"), user_errors("model"):
+        raise KeyError("total")
 
 
 def test_debug_shows_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

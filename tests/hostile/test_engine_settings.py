@@ -13,6 +13,7 @@ from torch import nn
 
 from rmoe.engine.checkpoint import run_state
 from rmoe.engine.clipping import check_precision
+from rmoe.engine.ds_json import resolve
 from rmoe.engine.hooks import CheckpointHook, EMAHook
 from rmoe.engine.optim import DeepSpeedOptimWrapper, ParamGroups, checked_settings, param_groups
 from rmoe.engine.randomness import EpochSampler, InfiniteSampler
@@ -145,8 +146,10 @@ def test_no_samples(sampler: Any) -> None:
 @pytest.mark.parametrize("dtype", ["float16", "fp16"])
 def test_float16_without_a_norm(dtype: str) -> None:
     zero = {"stage": 2, "compute_grad_norm": False}
+    content = {"torch_autocast": {"enabled": True, "dtype": dtype}, "zero_optimization": zero}
+    config = resolve(content, batch_size=1, accumulation=1, max_norm=0.0, processes=1)
     with pytest.raises(UserError, match="compute_grad_norm"):
-        check_precision({"torch_autocast": {"enabled": True, "dtype": dtype}, "zero_optimization": zero})
+        check_precision(config)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import rmoe
 from rmoe.backbones.build import timm_model
 from rmoe.backbones.hub import located
-from rmoe.engine.checkpoint.files import PARTIAL
+from rmoe.engine.checkpoint.files import PARTIAL, put_in_place
 from rmoe.engine.model_config import complete_moe, mappings, moe_dicts
 from rmoe.errors import UserError
 from rmoe.moe.state import save_tensors
@@ -181,8 +181,10 @@ def timm_nodes(config: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[str
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
-    """Writes a safetensors file aside, then renames it; of the metadata, what is no string becomes JSON."""
+    """Writes a safetensors file aside, brings it to the disk, then renames it; of the metadata, what is no string
+    becomes JSON.
+    """
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
     partial = path.with_name(path.name + PARTIAL)
     save_tensors(partial, tensors, metadata)
-    partial.replace(path)
+    put_in_place(partial, path)

@@ -189,15 +189,14 @@ def write_weights(path: Path, state: Mapping[str, Tensor]) -> None:
             _remove(partial)
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"state_dict": dict(state)}, partial)
-            _sync(partial)
             put_in_place(partial, path)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Writes a JSON file aside, then renames it."""
+    """Writes a JSON file aside, brings it to the disk, then renames it."""
     partial = path.with_name(path.name + PARTIAL)
     partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)
+    put_in_place(partial, path)
 
 
 def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str, Mapping[str, Any]]) -> None:
@@ -205,11 +204,14 @@ def write_marker(path: Path, iteration: int, layout: Layout, files: Mapping[str,
     content = {"iteration": iteration, "layout": dataclasses.asdict(layout), "files": dict(sorted(files.items()))}
     (path / MARKER).write_text(json.dumps({**content, "sha256": _digest_of(content)}, indent=1) + "\n")
     _sync(path / MARKER)
-    _sync(path)
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Gives a complete file or folder its name. Where there is one of that name already, it lives on until then."""
+    """Gives a complete file or folder its name. Where there is one of that name already, it lives on until then.
+
+    A file is brought to the disk before; of a folder, its files have been.
+    """
+    _sync(partial)
     replaced = path.with_name(path.name + REPLACED)
     if path.exists() and path.is_dir() != partial.is_dir():
         raise FileExistsError(f"{path} is a {'folder' if path.is_dir() else 'file'} of somebody else's; move it away")
