@@ -319,9 +319,7 @@ def _order() -> Iterator[Cell]:
     yield from cells(HEADLINE, SEEDS)
     yield from cells(DENSE, SEEDS)
     yield from cells(FASTER, SEEDS)
-    yield from cells(
-        ("dense_lr_half",), SEEDS[:1], "detection"
-    )  # twice the rate, segmentation's best, is too much here
+    yield from cells(("dense_lr_half",), SEEDS[:1], "detection")  # twice the usual rate is too much here
     yield from cells(("dense", "soft_frozen", "soft"), SEEDS, "detection")
     yield from cells(("dense_lr_half",), SEEDS, "detection")
     yield from cells(("former_default_lr_double", "upper_bound_all_lr_double"), FEW_SEEDS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +74,10 @@ def merge(
         run = load(path, task=task, device="cpu")
         networks, values = _networks(run, average, images)
         _write(run, networks, folder)
-        found = _measured(Merged(str(run.source), not average, values), run.source.parent, path, task, folder)
+        found = Merged(str(run.source), not average, values, not_measured="interrupted while it was evaluated")
         write_json(folder / MERGED, asdict(found))
+    found = _measured(found, run.source.parent, path, task, Path(out))
+    write_json(Path(out) / MERGED, asdict(found))
     return found
 
 
@@ -172,5 +174,5 @@ def _measured(found: Merged, folder: Path, path: str | Path, task: str | None, o
         run_config(folder, task=task)
         after, before = evaluate(out), evaluate(path, task=task)
     except UserError as error:
-        return Merged(found.source, found.exact, found.gate_values, not_measured=str(error))
-    return Merged(found.source, found.exact, found.gate_values, after.metrics, before.metrics)
+        return replace(found, not_measured=str(error))
+    return replace(found, metrics=after.metrics, metrics_of_mixture=before.metrics, not_measured=None)

@@ -155,7 +155,8 @@ def predictor(
 def _class_count(model: nn.Module) -> int:
     """Returns how many classes a model tells apart, as its heads say; 0 where none does."""
     if isinstance(model, TimmClassifier):
-        return int(model.model.num_classes)
+        net: Any = model.model
+        return int(net.num_classes)
     heads = (module for name, child in model.named_children() if name != "backbone" for module in child.modules())
     counts = [getattr(module, "num_classes", 0) for module in heads]
     return max((count for count in counts if isinstance(count, int)), default=0)

@@ -20,8 +20,11 @@ from rmoe.inference.runs import Run, literal_config
 
 # What may differ between runs of one arm: where they are, and how they were carried out.
 _BESIDE = ("work_dir", "resume", "launcher", "env_cfg", "strategy", "card", "log_level", "visualizer")
-_TREATED = ("train_batch_size", "gradient_clipping", "fp16.enabled", "bf16.enabled", "torch_autocast.enabled")
-_TREATED += ("torch_autocast.dtype",)  # with those before it: what of DeepSpeed's JSON changes the training
+# What of DeepSpeed's JSON changes the training.
+_TREATED = (
+    *("train_batch_size", "gradient_clipping", "fp16.enabled", "bf16.enabled"),
+    *("torch_autocast.enabled", "torch_autocast.dtype"),
+)
 _OFF = ("None", "False", "0", "0.0")
 _PER_PROCESS = "train_dataloader.batch_size"
 _STRATEGY, _LOAD = "strategy.config.", "load_from"

@@ -177,11 +177,11 @@ def test_the_loss_at_the_end_is_the_tasks_own(tmp_path):
         "second": [{"loss": 3.0, "step": 19, **gates}, {"loss": 2.0, "step": 20, **gates}, {"mIoU": 1.0, "step": 20}],
     }
     for name, lines in logs.items():
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "scalars.json").write_text("\n".join(map(json.dumps, lines)))
+        (tmp_path / name / "vis_data").mkdir(parents=True)
+        (tmp_path / name / "vis_data" / "scalars.json").write_text("\n".join(map(json.dumps, lines)))
     assert Run(tmp_path).train_loss() == (2.75 + 1.75) / 2
     for name in logs:
-        (tmp_path / name / "scalars.json").write_text(json.dumps({"mIoU": 1.0, "step": 2}))
+        (tmp_path / name / "vis_data" / "scalars.json").write_text(json.dumps({"mIoU": 1.0, "step": 2}))
     assert Run(tmp_path).train_loss() is None
 
 
