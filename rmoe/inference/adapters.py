@@ -260,19 +260,23 @@ def _check_core(
     where: Path, metadata: Mapping[str, Any], state: Mapping[str, Tensor], taken: Mapping[str, str], core: Core
 ) -> None:
     """Refuses a core that the run was not made from: its frozen cores must be in it, bit for bit."""
-    known, here = metadata.get("core_sha256"), core_sha256({"core": str(core.source)})
-    moes = list(moe_dicts(metadata["model"]))
-    frozen = [key for key in state if ".core.fc" in key and not any(moe.get("train_core") for moe in moes)]
+    trained = any(moe.get("train_core") for moe in moe_dicts(metadata["model"]))
+    frozen = [key for key in state if not trained and ".core.fc" in key]
     lacking = [key for key in frozen if key not in taken]
+    known, here = metadata.get("core_sha256"), None
     # Another file may hold the same weights, which frozen cores show; other runs have nothing to show it by.
-    if lacking or (taken and not frozen and known and here and known != here):
+    if known and (lacking or (taken and not frozen)):  # reads the whole file
+        here = core_sha256({"core": str(core.source)})
+    if lacking or (here and known != here):
         differ = (
-            f": {len(lacking)} of {len(frozen)} weights of its frozen cores differ, such as {', '.join(lacking[:1])}"
+            f": {len(lacking)} of {len(frozen)} weights of its frozen cores differ, such as {lacking[0]}"
+            if lacking
+            else ""
         )
         hashes = f"its core's file had the SHA-256 {known}, this one has {here}" if known else "its own is not known"
         raise UserError(
-            f"{where} was not made from {core.source}{differ if lacking else ''}; {hashes}: give the run's own core by "
-            "--core (core= in Python)"
+            f"{where} was not made from {core.source}{differ}; {hashes}: give the run's own core by --core (core= in "
+            "Python)"
         )
     if not taken:
         raise UserError(
