@@ -73,14 +73,12 @@ def mix(
         weights = (None,) * 4 if core is None else core
         theta = Network(*(None if w is None else w.to(dtype) for w in weights))  # type: ignore[arg-type]
         residuals = type(residuals)(*(w.to(dtype) for w in residuals))
-    if torch.compiler.is_compiling():  # an exporter cannot tell how often a shared A counts
+    if not masked or torch.compiler.is_compiling():  # an exporter cannot tell how often a shared A counts
         residuals = residuals.spread()
     if isinstance(residuals, Full) and not drops and torch.compiler.is_exporting():
         return unsorted_networks(x_TC, expert_TK, gate_TK, theta, residuals, act, mixes_weights)
     if mixes_weights and masked:
         return low_rank(x_TC, expert_TK, gate_TK, theta, residuals, act, ready=ready)
-    if not masked:
-        residuals = residuals.spread()
     if inside:
         return mix_weights(x_TC, expert_TK, gate_TK, theta, residuals, act)
     x_NC, expert_N = x_TC.repeat_interleave(k, 0) if k > 1 else x_TC, expert_TK.flatten()
