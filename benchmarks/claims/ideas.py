@@ -18,7 +18,6 @@ from benchmarks.claims.ledger import Cell
 from benchmarks.claims.method import ARMS, FEW_SEEDS, FULL, SOFT, STEPS, Study, at, faster
 
 _CALIBRATED, _LR_4 = ARMS["full_calibrated"].options, ARMS["soft"].options
-_RATE = "double"  # dense's best
 _OFF = {"importance": 0.0}
 
 
@@ -138,7 +137,7 @@ IDEAS: dict[str, Idea] = {
 
 def ideas() -> Study:
     """Returns the study of the ideas; what the method study has runs of is not run again."""
-    arms = {run_of(name): faster(idea.arm or ARMS[name], _RATE) for name, idea in IDEAS.items()}
+    arms = {run_of(name): faster(idea.arm or ARMS[name]) for name, idea in IDEAS.items()}
     cells = [
         Cell(name, "segmentation", seed, STEPS, SIZE.scenes["styles"], 1.0)
         for seed in FEW_SEEDS
@@ -150,7 +149,7 @@ def ideas() -> Study:
 
 def run_of(name: str) -> str:
     """Returns the name of an idea's runs, which the method study knows some of."""
-    return at(name, _RATE)
+    return at(name)
 
 
 def quick_ideas() -> Study:

@@ -1,9 +1,9 @@
 """The method study: which residual experts beat dense finetuning, and which control explains it if none does.
 
 Its runs are done in the order in which they are worth most (`_order`), over as many sittings as it takes: first the
-candidates for the default beside dense finetuning on five seeds, each at several rates; then the other task; then what
-a gain could be owed to otherwise, more seeds, and single choices. All at 1200 steps, where docs/claims.md found that
-arms can be told apart at all.
+candidates for the default beside dense finetuning on five seeds, each at several rates; then the other task, the upper
+bound and more seeds; then what a gain could be owed to otherwise, and single choices. All at 1200 steps, where
+docs/claims.md found that arms can be told apart at all.
 
 Candidates, by prototypes on seeds 0 to 2 (so seeds 3 to 7 are the first that did not choose them):
 
@@ -16,21 +16,24 @@ Candidates, by prototypes on seeds 0 to 2 (so seeds 3 to 7 are the first that di
 Controls, and what each would explain:
 
 - `dense_lr_half`, `…_double`, `…_fourfold`: the schedule is not dense's best. The first 45 runs on a GPU showed that it
-  is not: twice the rate gives dense finetuning two points of mIoU. So whatever is told has several rates now, of all
-  learning rates at once (`FAMILIES`), and is judged at its best, chosen on the very seeds that it is compared on.
+  is not: twice the rate gives dense finetuning two points of mIoU. So every arm has two rates now, of all its learning
+  rates at once (`FAMILIES`), and is judged at its best, chosen on the very seeds that it is compared on. What has been
+  run at one rate only has dense's best: twice the usual one in segmentation, the usual one in detection.
 - `one_full`, `one_low_rank_lr_1`, `…_2`, `…_4`: the gain is the residual's (parameters, optimizer), not routing's. One
   expert has as much of it as the candidate's eight have for a token: the core's shape, or rank 64; the latter at its
   own best of three rates, since that of an eighth need not suit the whole.
 - `full_fixed_gate`, `soft_fixed_gate`: any cut of the tokens does, whether learnt or not. The gates stay as they were
   drawn, without noise; soft ones are drawn wide enough to prefer someone.
-- `frozen_all`, `frozen_alternate`: freezing cores is what helps. No residuals, in the blocks of each candidate.
+- `frozen_all`, `frozen_alternate`: freezing cores is what helps, or residuals beside frozen cores do nothing. No
+  residuals, in the blocks of each candidate.
 - `dense_longer`: the FLOPs are. As many more steps as the soft candidate has more FLOPs a step in the miniature.
 - `upper_bound_all`, `upper_bound_alternate`: full MoE training in the same blocks as its rival.
 - `dense_core_longer`: for the RMoE-I arms, whose stage of upstream training makes cores longer trained.
 - `former_default`: what `ResidualMoEConfig` was before the study, rank 8 for one expert a token, cores frozen.
 
-Single choices differ from their candidate in what their names say; three seeds each. None of their learning rates was
-chosen by trial. The factor of 4 for low rank was, on other arms than these, among 1, 4 and 10; dense has four rates.
+Single choices differ from their candidate in what their names say; three seeds each, at twice the usual rate, like the
+ideas of others (`ideas.py`). None of their learning rates was chosen by trial. The factor of 4 for low rank was, on
+other arms than these, among 1, 4 and 10; dense has four rates.
 
 Every mixture says all that it is made of: a change of the defaults of `ResidualMoEConfig` must change no arm.
 """
@@ -51,23 +54,17 @@ SEEDS, MORE_SEEDS, FEW_SEEDS = (0, 1, 2, 3, 4), (5, 6, 7), (0, 1, 2)
 TASKS = ("segmentation", "detection")
 CANDIDATES = ("full_calibrated", "full_random", "soft", "soft_frozen")
 HEADLINE = ("dense", "full_calibrated", "soft")
-FASTER = ("soft_lr_double", "soft_frozen_lr_double", "full_random_lr_double")
-RATES = {"double": 2.0, "fourfold": 4.0}  # of all learning rates of an arm, × the usual ones
-RATED = (*CANDIDATES, "one_full", "full_fixed_gate", "soft_fixed_gate", "upper_bound_all", "former_default")
+RATES = {"half": 0.5, "double": 2.0, "fourfold": 4.0}  # of all learning rates of an arm, × the usual ones
 
 
-def at(name: str, rate: str) -> str:
-    """Returns what an arm is called at another one of `RATES`."""
+def at(name: str, rate: str = "double") -> str:
+    """Returns what an arm is called at another one of `RATES`, by default the one that is dense's best."""
     return f"{name}_lr_{rate}"
 
 
-# An arm at several learning rates, by its name: the best of them stands for it.
-FAMILIES = {
-    "dense": ("dense", "dense_lr_half", "dense_lr_double", "dense_lr_fourfold"),
-    "one_low_rank": ("one_low_rank_lr_1", "one_low_rank_lr_2", "one_low_rank_lr_4"),
-    **{name: (name, *(at(name, rate) for rate in RATES)) for name in RATED},
-}
-DENSE, ONE_LOW_RANK = FAMILIES["dense"], FAMILIES["one_low_rank"]
+DENSE = ("dense", *(at("dense", rate) for rate in RATES))
+ONE_LOW_RANK = ("one_low_rank_lr_1", "one_low_rank_lr_2", "one_low_rank_lr_4")
+FASTER = tuple(map(at, ("dense", "soft", "soft_frozen")))
 
 _LR, _PARAMWISE = "optim_wrapper.optimizer.lr", "optim_wrapper.paramwise_cfg."
 _DENSE_LR = 1e-3  # of the demo's configs, which are the study's
@@ -126,14 +123,13 @@ STAGES = {
 }
 
 
-def faster(arm: Arm, rate: str) -> Arm:
+def faster(arm: Arm, rate: str = "double") -> Arm:
     """Returns the arm at another one of `RATES`."""
     return replace(arm, options={**arm.options, _LR: RATES[rate] * _DENSE_LR})
 
 
 CONTROLS = {
     "dense": Arm("core", None),
-    "dense_lr_half": Arm("core", None, {_LR: 0.5 * _DENSE_LR}),
     **{at("dense", rate): faster(Arm("core", None), rate) for rate in RATES},
     "dense_longer": Arm("core", None, longer=1.083),
     "dense_core_longer": Arm("core_longer", None),
@@ -181,7 +177,15 @@ CHOICES = {
 
 
 _GIVEN: dict[str, Arm] = CONTROLS | _CANDIDATES | CHOICES
-ARMS: dict[str, Arm] = _GIVEN | {at(name, rate): faster(_GIVEN[name], rate) for name in RATED for rate in RATES}
+_RATED = [name for name in _GIVEN if name not in DENSE]
+ARMS: dict[str, Arm] = _GIVEN | {at(name): faster(_GIVEN[name]) for name in _RATED}
+
+# An arm at several learning rates, by its name: the best of them stands for it.
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "dense": DENSE,
+    "one_low_rank": (*ONE_LOW_RANK, *map(at, ONE_LOW_RANK)),
+    **{name: (name, at(name)) for name in _RATED if name not in ONE_LOW_RANK},
+}
 
 # Which candidate a control or a choice is compared with, besides dense.
 RIVALS = {
@@ -201,7 +205,7 @@ RIVALS = {
     **{name: "soft" for name in CHOICES if name.startswith(("soft_", "top_"))},
     **{name: "soft_frozen" for name in CHOICES if name.startswith("soft_frozen_")},
 }
-RIVALS |= {at(name, rate): at("dense", rate) for name in RATED for rate in RATES}
+RIVALS |= dict.fromkeys(map(at, _RATED), at("dense"))
 
 _OF_FULL = ("dense", "one_full", "full_fixed_gate", "frozen_all", "upper_bound_all")
 _OF_SOFT = ("dense", "one_low_rank", "soft_fixed_gate", "frozen_alternate", "upper_bound_alternate", "dense_longer")
@@ -252,8 +256,12 @@ class Study:
         return fingerprint(self.size_of(cell), self.stages, cell.where, one)
 
     def compared_with(self, cell: Cell) -> list[Cell]:
-        """Returns the cells that a cell's differences are taken to."""
-        others = ["dense", self.rivals[cell.name]] if cell.name in self.rivals else ["dense"]
+        """Returns the cells that a cell's differences are taken to.
+
+        Further seeds at dense's best rate decide no rate, so they need no dense run at the usual one.
+        """
+        usual = [] if cell.seed in MORE_SEEDS and cell.name in FASTER else ["dense"]
+        others = [*usual, self.rivals[cell.name]] if cell.name in self.rivals else usual
         return [cell._replace(name=name) for name in others if name != cell.name and name in self.arms]
 
     def only(self, pattern: str) -> Study:
@@ -317,30 +325,20 @@ def _order() -> Iterator[Cell]:
                 yield Cell(name, task, seed, STEPS, arms.FULL.scenes["styles"], 1.0)
 
     yield from cells(HEADLINE, SEEDS)
-    yield from cells(DENSE, SEEDS)
-    yield from cells(FASTER, SEEDS)
-    yield from cells(("dense_lr_half",), SEEDS[:1], "detection")  # twice the usual rate is too much here
+    yield from cells(("dense_lr_half", *FASTER, "full_random"), SEEDS)
+    yield from cells(("dense_lr_fourfold",), SEEDS[-1:])  # three points worse
+    yield from cells(("dense_lr_half", "dense_lr_double", at("soft_frozen")), SEEDS[:1], "detection")  # worse, too
     yield from cells(("dense", "soft_frozen", "soft"), SEEDS, "detection")
-    yield from cells(("dense_lr_half",), SEEDS, "detection")
-    yield from cells(("former_default_lr_double", "upper_bound_all_lr_double"), FEW_SEEDS)
-    yield from cells(("soft_lr_fourfold", "soft_frozen_lr_fourfold"), SEEDS)
-    yield from cells(("one_full_lr_double", "full_fixed_gate_lr_double", "full_calibrated_lr_double"), SEEDS)
-    yield from cells(("one_full", *ONE_LOW_RANK), FEW_SEEDS)
-    yield from cells(("upper_bound_all",), SEEDS)
-    yield from cells(("full_fixed_gate", "soft_fixed_gate"), FEW_SEEDS)
-    yield from cells(("full_random",), SEEDS)
-    yield from cells(HEADLINE, SEEDS, "detection")
-    yield from cells((*DENSE, *FASTER), FEW_SEEDS, "detection")
-    yield from cells((*HEADLINE, *DENSE, *FASTER), MORE_SEEDS)
-    yield from cells(("one_full", *ONE_LOW_RANK, "full_fixed_gate", "soft_fixed_gate"), SEEDS)
-    yield from cells(("soft_frozen", "frozen_all", "frozen_alternate", "dense_longer"), FEW_SEEDS)
-    yield from cells(("full_trained_core", "full_alternate", "soft_lr_1", "soft_all_blocks"), FEW_SEEDS)
-    yield from cells(("one_full", *ONE_LOW_RANK), FEW_SEEDS, "detection")
-    yield from cells((*DENSE, *FASTER), SEEDS, "detection")
-    yield from cells((*HEADLINE, *DENSE, *FASTER), MORE_SEEDS, "detection")
-    yield from cells(("upper_bound_alternate",), FEW_SEEDS)
-    yield from cells(tuple(CHOICES), FEW_SEEDS)
-    yield from cells(("soft_frozen", "frozen_all", "frozen_alternate", "dense_longer"), SEEDS)
-    yield from cells(("dense_core_longer",), FEW_SEEDS)
-    yield from cells(("upper_bound_all", "one_full", *ONE_LOW_RANK), SEEDS, "detection")
-    yield from cells(tuple(name for names in FAMILIES.values() for name in names), FEW_SEEDS)
+    yield from cells((at("upper_bound_all"), at("frozen_alternate"), at("former_default")), FEW_SEEDS)
+    yield from cells(("dense", "soft", *FASTER), MORE_SEEDS)
+    yield from cells((at("full_random"), at("full_calibrated")), FEW_SEEDS)
+    yield from cells(("one_full", "full_fixed_gate"), FEW_SEEDS)
+    yield from cells(
+        (at("full_random"),), SEEDS[-1:]
+    )  # begun before dense's best rate was known
+    yield from cells(("one_low_rank_lr_2", "soft_fixed_gate"), SEEDS[:1])
+    yield from cells((at("one_full"), at("full_fixed_gate"), at("soft_fixed_gate")), FEW_SEEDS)
+    yield from cells((at("one_low_rank_lr_1"), at("one_low_rank_lr_4"), at("dense_longer")), FEW_SEEDS)
+    yield from cells(("dense_lr_half", "dense_lr_double"), FEW_SEEDS, "detection")
+    yield from cells(("dense", "soft_frozen", "soft"), MORE_SEEDS, "detection")
+    yield from cells(tuple(map(at, _RATED)), FEW_SEEDS)
