@@ -232,6 +232,30 @@ def resolve(
     Raises:
         UserError: batch sizes that do not fit together, or a section that DeepSpeed refuses.
     """
+    clipping = content.get(CLIPPING, AUTO)
+    resolved = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **content}
+    resolved |= batch_sizes(content, batch_size=batch_size, accumulation=accumulation, processes=processes)
+    resolved |= {CLIPPING: float(max_norm if clipping == AUTO else clipping)}
+    autocast = content.get(_AUTOCAST, {})
+    if autocast.get("enabled") == AUTO and not autocasts:
+        del resolved[_AUTOCAST]
+    elif autocast.get("enabled"):
+        dtype = _DTYPES[autocast.get("dtype", "bfloat16")]
+        resolved[_AUTOCAST] = {**autocast, "enabled": True, "dtype": dtype}
+    _ask_deepspeed(resolved, "DeepSpeed refuses")
+    return resolved
+
+
+def batch_sizes(content: Mapping[str, Any], *, batch_size: int, accumulation: int, processes: int) -> dict[str, int]:
+    """Returns the images of a process and iteration, the iterations of a step and the images of a step, by key of the
+    JSON. What the JSON leaves open follows from the rest of it, else from the config.
+
+    Args:
+        content, batch_size, accumulation, processes: see `resolve`.
+
+    Raises:
+        UserError: one of them is not a positive number, or they do not fit together.
+    """
     given = {key: content.get(key, AUTO) for key in (MICRO, ACCUMULATION, _GLOBAL)}
     for key, value in given.items():
         if value != AUTO and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -251,18 +275,7 @@ def resolve(
             f"{_GLOBAL} {given[_GLOBAL]} is not {MICRO} {micro} × {ACCUMULATION} {steps} × {processes} processes; "
             'change one of them, or leave it "auto"'
         )
-    clipping = content.get(CLIPPING, AUTO)
-    resolved = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False, **content}
-    resolved |= {MICRO: micro, ACCUMULATION: steps, _GLOBAL: total}
-    resolved |= {CLIPPING: float(max_norm if clipping == AUTO else clipping)}
-    autocast = content.get(_AUTOCAST, {})
-    if autocast.get("enabled") == AUTO and not autocasts:
-        del resolved[_AUTOCAST]
-    elif autocast.get("enabled"):
-        dtype = _DTYPES[autocast.get("dtype", "bfloat16")]
-        resolved[_AUTOCAST] = {**autocast, "enabled": True, "dtype": dtype}
-    _ask_deepspeed(resolved, "DeepSpeed refuses")
-    return resolved
+    return {MICRO: micro, ACCUMULATION: steps, _GLOBAL: total}
 
 
 def overruled(config: Mapping[str, Any], stated: Mapping[str, tuple[str, Any]]) -> list[str]:

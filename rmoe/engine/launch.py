@@ -98,8 +98,9 @@ def train(arguments: argparse.Namespace) -> None:
             cfg = read_config(arguments.config, options, arguments.safe_config)
         with user_errors("the config"):
             own = {key: value for key, value in options.items() if not key.startswith("tasks.")}  # those are joined
-            notes = rescale(cfg, arguments.steps, content, own) if arguments.steps else []
-            notes += prepare(cfg, content, int(os.environ["WORLD_SIZE"]), arguments.work_dir, arguments.resume)
+            processes = int(os.environ["WORLD_SIZE"])
+            notes = rescale(cfg, arguments.steps, content, processes, own) if arguments.steps else []
+            notes += prepare(cfg, content, processes, arguments.work_dir, arguments.resume)
         join(arguments.timeout)
         folder = Path(cfg.work_dir)
         with Lock(folder), faults.Watch(folder, arguments.timeout) as watch:

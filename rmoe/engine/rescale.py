@@ -7,7 +7,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from rmoe.engine.ds_json import AUTO
+from rmoe.engine import ds_json
 from rmoe.errors import UserError
 
 _ENDLESS = int(1e9)  # mmengine's INF: no end
@@ -16,13 +16,16 @@ _LENGTHS = ("T_max", "step_size", "total_steps")  # of a schedule, counted from 
 _LOGGED = 10  # steps from one log line to the next where a config says nothing
 
 
-def rescale(cfg: Config, steps: int, content: Mapping[str, Any], options: Mapping[str, Any]) -> list[str]:
+def rescale(
+    cfg: Config, steps: int, content: Mapping[str, Any], processes: int, options: Mapping[str, Any]
+) -> list[str]:
     """Makes the run `steps` long, in place: every length that the config counts in steps changes in proportion.
 
     Args:
         cfg: the config, with `options` in it.
         steps: length of the run.
-        content: of the DeepSpeed JSON, which may say how many steps are accumulated.
+        content: of the DeepSpeed JSON, which may say how many iterations make a step, or how many images.
+        processes: number of processes.
         options: of the command line, dotted keys; what they set stays as they say.
 
     Returns:
@@ -40,7 +43,7 @@ def rescale(cfg: Config, steps: int, content: Mapping[str, Any], options: Mappin
             "--steps counts steps, and this config trains or schedules by epochs; leave it out and change those: "
             "--cfg-options train_cfg.max_epochs=… and param_scheduler"
         )
-    before, accumulation = loop["max_iters"], _accumulation(cfg, content)
+    before, accumulation = loop["max_iters"], _accumulation(cfg, content, processes)
 
     def interval(length: int, unit: int = 1) -> int:
         return max(1, round(length * steps / before / unit)) * unit
@@ -80,12 +83,19 @@ def _schedules(cfg: Config) -> list[Any]:
     return [schedules] if isinstance(schedules, Mapping) else list(schedules)
 
 
-def _accumulation(cfg: Config, content: Mapping[str, Any]) -> int:
-    """Returns over how many steps gradients are added up; what is no such number is refused elsewhere."""
-    given = content.get("gradient_accumulation_steps", AUTO)
-    if given == AUTO:
-        given = (cfg.get("optim_wrapper") or {}).get("accumulative_counts", 1)
-    return given if isinstance(given, int) and given > 0 else 1
+def _accumulation(cfg: Config, content: Mapping[str, Any], processes: int) -> int:
+    """Returns over how many iterations gradients are added up; what is no such number is refused elsewhere."""
+
+    def given(section: str, key: str) -> int:
+        value = (cfg.get(section) or {}).get(key)
+        return value if isinstance(value, int) and value > 0 else 1
+
+    batch_size, accumulation = given("train_dataloader", "batch_size"), given("optim_wrapper", "accumulative_counts")
+    try:
+        sizes = ds_json.batch_sizes(content, batch_size=batch_size, accumulation=accumulation, processes=processes)
+    except UserError:
+        return 1
+    return sizes[ds_json.ACCUMULATION]
 
 
 def _is_left(schedule: Any) -> bool:

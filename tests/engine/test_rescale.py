@@ -25,7 +25,7 @@ READ = {name: Config.fromfile(CONFIGS / name, import_custom_modules=False) for n
 def scaled(name: str, steps: int, content: dict[str, Any] | None = None, **options: Any) -> Config:
     cfg = copy.deepcopy(READ[name])
     cfg.merge_from_dict(options)
-    rescale(cfg, steps, content or {}, options)
+    rescale(cfg, steps, content or {}, 1, options)
     return cfg
 
 
@@ -112,11 +112,11 @@ def test_epochs_are_refused(changes: dict[str, Any]) -> None:
     cfg = copy.deepcopy(READ["demo/core.py"])
     cfg.merge_from_dict(changes)
     with pytest.raises(UserError, match="trains or schedules by epochs"):
-        rescale(cfg, 5, {}, {})
+        rescale(cfg, 5, {}, 1, {})
 
 
 def test_what_is_left_out_is_told() -> None:
-    notes = rescale(copy.deepcopy(READ["demo/core.py"]), 10, {}, {})
+    notes = rescale(copy.deepcopy(READ["demo/core.py"]), 10, {}, 1, {})
     assert len(notes) == 2
     assert "scaled by 0.0125" in notes[0]
     assert "LinearLR is left out" in notes[1]
@@ -132,17 +132,28 @@ def test_options_mean_the_schedules_of_the_config(tmp_path: Path) -> None:
     assert (first.type, first.end) == ("LinearLR", 3)
 
 
-def test_the_first_checkpoint_moves_too() -> None:
+@pytest.mark.parametrize(
+    ("content", "processes", "begin"),
+    [
+        ({"gradient_accumulation_steps": 4}, 1, 32),
+        ({"train_batch_size": 4 * 32}, 1, 32),
+        ({"train_batch_size": 4 * 32}, 4, 30),
+        ({"train_batch_size": 4 * 32, "train_micro_batch_size_per_gpu": 8}, 4, 32),
+        ({"train_batch_size": "a typo, which is refused elsewhere"}, 1, 30),
+    ],
+)
+def test_checkpoints_stay_at_whole_steps(content: dict[str, Any], processes: int, begin: int) -> None:
     cfg = copy.deepcopy(READ["demo/core.py"])
+    assert cfg.train_dataloader.batch_size == 32
     cfg.default_hooks.checkpoint.save_begin = 400
-    rescale(cfg, 60, {"gradient_accumulation_steps": 4}, {})
-    assert cfg.default_hooks.checkpoint.save_begin == 32
+    rescale(cfg, 60, content, processes, {})
+    assert cfg.default_hooks.checkpoint.save_begin == begin
 
 
 def test_lengths_that_a_schedule_counts_from_its_begin(tmp_path: Path) -> None:
     cfg = Config({"train_cfg": {"max_iters": 100}, "optim_wrapper": {}})
     common = {"by_epoch": False, "begin": 20}
     cfg.param_scheduler = [dict(common, type="CosineAnnealingLR", T_max=80), dict(common, type="StepLR", step_size=30)]
-    rescale(cfg, 10, {}, {})
+    rescale(cfg, 10, {}, 1, {})
     assert [one.begin for one in cfg.param_scheduler] == [2, 2]
     assert (cfg.param_scheduler[0].T_max, cfg.param_scheduler[1].step_size) == (8, 3)

@@ -78,7 +78,7 @@ def test_options_reach_tasks_and_the_shared_backbone(both: Path) -> None:
     assert found.train_dataloader.sampler.batch_sizes == {"detection": 4, "segmentation": 2}
     assert (found.train_dataloader.batch_size, found.train_dataloader.num_workers) == (6, 1)
     assert (found.model.backbone.moe.ep_size, found.model.weights.detection) == (2, 3.0)
-    rescale(found, 12, {}, {key: x for key, x in options.items() if not key.startswith("tasks.")})
+    rescale(found, 12, {}, 1, {key: x for key, x in options.items() if not key.startswith("tasks.")})
     check_tasks(found)
     assert found.train_cfg.max_iters == 12
 
