@@ -21,6 +21,14 @@ _GLOBAL = "train_batch_size"
 _AUTOCAST = "torch_autocast"
 # Of torch_autocast, with torch's names for them; DeepSpeed takes none as torch's default, which is float16 on a GPU.
 _DTYPES = {"bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "fp16": "float16"}
+# Sections of what DeepSpeed would do to the model or its data, and what stands in for each here.
+_ELSEWHERE = {
+    "data_efficiency": "images come from the config's train_dataloader, and no layer drops tokens",
+    "expert_parallel": "moe.ep_size of the config spreads the experts",
+    "hybrid_engine": "it is for language models that generate text",
+    "tensor_parallel": "a layer is not split: spread the experts by moe.ep_size, or all weights by ZeRO stage 3",
+    "weight_quantization": "rmoe test and rmoe predict compute a trained model in int8 by --precision",
+}
 _LARGEST, _DEEPEST = 2**20, 16  # bytes of a file, levels in it
 
 
@@ -50,6 +58,9 @@ def read_json(path: Path) -> dict[str, Any]:
                 f"{path} enables '{key}', which casts weights but neither inputs nor buffers, and fails in a Swin; use "
                 f'"torch_autocast": {{"enabled": true, "dtype": "{dtype}"}}'
             )
+    for key, instead in _ELSEWHERE.items():
+        if content.get(key) and content[key].get("enabled") is not False:
+            raise UserError(f"{path} has the section '{key}', which is not for this project; {instead}: leave it out")
     _check_numbers(path, content)
     return content
 

@@ -106,6 +106,9 @@ def test_what_does_not_fit(content: dict[str, Any], message: str) -> None:
         ('{"gradient_predivide_factor": "x"}', "gradient_predivide_factor is 'x'; it takes a number"),
         ('{"gradient_allreduce_op": 1}', "gradient_allreduce_op is 1; it takes a string"),
         ('{"steps_per_print": "x"}', "steps_per_print is 'x'; it takes a whole number"),
+        ('{"expert_parallel": {"enabled": true}}', "section 'expert_parallel'.*moe.ep_size.*leave it out"),
+        ('{"tensor_parallel": {"autotp_size": 2}}', "section 'tensor_parallel'.*ZeRO stage 3"),
+        ('{"data_efficiency": {"enabled": true}}', "section 'data_efficiency'.*train_dataloader"),
         ("{", "not JSON"),
         ("[]", "JSON object"),
     ],
@@ -122,5 +125,6 @@ def test_no_such_file(tmp_path: Path) -> None:
 
 
 def test_sections_that_are_off_are_let_pass(tmp_path: Path) -> None:
-    (tmp_path / "x.json").write_text(json.dumps({"fp16": {"enabled": False}}))
+    content = {"fp16": {"enabled": False}, "data_efficiency": {"enabled": False}}
+    (tmp_path / "x.json").write_text(json.dumps(content))
     assert read_json(tmp_path / "x.json")
