@@ -12,10 +12,9 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from benchmarks.claims import method
-from benchmarks.claims.arms import FULL as SIZE
 from benchmarks.claims.arms import Arm
 from benchmarks.claims.ledger import Cell
-from benchmarks.claims.method import ARMS, FEW_SEEDS, FULL, SOFT, STEPS, Study, at, faster
+from benchmarks.claims.method import ARMS, FEW_SEEDS, FULL, SOFT, USUAL, Study, at, faster
 
 _CALIBRATED, _LR_4 = ARMS["full_calibrated"].options, ARMS["soft"].options
 _OFF = {"importance": 0.0}
@@ -139,9 +138,7 @@ def ideas() -> Study:
     """Returns the study of the ideas; what the method study has runs of is not run again."""
     arms = {run_of(name): faster(idea.arm or ARMS[name]) for name, idea in IDEAS.items()}
     cells = [
-        Cell(name, "segmentation", seed, STEPS, SIZE.scenes["styles"], 1.0)
-        for seed in FEW_SEEDS
-        for name in ("dense", run_of("dense"), *arms)
+        Cell(name, "segmentation", seed, *USUAL) for seed in FEW_SEEDS for name in ("dense", run_of("dense"), *arms)
     ]
     rivals = {run_of(name): run_of(idea.of) for name, idea in IDEAS.items()}
     return replace(method.method(), arms=ARMS | arms, cells=tuple(cells), rivals=rivals)
