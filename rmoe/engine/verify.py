@@ -2,9 +2,9 @@
 
     deepspeed [launcher flags] launch/verify.py        or: srun … python launch/verify.py, python -m rmoe.engine.verify
 
-A small residual mixture of experts is trained for two steps on every expert placement that the processes allow, and
-compared with plain PyTorch on the whole batch. A table says what passed, by how much; the exit code is 0 if all did,
-1 if not.
+A network with two small residual mixtures, one whose tokens choose an expert and one whose experts all enter, is
+trained for two steps on every expert placement that the processes allow, and compared with plain PyTorch on the whole
+batch. A table says what passed, by how much; the exit code is 0 if all did, 1 if not.
 """
 
 from __future__ import annotations
@@ -45,10 +45,11 @@ from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 from rmoe.moe.state import global_state_dict, load_global_state_dict, local_experts, roles
 
-WIDTH, EXPERTS, STEPS, CLIP = 16, 8, 2, 0.05
+WIDTH, EXPERTS, STEPS = 16, 8, 2
+LR, DECAY, CLIP = 1.0, 0.05, 0.05
 STAGES = (0, 1, 2)
 TOLERANCE = 1e-5  # float32, sums in another order
-_MOE: dict[str, Any] = {"num_experts": EXPERTS, "top_k": 1, "rank": 4, "noise": 0.0, "gate_std": 1.0}
+_MOE: dict[str, Any] = {"num_experts": EXPERTS, "rank": 4, "noise": 0.0, "gate_std": 1.0}
 _MOE |= {"losses": {"importance": 0.01, "z": 0.001}}
 
 
@@ -78,11 +79,13 @@ class Trained:
 
 
 def build(ep_size: int) -> nn.Module:
-    """Returns a network of two blocks, one a mixture of experts; its weights do not depend on where experts live."""
+    """Returns a network with two mixtures; its weights do not depend on where experts live."""
     torch.manual_seed(0)
-    moe = ResidualMoEConfig.from_dict({**_MOE, "ep_size": ep_size})
-    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), ResidualMoE(Mlp(WIDTH, 2 * WIDTH), moe), nn.Linear(WIDTH, 3))
-    return model.to(device())
+    mixtures = [
+        ResidualMoE(Mlp(WIDTH, 2 * WIDTH), ResidualMoEConfig.from_dict({**_MOE, "top_k": top_k, "ep_size": ep_size}))
+        for top_k in (1, "all")
+    ]
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), *mixtures, nn.Linear(WIDTH, 3)).to(device())
 
 
 def device() -> torch.device:
@@ -104,7 +107,7 @@ def initialise(place: Place) -> Any:
     model = build(place.ep_size)
     engine, *_ = deepspeed.initialize(
         model=model,
-        optimizer=torch.optim.SGD(param_groups(model, 0.3, 0.05), momentum=0.9),
+        optimizer=torch.optim.SGD(param_groups(model, LR, DECAY), momentum=0.9),
         config={
             "train_micro_batch_size_per_gpu": 16,
             "gradient_clipping": CLIP,
@@ -147,7 +150,7 @@ def _copied(model: nn.Module) -> dict[str, Tensor]:
 def reference() -> tuple[list[float], dict[str, Tensor]]:
     """Trains without DeepSpeed and other processes; returns the norms and weights that all placements must have."""
     model = build(1)
-    optimizer = torch.optim.SGD(param_groups(model, 0.3, 0.05), momentum=0.9)
+    optimizer = torch.optim.SGD(param_groups(model, LR, DECAY), momentum=0.9)
     parameters = [p for p in model.parameters() if p.requires_grad]
     norms = []
     for number in range(STEPS):
@@ -237,7 +240,7 @@ def check_groups() -> str:
         for kind, (group, members) in wanted.items():
             if (found := dist.get_process_group_ranks(group)) != members:
                 raise CheckFailed(f"ep_size {ep_size}: {kind} group {found}, not {members}")
-    return f"{world} processes on {len(set(hosts))} hosts, {dist.get_backend()}, ep_size {ep_sizes()}"
+    return f"processes {world}, hosts {len(set(hosts))}, {dist.get_backend()}, ep_size {ep_sizes()}"
 
 
 def check_training(place: Place, wanted: Mapping[str, Tensor], trained: dict[Place, Trained]) -> str:
@@ -312,7 +315,7 @@ def _within(distance: float, where: str) -> str:
 
 def show(results: Sequence[Result]) -> None:
     """Prints the table, and a line with the sum."""
-    table = Table("check", "", "figure", title=f"rmoe verify, {dist.get_world_size()} processes, {device().type}")
+    table = Table("check", "", "figure", title=f"rmoe verify, processes {dist.get_world_size()}, {device().type}")
     for one in results:
         table.add_row(one.name, "[green]PASS" if one.passed else "[red]FAIL", one.figure)
     console = Console(width=None if sys.stdout.isatty() else 140)
