@@ -327,6 +327,9 @@ def _order() -> Iterator[Cell]:
     yield from cells(("dense_lr_fourfold",), SEEDS[-1:])  # three points worse
     yield from cells(("dense_lr_half", "dense_lr_double", at("soft_frozen")), SEEDS[:1], "detection")  # worse, too
     yield from cells(("dense", "soft_frozen", "soft"), SEEDS, "detection")
+    yield from cells(("dense", "soft"), MORE_SEEDS, "detection")
+    yield from cells(("one_low_rank_lr_1", "soft_fixed_gate", "dense_longer"), FEW_SEEDS, "detection")
+    yield from cells(("one_low_rank_lr_4", "frozen_alternate", "upper_bound_all"), FEW_SEEDS, "detection")
     yield from cells((at("upper_bound_all"), at("frozen_alternate"), at("former_default")), FEW_SEEDS)
     yield from cells(("dense", "soft", *FASTER), MORE_SEEDS)
     yield from cells((at("full_random"), at("full_calibrated")), FEW_SEEDS)
@@ -336,5 +339,5 @@ def _order() -> Iterator[Cell]:
     yield from cells((at("one_full"), at("full_fixed_gate"), at("soft_fixed_gate")), FEW_SEEDS)
     yield from cells((at("one_low_rank_lr_1"), at("one_low_rank_lr_4"), at("dense_longer")), FEW_SEEDS)
     yield from cells(("dense_lr_half", "dense_lr_double"), FEW_SEEDS, "detection")
-    yield from cells(("dense", "soft_frozen", "soft"), MORE_SEEDS, "detection")
+    yield from cells(("soft_frozen",), MORE_SEEDS, "detection")
     yield from cells(tuple(map(at, _RATED)), FEW_SEEDS)
