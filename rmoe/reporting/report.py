@@ -15,12 +15,7 @@ from rmoe.engine.lock import check_folder
 from rmoe.errors import UserError
 from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON, Run, runs_in
 from rmoe.moe.state import moe_layers
-from rmoe.reporting.analysis import (
-    layer_means,
-    load_statistics,
-    movement,
-    weight_statistics,
-)
+from rmoe.reporting.analysis import layer_means, load_statistics
 from rmoe.reporting.comparison import Comparison, Group, compare
 from rmoe.reporting.page import render
 from rmoe.reporting.pictures import (
@@ -33,6 +28,7 @@ from rmoe.reporting.pictures import (
     draw_weights,
 )
 from rmoe.reporting.terminal import show, show_inside
+from rmoe.reporting.weights import movement, weight_statistics
 
 SCENES = 6
 _TITLES = {"residual": "RMoE"}
@@ -127,7 +123,7 @@ def analyze(
         task: which one, of a run of several, whose results are in a folder of that name.
 
     Returns:
-        What analysis.json holds: by layer, see `rmoe.reporting.analysis`.
+        What analysis.json holds: by layer, see `LayerWeights`, `LayerLoad` and `LayerMovement`.
 
     Raises:
         UserError: no finished run's work dir, a dense model, or two runs with other experts.
