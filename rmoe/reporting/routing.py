@@ -20,6 +20,10 @@ from rmoe.moe.layer import ResidualMoE
 from rmoe.moe.records import collect
 from rmoe.reporting.mixtures import mixtures_of, timm_name
 
+# Classes of timm which give the networks inside of them the tokens of an image in another order than row by row: window
+# by window (Hiera, NesT), or first the upper left pixel of every patch (MobileViT).
+_REORDERING = ("Hiera", "NestLevel", "MobileVitBlock", "MobileVitV2Block")
+
 
 class RoutingMap(NamedTuple):
     """Tells which expert each token of an image went to, and where in the image the token is.
@@ -50,9 +54,16 @@ def routing_maps(
             default all of what the backbone gets.
 
     Raises:
-        UserError: the model is dense, or the grid of a layer's tokens is not known.
+        UserError: the model is dense, or it is not known where in the image a layer's tokens are.
     """
     mixtures = mixtures_of(model)
+    for path in mixtures:
+        for kind in (type(module).__name__ for module in _around(model, path)):
+            if kind in _REORDERING:
+                raise UserError(
+                    f"{timm_name(path)} is inside of timm's {kind}, which gives it the tokens of an image in an order "
+                    "of its own, so that no map of them can be made; leave this run out of analyses"
+                )
     with torch.no_grad(), _whole_images(model), _watched(model, mixtures) as grids, collect() as records:
         run()
     found = {}

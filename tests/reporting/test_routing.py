@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import timm
 import torch
 from one_mixture import Net
 from small_runs import segmentor
@@ -101,6 +102,23 @@ def test_a_token_is_where_it_was_in_the_image():
     expert_hw = next(iter(routing_maps(pyramid, lambda: pyramid(image)).values())).expert_hw
     assert np.unique(expert_hw[:, :4]).tolist() == [3]
     assert np.unique(expert_hw[:, 4:]).tolist() == [5]
+
+
+@pytest.mark.parametrize(
+    ("model", "kwargs", "kind"),
+    [
+        ("hiera_tiny_224", {"img_size": 64, "embed_dim": 8, "stages": (1, 1, 1, 1), "num_heads": 1}, "Hiera"),
+        ("nest_tiny", {}, "NestLevel"),
+        ("mobilevit_xxs", {}, "MobileVitBlock"),
+        ("mobilevitv2_050", {}, "MobileVitV2Block"),
+    ],
+)
+def test_tokens_in_another_order_than_the_images_are_refused(model, kwargs, kind):
+    with torch.device("meta"):
+        net = timm.create_model(model, **kwargs)
+        rmoe.upcycle(net, rmoe.ResidualMoEConfig(num_experts=2, blocks="last_two"))
+    with pytest.raises(UserError, match=rf"\.mlp is inside of timm's {kind}, which gives it the tokens"):
+        routing_maps(net, lambda: pytest.fail("it ran"))
 
 
 def test_a_dense_model_has_none():
