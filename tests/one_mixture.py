@@ -34,14 +34,14 @@ class Net(nn.Module):
 
 
 class Picture:
-    """2 × 4 pixels and as many tokens, each of which goes to the expert `to` says."""
+    """Two rows of pixels and as many tokens, each of which goes to the expert `to` says."""
 
     def __init__(self, to: list[int], labels: list[int]) -> None:
-        self.tokens, self.labels = torch.eye(6)[to].view(1, 2, 4, 6), np.array(labels).reshape(2, 4)
+        self.tokens, self.labels = torch.eye(6)[to].view(1, 2, -1, 6), np.array(labels).reshape(2, -1)
 
     def answer(self, model: nn.Module) -> object:
         return model(self.tokens)
 
     @property
     def shape(self) -> tuple[int, int]:
-        return (8, 16)  # of stride 4
+        return (8, 4 * self.labels.shape[1])  # of stride 4

@@ -68,19 +68,21 @@ def load_statistics(model: nn.Module, images: Iterable[LabelledImage], classes: 
     """
     experts = {name: layer.num_experts for name, layer in mixtures_by_name(model).items()}
     counts = {name: np.zeros((len(classes) + 1, number + 1), dtype=np.int64) for name, number in experts.items()}
-    entropy: dict[str, list[float]] = {name: [] for name in experts}
+    entropy = dict.fromkeys(experts, 0.0)
     for image in images:
         labels_hw, routed = image.labels, routing_maps(model, lambda: image.answer(model), image.shape)  # noqa: B023
         for name, found in routed.items():
             labels = _sampled(labels_hw, found)
             labels = np.where((labels >= 0) & (labels < len(classes)), labels, len(classes))
             np.add.at(counts[name], (labels.ravel(), found.expert_hw.ravel()), 1)
-            entropy[name].append(torch.special.entr(found.probability_hwE).sum(-1).mean().item())
+            entropy[name] += torch.special.entr(found.probability_hwE).sum().item()
     return {name: _load(counts[name], entropy[name], classes) for name in experts}
 
 
-def _load(counts: np.ndarray, entropies: list[float], classes: Sequence[str]) -> LayerLoad:
-    """Returns what counts [classes and none of them, experts and none of them] come to."""
+def _load(counts: np.ndarray, entropy: float, classes: Sequence[str]) -> LayerLoad:
+    """Returns what counts [classes and none of them, experts and none of them], and the sum of the tokens' entropies,
+    come to.
+    """
     experts, known = counts.shape[1] - 1, counts[:-1, :-1]
     *load, none = (counts.sum(0) / counts.sum()).tolist()
     full = np.log(experts) if experts > 1 else 1.0
@@ -90,7 +92,7 @@ def _load(counts: np.ndarray, entropies: list[float], classes: Sequence[str]) ->
     return LayerLoad(
         load=load,
         load_entropy=_entropy(np.array(load) / max(sum(load), 1e-12)) / full,
-        gate_entropy=float(np.mean(entropies)) / full,
+        gate_entropy=entropy / counts.sum() / full,
         by_class={name: row.tolist() for name, row in zip(classes, known, strict=True) if row.any()},
         information=shared / _entropy(by_class) if _entropy(by_class) else 0.0,
         none=none,

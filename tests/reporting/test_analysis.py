@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from one_mixture import Net, Picture
 
 from rmoe.reporting.analysis import load_statistics
@@ -31,3 +32,11 @@ def test_load_by_hand(top_k):
     blind = Picture([0, 1, 0, 1, 0, 1, 0, 1], [0, 0, 1, 1, 0, 0, 1, 1])
     (found,) = load_statistics(Net(top_k=top_k), [blind], ["sky", "grass", "sea"]).values()
     assert found.information == pytest.approx(0, abs=1e-9)
+
+
+def test_every_token_counts_alike_whatever_the_size_of_its_image():
+    net = Net(top_k=1)
+    sure, unsure = Picture([0] * 8, [0] * 8), Picture([0] * 2, [0] * 2)
+    unsure.tokens = torch.zeros_like(unsure.tokens)  # the gate is as likely to take any expert
+    (found,) = load_statistics(net, [sure, unsure], ["sky"]).values()
+    assert found.gate_entropy == pytest.approx(2 / 10, abs=1e-6)
