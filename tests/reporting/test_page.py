@@ -194,6 +194,11 @@ def test_classes_of_one_arm_and_seed_twice_count_once(tmp_path):
     ]
 
 
+def test_values_that_differ_in_case_alone_are_told_apart(tmp_path):
+    runs = [finished_run(tmp_path / str(n), config={"model.a": value}) for n, value in enumerate(("Adam", "adam"))]
+    assert page(*runs).text.partition("model.a")[2].lstrip().startswith("Adam 0adam 1")
+
+
 def test_fifty_runs_have_a_legend_of_arms(tmp_path):
     runs = [finished_run(tmp_path / f"{stage}_{n}", stage, n) for n in range(25) for stage in ("dense", "residual")]
     found = page(*runs)
