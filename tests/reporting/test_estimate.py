@@ -310,6 +310,18 @@ def test_a_size_that_nobody_gives_is_asked_for() -> None:
         estimate(cfg, Setting(processes=1))
 
 
+def test_a_config_without_data_is_asked_for_sizes() -> None:
+    cfg = classifier(None)
+    cfg.train_dataloader = None
+    with pytest.raises(UserError, match="give --micro-batch"):
+        estimate(cfg, Setting(processes=1))
+    assert _image_size(cfg) is None
+    cfg.val_dataloader = dict(dataset=dict(pipeline=[dict(type="Resize", scale_factor=2.0)]))
+    assert _image_size(cfg) is None
+    cfg.val_dataloader.dataset.pipeline[0].scale = 96
+    assert _image_size(cfg) == (96, 96)
+
+
 @pytest.mark.slow
 def test_a_detector_is_run_with_values() -> None:
     cfg = training.config("detection", MOE["low_rank"], 96, small=True)
