@@ -279,7 +279,7 @@ def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: C
             return resize_rel_pos_bias_table_simple(value.float(), new_window_size=window, new_bias_shape=tuple(shape))
     if key == "pos_embed" and value.ndim == 3 and (len(value), value.shape[2]) == (shape[0], shape[2]):
         vit: Any = model
-        grid = getattr(vit.patch_embed, "grid_size", None)
+        grid = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
         prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else getattr(vit, "num_prefix_tokens", 0)
         if grid and _is_square(value.shape[1] - prefix_tokens):
             report.resized.append(key)

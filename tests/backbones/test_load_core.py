@@ -132,6 +132,15 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     refused(swin(), saved({"unrelated": torch.ones(1)}, tmp_path), r"1 weight \(unrelated\)")
 
 
+def test_a_table_of_positions_of_an_unknown_grid_is_refused(tmp_path):
+    class Tokens(nn.Module):
+        def __init__(self, many: int) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(1, many, 4))
+
+    refused(Tokens(9), saved(Tokens(4).state_dict(), tmp_path), r"pos_embed has the shape \(1, 4, 4\)")
+
+
 def test_one_weight_missing_is_refused(tmp_path):
     state = swin().state_dict()
     del state["layers.1.blocks.0.mlp.fc1.bias"]
