@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
-from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, translate
+from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, check_one, translate
 from rmoe.backbones.hub import INDEX, located, read_shards, weights_in
 from rmoe.backbones.swin_moe import merge, rank_files
 from rmoe.errors import UserError
@@ -108,8 +108,9 @@ def load_core(
 
     Raises:
         UserError: there is no such file, it was cut short, or it holds more than tensors; its weights are no dense
-            floating-point tensors, or are not finite in the model's dtype; it lacks a weight of the model, has one in
-            another shape, or has one that the model has no place for; the model is on the meta device, without values.
+            floating-point tensors, or are not finite in the model's dtype; it holds the backbone twice, lacks a weight
+            of the model, has one in another shape, or has one that the model has no place for; the model is on the meta
+            device, without values.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {model!r}; give a torch.nn.Module, such as timm.create_model returns")
@@ -236,13 +237,19 @@ def _read(path: Path) -> Any:
 
 
 def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], report: CoreReport) -> dict[str, Tensor]:
-    """Returns what stands in the file under the prefix that makes most keys match the model's, and reports the rest."""
+    """Returns what stands in the file under the prefix that makes most keys match the model's, and reports the rest.
+
+    Raises:
+        UserError: two prefixes do so.
+    """
     prefixes: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
         prefixes.update(key[: -len(tail)] for tail in tails if tail in wanted)
-    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    prefix, most = prefixes.most_common(1)[0] if prefixes else ("", 0)
+    if most > len(wanted) / 2:  # fewer tell of another model, which is refused for what it lacks
+        check_one([one for one, count in prefixes.items() if count == most])
     for key in state:
         if not key.startswith(prefix):
             report.leave(key, NOT_BACKBONE)
