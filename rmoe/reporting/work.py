@@ -35,7 +35,7 @@ class Setting:
 
     Attributes:
         processes: one for each GPU.
-        ep_size: processes over which experts are spread; None: as the config says.
+        ep_size: processes over which experts are spread; None: as the config says. It is 1 for a dense model.
         zero: ZeRO stage.
         micro_batch: images of one process in one step; None: as the config says.
         precision: what matrix products are computed in; weights are float32.
@@ -153,6 +153,7 @@ def _needs_values(model: nn.Module) -> bool:
 
 def _filled_in(cfg: Config, setting: Setting, layers: Sequence[ResidualMoE]) -> Setting:
     ep_size = setting.ep_size or max((moe.get("ep_size", 1) for moe in moe_dicts(cfg.model)), default=1)
+    ep_size = ep_size if layers else 1  # a dense model has nothing to spread
     for layer in layers:
         if setting.processes % ep_size or layer.num_experts % ep_size:
             raise UserError(

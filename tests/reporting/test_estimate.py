@@ -303,6 +303,10 @@ def test_what_does_not_fit_is_refused(setting: dict[str, Any], message: str) -> 
         estimate(vit(MOE["low_rank"]), Setting(**setting))
 
 
+def test_a_dense_model_has_no_experts_to_spread() -> None:
+    assert estimate(vit(None), Setting(processes=8, ep_size=3)).setting.ep_size == 1
+
+
 def test_a_size_that_nobody_gives_is_asked_for() -> None:
     cfg = classifier(None)
     cfg.train_dataloader.pop("dataset")
