@@ -18,7 +18,8 @@ from benchmarks.claims.arms import INSIDE, LONGER
 from benchmarks.claims.pictures import span, table
 from benchmarks.claims.statistics import difference, ratio
 from benchmarks.common import Row
-from rmoe.reporting.analysis import LayerLoad, LayerMovement, LayerWeights, layer_means
+from rmoe.reporting.analysis import LayerLoad, layer_means
+from rmoe.reporting.weights import LayerMovement, LayerWeights
 
 MARGIN = -0.5  # points
 MOST = 0.5

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,13 +74,23 @@ def translate(state: Mapping[str, Tensor]) -> Translation:
     A checkpoint with timm's own names, or with names of no known format, is returned as it is.
 
     Raises:
-        UserError: two keys become the same.
+        UserError: two keys become the same, or the backbone is there twice, as a student and a teacher are.
     """
     for form in FORMATS:
-        for key in state:
-            if sign := re.match(rf"(|.*?\.){form.sign}", key):
-                return _translated(form, sign[1], state)
+        signs = (re.match(rf"(|.*?\.){form.sign}", key) for key in state)
+        if prefixes := list(dict.fromkeys(sign[1] for sign in signs if sign)):
+            check_one(prefixes)
+            return _translated(form, prefixes[0], state)
     return Translation(dict(state))
+
+
+def check_one(prefixes: Sequence[str]) -> None:
+    """Refuses a checkpoint that holds the backbone under several prefixes, which nobody can choose between."""
+    if len(prefixes) > 1:
+        raise UserError(
+            f"the checkpoint holds the backbone {len(prefixes)} times, under {' and '.join(map(repr, prefixes))}; save "
+            "the weights of the one that you mean alone"
+        )
 
 
 def _translated(form: Format, prefix: str, state: Mapping[str, Tensor]) -> Translation:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from timm.layers import resample_abs_pos_embed, resize_rel_pos_bias_table_simple
 from torch import Tensor, nn
 
-from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, translate
+from rmoe.backbones.checkpoint_formats import NOT_BACKBONE, check_one, translate
 from rmoe.backbones.hub import INDEX, located, read_shards, weights_in
 from rmoe.backbones.swin_moe import merge, rank_files
 from rmoe.errors import UserError
@@ -108,8 +108,9 @@ def load_core(
 
     Raises:
         UserError: there is no such file, it was cut short, or it holds more than tensors; its weights are no dense
-            floating-point tensors, or are not finite in the model's dtype; it lacks a weight of the model, has one in
-            another shape, or has one that the model has no place for; the model is on the meta device, without values.
+            floating-point tensors, or are not finite in the model's dtype; it holds the backbone twice, lacks a weight
+            of the model, has one in another shape, or has one that the model has no place for; the model is on the meta
+            device, without values.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {model!r}; give a torch.nn.Module, such as timm.create_model returns")
@@ -236,13 +237,19 @@ def _read(path: Path) -> Any:
 
 
 def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], report: CoreReport) -> dict[str, Tensor]:
-    """Returns what stands in the file under the prefix that makes most keys match the model's, and reports the rest."""
+    """Returns what stands in the file under the prefix that makes most keys match the model's, and reports the rest.
+
+    Raises:
+        UserError: two prefixes do so.
+    """
     prefixes: Counter[str] = Counter()
     for key in state:
         parts = key.split(".")
         tails = (".".join(parts[start:]) for start in range(len(parts)))
         prefixes.update(key[: -len(tail)] for tail in tails if tail in wanted)
-    prefix = prefixes.most_common(1)[0][0] if prefixes else ""
+    prefix, most = prefixes.most_common(1)[0] if prefixes else ("", 0)
+    if most > len(wanted) / 2:  # fewer tell of another model, which is refused for what it lacks
+        check_one([one for one, count in prefixes.items() if count == most])
     for key in state:
         if not key.startswith(prefix):
             report.leave(key, NOT_BACKBONE)
@@ -279,7 +286,7 @@ def _fit(model: nn.Module, key: str, value: Tensor, shape: torch.Size, report: C
             return resize_rel_pos_bias_table_simple(value.float(), new_window_size=window, new_bias_shape=tuple(shape))
     if key == "pos_embed" and value.ndim == 3 and (len(value), value.shape[2]) == (shape[0], shape[2]):
         vit: Any = model
-        grid = getattr(vit.patch_embed, "grid_size", None)
+        grid = getattr(getattr(vit, "patch_embed", None), "grid_size", None)
         prefix_tokens = 0 if getattr(vit, "no_embed_class", False) else getattr(vit, "num_prefix_tokens", 0)
         if grid and _is_square(value.shape[1] - prefix_tokens):
             report.resized.append(key)

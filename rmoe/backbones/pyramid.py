@@ -118,7 +118,12 @@ class TimmPyramid(nn.Module):
         pad_before_shift(net)
         if with_cp:
             timm.layers.set_reentrant_ckpt(False)  # the reentrant kind loses the gate's losses
-            net.set_grad_checkpointing(True)
+            try:
+                net.set_grad_checkpointing(True)
+            except AssertionError as error:  # so timm refuses it
+                raise UserError(
+                    f"with_cp is True, but timm's {model} cannot recompute activations; leave it out"
+                ) from error
         self.model, self.with_cp = net, with_cp
         self.rescale = nn.ModuleList(module for module, _ in made)
         self.norms = nn.ModuleList(norms)

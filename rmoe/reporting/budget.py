@@ -16,11 +16,12 @@ from typing import Any
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from rmoe.engine.model_config import mappings
 from rmoe.engine.read_config import read_config
 from rmoe.engine.shipped import CONFIGS
-from rmoe.errors import UserError
+from rmoe.errors import UserError, printable
 from rmoe.reporting.estimate import Estimate, share_out, work_of
 from rmoe.reporting.machines import Cluster
 from rmoe.reporting.work import Setting, Work
@@ -74,25 +75,30 @@ def costs(path: Path, cfg: Config, own: Work, cluster: Cluster) -> Iterator[Cost
         own: its work; the other stages are run as their own configs say.
         cluster: the GPUs, and how they are joined: as many on a node as here, or eight where this is one node.
 
-    It yields nothing where the config does not say in steps how long it trains.
+    It yields nothing where the config does not say in steps how long it trains, and leaves out the numbers of GPUs
+    that whole nodes and the spreading of experts do not make up.
 
     Raises:
         UserError: an earlier stage does not say it.
     """
-    if not _steps(cfg):
+    if not steps_of(cfg):
         return
-    per_node = cluster.per_node if cluster.nodes > 1 else PER_NODE
+    per_node = _per_node(cluster)
     for name, config in stages(path, cfg):
         setting = Setting(own.setting.processes, zero=own.setting.zero, precision=own.setting.precision)
         if config is not cfg:  # it may need more processes than this run has
             setting = replace(setting, processes=max(COUNTS))
         work = own if config is cfg else work_of(config, setting)
-        if not (steps := _steps(config)):
+        if not (steps := steps_of(config)):
             raise UserError(f"{name} does not say in steps how long it trains; give it train_cfg.max_iters")
         batch = (config.get("card") or {}).get("batch", own.setting.processes * (work.setting.micro_batch or 1))
         for gpus in COUNTS:
             if gpus % per_node == 0 and gpus % (work.setting.ep_size or 1) == 0:
                 yield _cost(name, steps * batch, work, replace(cluster, nodes=gpus // per_node, per_node=per_node))
+
+
+def _per_node(cluster: Cluster) -> int:
+    return cluster.per_node if cluster.nodes > 1 else PER_NODE
 
 
 def _cost(name: str, images: int, work: Work, cluster: Cluster) -> Cost:
@@ -102,7 +108,8 @@ def _cost(name: str, images: int, work: Work, cluster: Cluster) -> Cost:
     return Cost(name, gpus, images, found.step, found.communication_share, steps * found.step / 3600)
 
 
-def _steps(cfg: Config) -> int | None:
+def steps_of(cfg: Config) -> int | None:
+    """Returns how many steps a config trains, None where it does not say that in steps."""
     return (cfg.get("train_cfg") or {}).get("max_iters")
 
 
@@ -115,8 +122,14 @@ def _config_before(cfg: Config, folder: Path) -> Path | None:
     return next((path for path in (folder / name, *sorted(CONFIGS.rglob(name))) if path.is_file()), None)
 
 
-def show(found: Estimate, pipeline: Sequence[Cost]) -> None:
-    """Prints an estimate in tables as wide as the terminal."""
+def show(found: Estimate, pipeline: Sequence[Cost], steps: int | None) -> None:
+    """Prints an estimate in tables as wide as the terminal.
+
+    Args:
+        found: the estimate of a step.
+        pipeline: what `costs` yielded.
+        steps: how many the config trains, if it says so.
+    """
     console = Console(width=None if sys.stdout.isatty() else _WIDTH)
     table = Table(show_header=False)
     for name, value in _rows(found):
@@ -124,8 +137,13 @@ def show(found: Estimate, pipeline: Sequence[Cost]) -> None:
     console.print(table)
     if pipeline:
         console.print(_pipeline(pipeline, found.cluster))
-    else:
+    elif steps is None:
         console.print("No hours: the config does not say in steps (train_cfg.max_iters) how long it trains.")
+    else:
+        console.print(
+            f"No hours: none of {', '.join(map(str, COUNTS))} is a number of whole nodes of {_per_node(found.cluster)} "
+            f"GPUs and a multiple of ep_size {found.setting.ep_size}."
+        )
 
 
 def _rows(found: Estimate) -> Iterator[tuple[str, str]]:
@@ -172,11 +190,11 @@ def _pipeline(pipeline: Sequence[Cost], cluster: Cluster) -> Table:
     return table
 
 
-def _cells(one: Cost, milliseconds: float | None, cluster: Cluster) -> list[str]:
-    shown: list[Any] = [one.gpus, one.config]
+def _cells(one: Cost, milliseconds: float | None, cluster: Cluster) -> list[Text]:
+    shown: list[Any] = [one.gpus, printable(one.config)]
     shown += ["" if milliseconds is None else f"{milliseconds:,.1f}", f"{one.communication_share:.1%}"]
     kwh = one.gpu_hours * cluster.gpu.watts / 1e3
-    return [str(value) for value in (*shown, *(f"{value:,.1f}" for value in (one.hours, one.gpu_hours, kwh)))]
+    return [Text(str(value)) for value in (*shown, *(f"{value:,.1f}" for value in (one.hours, one.gpu_hours, kwh)))]
 
 
 def _megabytes(size: float) -> str:

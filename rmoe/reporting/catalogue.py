@@ -14,8 +14,9 @@ from pathlib import Path
 from mmengine.config import Config
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-from rmoe.errors import UserError
+from rmoe.errors import UserError, printable
 
 FOLDER = Path(__file__).parents[1] / "configs"
 _TASKS = {"mmengine": "classification", "mmseg": "segmentation", "mmdet": "detection"}  # by the key default_scope
@@ -71,7 +72,8 @@ def show(found: Sequence[Entry]) -> None:
         whole = field.name == "config" and not screen
         table.add_column(field.name.replace("full_scale", "run at full scale"), overflow="fold", no_wrap=whole)
     for one in found:
-        table.add_row(*(re.sub(r"\s\([^()]*\)", "", str(value or "")) for value in asdict(one).values()))
+        cells = (re.sub(r"\s\([^()]*\)", "", str(value or "")) for value in asdict(one).values())
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     Console(width=None if screen else _WIDTH).print(table)
 
 

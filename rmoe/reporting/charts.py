@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rmoe.reporting.comparison import Comparison, Entry, Group, arm_of
+from rmoe.reporting.comparison import Comparison, Entry, Group, arms_in
 
 Chart = dict[str, Any]
 # Okabe and Ito's colours, which people who see colours differently can tell apart, on white and on black.
@@ -132,18 +132,15 @@ def per_class(group: Group) -> tuple[str, list[dict[str, Any]]]:
     """Returns what was measured of each class, and a row for each class: the means of the arms that have it, and the
     paired differences to the first arm; classes with the largest differences first.
     """
-    measured, kind = [(entry, entry.run.per_class()) for entry in group.entries], ""
-    by_class: dict[str, dict[str, dict[int, float]]] = {}
-    for entry, (kind, values) in measured:  # noqa: B007
+    kind, by_class = "", dict[str, list[tuple[Entry, float]]]()
+    for entry in group.entries:
+        kind, values = entry.run.per_class()
         for name, value in values.items():
-            if math.isfinite(value):
-                by_class.setdefault(name, {}).setdefault(entry.arm, {})[entry.seed] = value
+            by_class.setdefault(name, []).append((entry, value))
     rows = []
-    for name, of_arm in by_class.items():
-        reference = of_arm.get(group.reference, {})
-        arms = {arm: arm_of(arm, kind, mine, reference) for arm, mine in of_arm.items()}
-        known = [abs(one.difference or 0.0) for one in arms.values()]
-        rows.append({"name": name, "arms": arms, "largest": max(known)})
+    for name, measured in by_class.items():
+        if arms := {arm.name: arm for arm in arms_in(kind, measured, group.reference)}:
+            rows.append({"name": name, "arms": arms, "largest": max(abs(x.difference or 0.0) for x in arms.values())})
     return kind, sorted(rows, key=lambda row: -row["largest"])
 
 

@@ -276,21 +276,29 @@ def _arm_names(stages: Sequence[str], own: Sequence[Mapping[str, str]]) -> list[
 
 
 def _arms(entries: Sequence[Entry]) -> list[Arm]:
-    values: dict[str, dict[str, dict[int, float]]] = {}
-    for metric in (one.metric for one in entries[0].run.task.measures):
-        for entry in entries:
-            mine = [x.values.get(metric) for x in entries if (x.arm, x.seed) == (entry.arm, entry.seed)]
-            known = [value for value in mine if value is not None and math.isfinite(value)]
-            if known:
-                values.setdefault(metric, {}).setdefault(entry.arm, {})[entry.seed] = statistics.mean(known)
+    metrics = (one.metric for one in entries[0].run.task.measures)
     return [
-        arm_of(name, metric, mine, of_arm.get(entries[0].arm, {}) if name != entries[0].arm else {})
-        for metric, of_arm in values.items()
-        for name, mine in of_arm.items()
+        arm
+        for metric in metrics
+        for arm in arms_in(metric, [(x, x.values[metric]) for x in entries if metric in x.values], entries[0].arm)
     ]
 
 
-def arm_of(name: str, metric: str, values: Mapping[int, float], reference: Mapping[int, float]) -> Arm:
+def arms_in(metric: str, values: Iterable[tuple[Entry, float]], reference: str) -> list[Arm]:
+    """Returns what each arm reaches in a metric, compared with the arm `reference`; values that are not finite do not
+    count, and runs of one arm and seed count as one, with their mean.
+    """
+    found: dict[str, dict[int, list[float]]] = {}
+    for entry, value in values:
+        if math.isfinite(value):
+            found.setdefault(entry.arm, {}).setdefault(entry.seed, []).append(value)
+    means = {name: {seed: statistics.mean(some) for seed, some in of_arm.items()} for name, of_arm in found.items()}
+    return [
+        _arm(name, metric, mine, means.get(reference, {}) if name != reference else {}) for name, mine in means.items()
+    ]
+
+
+def _arm(name: str, metric: str, values: Mapping[int, float], reference: Mapping[int, float]) -> Arm:
     """Returns an arm's values, by seed, compared with those of another arm."""
     seeds = sorted(values)
     pairs = [seed for seed in seeds if seed in reference]

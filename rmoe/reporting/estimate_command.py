@@ -64,7 +64,7 @@ def add_estimate(groups: argparse._SubParsersAction) -> None:
 def _estimate(arguments: argparse.Namespace) -> None:
     from rmoe.engine.building import user_errors
     from rmoe.engine.read_config import read_config
-    from rmoe.reporting.budget import costs, show
+    from rmoe.reporting.budget import costs, show, steps_of
     from rmoe.reporting.estimate import Setting, share_out, work_of
     from rmoe.reporting.machines import Cluster, find_gpu
 
@@ -93,7 +93,7 @@ def _estimate(arguments: argparse.Namespace) -> None:
         work = work_of(cfg, setting)
         found = share_out(work, cluster)
         pipeline = list(costs(arguments.config, cfg, work, cluster))
-    show(found, pipeline)
+    show(found, pipeline, steps_of(cfg))
     if arguments.json:
         content = dataclasses.asdict(found) | {"pipeline": [dataclasses.asdict(one) for one in pipeline]}
         arguments.json.write_text(json.dumps(content, indent=1) + "\n")

@@ -15,7 +15,10 @@ from torch import nn
 
 from rmoe.data.palette import palette
 from rmoe.moe.state import moe_layers
-from rmoe.reporting.analysis import LayerLoad, LayerMovement, LayerWeights, routing_maps
+from rmoe.reporting.analysis import LayerLoad
+from rmoe.reporting.mixtures import timm_name
+from rmoe.reporting.routing import routing_maps
+from rmoe.reporting.weights import LayerMovement, LayerWeights
 from rmoe.tasks.scenes import SURE, Scene, colours_of
 
 _CLASSES = 30  # of the commonest, shown with the experts that they go to
@@ -143,17 +146,13 @@ def draw_norms(layers: Mapping[str, Sequence[tuple[int, float]]]) -> Figure:
     axis = figure.subplots()
     colours = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(layers)))
     for colour, (name, points) in zip(colours, layers.items(), strict=True):
-        axis.plot(*zip(*points, strict=True), color=colour, label=_layer(name), marker="." if len(points) < 20 else "")
+        label, marker = timm_name(name).removesuffix(".mlp"), "." if len(points) < 20 else ""
+        axis.plot(*zip(*points, strict=True), color=colour, label=label, marker=marker)
     axis.set(xlabel="training step", ylabel="‖Δ‖ / ‖core‖")
     axis.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axis.grid(alpha=0.3)
     figure.legend(loc="outside right upper", fontsize="x-small", frameon=False)
     return figure
-
-
-def _layer(path: str) -> str:
-    """Returns a layer's name in the timm model, short."""
-    return path.rpartition("model.")[2].removesuffix(".mlp")
 
 
 def _panels(layers: Mapping[str, Any], titles: Sequence[str], widths: Sequence[float] | None = None) -> Any:

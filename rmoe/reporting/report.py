@@ -15,12 +15,7 @@ from rmoe.engine.lock import check_folder
 from rmoe.errors import UserError
 from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON, Run, runs_in
 from rmoe.moe.state import moe_layers
-from rmoe.reporting.analysis import (
-    layer_means,
-    load_statistics,
-    movement,
-    weight_statistics,
-)
+from rmoe.reporting.analysis import layer_means, load_statistics
 from rmoe.reporting.comparison import Comparison, Group, compare
 from rmoe.reporting.page import render
 from rmoe.reporting.pictures import (
@@ -33,6 +28,7 @@ from rmoe.reporting.pictures import (
     draw_weights,
 )
 from rmoe.reporting.terminal import show, show_inside
+from rmoe.reporting.weights import movement, weight_statistics
 
 SCENES = 6
 _TITLES = {"residual": "RMoE"}
@@ -50,8 +46,8 @@ def report(
         folders: work dirs; one of several tasks counts as a run of each. The arm of the first is what the others are
             compared with.
         out: folder for summary.json and pictures that the models draw on validation images: predictions.png of runs of
-            segmentation, detections.png of those of detection, experts_RUN.png of each mixture. Then majorities are
-            told, too. It takes the data sets, and finished runs alone.
+            segmentation, detections.png of those of detection, experts_RUN.png of each mixture among them. Then
+            majorities are told, too. It takes the data sets, and finished runs alone.
         html: file for a page with everything, which needs the work dirs alone.
         json_file: file for everything that is printed, and costs in full.
 
@@ -122,12 +118,13 @@ def analyze(
     Args:
         folder: work dir of the run.
         out: folder for the results; made if need be. Without it they are in the work dir, where a report finds them.
-        before: work dir of a run of the same experts, such as the upstream one that this one started from.
+        before: work dir of a run of the same experts, such as the upstream one that this one started from; of several
+            tasks it has this one, too.
         images: validation images that are sent through the gates.
         task: which one, of a run of several, whose results are in a folder of that name.
 
     Returns:
-        What analysis.json holds: by layer, see `rmoe.reporting.analysis`.
+        What analysis.json holds: by layer, see `LayerWeights`, `LayerLoad` and `LayerMovement`.
 
     Raises:
         UserError: no finished run's work dir, a dense model, or two runs with other experts.
@@ -139,7 +136,7 @@ def analyze(
     check_folder(out, "--out")
     model = run.model()
     weights = weight_statistics(model)
-    moved = movement(Run(Path(before)).model(), model) if before else {}
+    moved = movement(_earlier(Path(before), task).model(), model) if before else {}
     init_default_scope(run.config.default_scope)
     scenes = run.scenes(images)
     classes = list(scenes[0].dataset.metainfo["classes"])
@@ -162,6 +159,11 @@ def analyze(
     lines = {name.removesuffix(".mlp"): layer_means(weights[name], load[name], moved.get(name)) for name in weights}
     show_inside(lines, Console())
     return found
+
+
+def _earlier(folder: Path, task: str | None) -> Run:
+    """Returns the run in a folder; of a run of several tasks, that of the same task."""
+    return Run(folder, task=task if runs_in(folder)[0].part else None)
 
 
 def _majorities(runs: Sequence[Run]) -> list[dict[str, float]]:

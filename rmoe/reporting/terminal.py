@@ -47,7 +47,7 @@ def show_inside(lines: Mapping[str, Mapping[str, float | None]], console: Consol
 def counted(number: float) -> str:
     """Returns a count in at most six characters, such as 2.62M."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
+        if number >= 0.9995 * size:  # what rounds to it
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
 

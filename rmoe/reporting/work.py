@@ -35,7 +35,7 @@ class Setting:
 
     Attributes:
         processes: one for each GPU.
-        ep_size: processes over which experts are spread; None: as the config says.
+        ep_size: processes over which experts are spread; None: as the config says. It is 1 for a dense model.
         zero: ZeRO stage.
         micro_batch: images of one process in one step; None: as the config says.
         precision: what matrix products are computed in; weights are float32.
@@ -153,13 +153,14 @@ def _needs_values(model: nn.Module) -> bool:
 
 def _filled_in(cfg: Config, setting: Setting, layers: Sequence[ResidualMoE]) -> Setting:
     ep_size = setting.ep_size or max((moe.get("ep_size", 1) for moe in moe_dicts(cfg.model)), default=1)
+    ep_size = ep_size if layers else 1  # a dense model has nothing to spread
     for layer in layers:
         if setting.processes % ep_size or layer.num_experts % ep_size:
             raise UserError(
                 f"ep_size {ep_size} does not divide the {setting.processes} processes and {layer.num_experts} experts; "
                 "change --ep-size or --gpus"
             )
-    micro_batch = setting.micro_batch or cfg.get("train_dataloader", {}).get("batch_size")
+    micro_batch = setting.micro_batch or (cfg.get("train_dataloader") or {}).get("batch_size")
     size = setting.image_size or _image_size(cfg)
     for name, value in (("--micro-batch", micro_batch), ("--image-size", size)):
         if not value:
@@ -175,10 +176,13 @@ def _image_size(cfg: Config) -> tuple[int, int] | None:
     sizes = [preprocessor.get("size"), *(one.get("size") for one in preprocessor.get("batch_augments") or ())]
     size = next((one for one in sizes if one is not None), None)
     if size is None:
-        size = cfg.get("train_dataloader", {}).get("dataset", {}).get("transform", {}).get("input_size")
+        dataset = (cfg.get("train_dataloader") or {}).get("dataset") or {}
+        size = (dataset.get("transform") or {}).get("input_size")
     if size is None:
-        steps = (cfg.get("val_dataloader") or {}).get("dataset", {}).get("pipeline", [])
-        size = next((sorted(step["scale"]) for step in steps if step["type"] == "Resize"), None)
+        dataset = (cfg.get("val_dataloader") or {}).get("dataset") or {}
+        scales = (step.get("scale") for step in dataset.get("pipeline") or () if step["type"] == "Resize")
+        scale = next(scales, None)
+        size = scale if scale is None or isinstance(scale, int) else sorted(scale)
     if isinstance(size, int):
         size = (size, size)
     return None if size is None else (size[0], size[1])

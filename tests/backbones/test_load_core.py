@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,27 @@ def test_another_models_checkpoint_is_refused(tmp_path):
     )
     refused(swin(), saved(swin(embed_dim=16).state_dict(), tmp_path), r"patch_embed.* has the shape \(16, .*and \(8, ")
     refused(swin(), saved({"unrelated": torch.ones(1)}, tmp_path), r"1 weight \(unrelated\)")
+
+
+@pytest.mark.parametrize("timms", [True, False])
+def test_a_student_and_its_teacher_are_refused(timms, tmp_path):
+    state = swin().state_dict()
+    if not timms:  # Microsoft's names: patches are merged at the end of a stage
+        state = {
+            re.sub(r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", k): x
+            for k, x in state.items()
+        }
+    both = {f"{name}.{key}": x for name in ("student", "teacher") for key, x in state.items()}
+    refused(swin(), saved(both, tmp_path), "holds the backbone 2 times, under 'student.' and 'teacher.'; save")
+
+
+def test_a_table_of_positions_of_an_unknown_grid_is_refused(tmp_path):
+    class Tokens(nn.Module):
+        def __init__(self, many: int) -> None:
+            super().__init__()
+            self.pos_embed = nn.Parameter(torch.zeros(1, many, 4))
+
+    refused(Tokens(9), saved(Tokens(4).state_dict(), tmp_path), r"pos_embed has the shape \(1, 4, 4\)")
 
 
 def test_one_weight_missing_is_refused(tmp_path):

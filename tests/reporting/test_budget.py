@@ -119,6 +119,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert all(one["hours"] > 0 for one in listed)
 
 
+def test_numbers_of_gpus_that_all_do_not_fit_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, "alone", None, 10)
+    assert main(["estimate", str(path), "--gpus", "12", "--nodes", "2"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "No hours: none of 8, 64, 512 is a number of whole nodes of 6 GPUs and a multiple of ep_size 1." in said
+
+
+def test_the_name_of_a_config_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    cost = Cost("[red]own\x1b[2J:fire:", 8, 1, 1.0, 0.5, 1.0)
+    budget.Console(width=100).print(budget._pipeline([cost], Cluster(SimpleNamespace(watts=1.0))))  # type: ignore[arg-type]
+    shown = capsys.readouterr().out
+    assert "[red]own?[2J:fire:" in shown
+    assert "\x1b" not in shown
+
+
 def test_the_table_fits_a_narrow_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cost = Cost("upernet_swin_tiny_intermediate_residual_ade20k_512_160k", 512, 384_307_200, 1.25, 0.5, 1234.5)
     width = 80

@@ -10,7 +10,7 @@ from conftest import ROOT
 from setuptools import Distribution
 
 from rmoe.cli import main
-from rmoe.reporting.catalogue import FOLDER, Entry, entries
+from rmoe.reporting.catalogue import FOLDER, Entry, entries, show
 
 PATHS = {path for path in FOLDER.glob("*/*.py") if path.parent.name != "_base_"}
 
@@ -61,6 +61,11 @@ def test_the_command(capsys, tmp_path):
     shown = capsys.readouterr().out
     assert all(one["config"] in shown for one in listed)
     assert "AP + 1.4 over dense" in shown
+
+
+def test_paths_are_text(capsys):
+    show([Entry("/env[bold]/:fire:\x1b/a.py", "detection", "cvt_13", "RMoE-D", "", "", "no")])
+    assert "/env[bold]/:fire:?/a.py" in capsys.readouterr().out
 
 
 def test_no_such_config(capsys):

@@ -303,11 +303,27 @@ def test_what_does_not_fit_is_refused(setting: dict[str, Any], message: str) -> 
         estimate(vit(MOE["low_rank"]), Setting(**setting))
 
 
+def test_a_dense_model_has_no_experts_to_spread() -> None:
+    assert estimate(vit(None), Setting(processes=8, ep_size=3)).setting.ep_size == 1
+
+
 def test_a_size_that_nobody_gives_is_asked_for() -> None:
     cfg = classifier(None)
     cfg.train_dataloader.pop("dataset")
     with pytest.raises(UserError, match="give --image-size"):
         estimate(cfg, Setting(processes=1))
+
+
+def test_a_config_without_data_is_asked_for_sizes() -> None:
+    cfg = classifier(None)
+    cfg.train_dataloader = None
+    with pytest.raises(UserError, match="give --micro-batch"):
+        estimate(cfg, Setting(processes=1))
+    assert _image_size(cfg) is None
+    cfg.val_dataloader = dict(dataset=dict(pipeline=[dict(type="Resize", scale_factor=2.0)]))
+    assert _image_size(cfg) is None
+    cfg.val_dataloader.dataset.pipeline[0].scale = 96
+    assert _image_size(cfg) == (96, 96)
 
 
 @pytest.mark.slow

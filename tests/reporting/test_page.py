@@ -182,6 +182,23 @@ def test_runs_of_two_data_sets_are_told_apart(tmp_path):
     assert {a["id"] for tag, a in found.elements if tag == "section"} >= {"results-0", "results-1"}
 
 
+def test_classes_of_one_arm_and_seed_twice_count_once(tmp_path):
+    twice = [finished_run(tmp_path / f"{n}", classes={"sky": 40.0 + n, "sea": math.nan}) for n in (0, 2)]
+    other = finished_run(tmp_path / "other", "residual", classes={"sky": 44.0})
+    (group,) = compare([Run(folder) for folder in (*twice, other)]).groups
+    kind, (sky,) = charts.per_class(group)
+    assert (kind, sky["name"], sky["largest"]) == ("IoU", "sky", 3.0)
+    assert [(arm.seeds, arm.values, arm.difference) for arm in sky["arms"].values()] == [
+        ([0], [41.0], None),
+        ([0], [44.0], 3.0),
+    ]
+
+
+def test_values_that_differ_in_case_alone_are_told_apart(tmp_path):
+    runs = [finished_run(tmp_path / str(n), config={"model.a": value}) for n, value in enumerate(("Adam", "adam"))]
+    assert page(*runs).text.partition("model.a")[2].lstrip().startswith("Adam 0adam 1")
+
+
 def test_fifty_runs_have_a_legend_of_arms(tmp_path):
     runs = [finished_run(tmp_path / f"{stage}_{n}", stage, n) for n in range(25) for stage in ("dense", "residual")]
     found = page(*runs)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finished_runs import finished_run
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from PIL import Image
@@ -19,7 +20,7 @@ from rmoe.inference.runs import Run
 from rmoe.moe.state import global_state_dict
 from rmoe.reporting.comparison import compare
 from rmoe.reporting.page import render
-from rmoe.reporting.report import report
+from rmoe.reporting.report import _earlier, report
 
 COST = {
     "train_seconds": 12.5,
@@ -183,6 +184,21 @@ def test_the_loss_at_the_end_is_the_tasks_own(tmp_path):
     for name in logs:
         (tmp_path / name / "vis_data" / "scalars.json").write_text(json.dumps({"mIoU": 1.0, "step": 2}))
     assert Run(tmp_path).train_loss() is None
+
+
+def test_an_earlier_run_of_several_tasks_is_that_of_the_same_task(tmp_path):
+    tasks = {"things": {"type": "EncoderDecoder"}, "stuff": {"type": "EncoderDecoder"}}
+    Config(
+        {
+            "stage": "residual",
+            "model": {"type": "rmoe.MultiTask", "backbone": {}, "tasks": tasks},
+            "val_evaluator": {"metrics": {name: {"type": "IoUMetric"} for name in tasks}},
+        }
+    ).dump(tmp_path / "config.py")
+    assert _earlier(tmp_path, "stuff").part == "stuff"
+    with pytest.raises(UserError, match="is a run of the tasks stuff, things; say which"):
+        _earlier(tmp_path, None)
+    assert _earlier(finished_run(tmp_path / "alone"), "stuff").part is None
 
 
 def test_norms_and_routing_get_from_an_analysis_into_a_report(runs, tmp_path, capsys):

@@ -54,7 +54,8 @@ def test_a_wide_analysis_becomes_several_tables():
 
 
 @pytest.mark.parametrize(
-    ("number", "text"), [(0, "0"), (7, "7"), (12.345, "12.3"), (2_620_000, "2.62M"), (1e15, "1e+03T"), (999, "999")]
+    ("number", "text"),
+    [(0, "0"), (7, "7"), (12.345, "12.3"), (2_620_000, "2.62M"), (1e15, "1e+03T"), (999, "999"), (999_999, "1M")],
 )
 def test_counts_are_short(number, text):
     assert counted(number) == text
