@@ -48,10 +48,19 @@ def everything(module: Gate, x: Tensor, upstream: Tensor, kernel: bool) -> tuple
     combine=st.sampled_from(["residual", "straight_through"]),
     losses=st.sampled_from([LOSSES, GateLosses(importance=0.0)]),
     training=st.booleans(),
+    turned=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
 def check(
-    tokens: int, width: int, experts: int, soft: bool, rate: float, training: bool, dtype: torch.dtype, **config: Any
+    tokens: int,
+    width: int,
+    experts: int,
+    soft: bool,
+    rate: float,
+    training: bool,
+    turned: bool,
+    dtype: torch.dtype,
+    **config: Any,
 ) -> None:
     """Compares one gate."""
     torch.manual_seed(tokens + width)
@@ -64,6 +73,7 @@ def check(
     if module.choice_bias is not None:
         torch.nn.init.normal_(module.choice_bias, std=0.1)
     x, upstream = torch.randn(tokens, width).to(dtype), torch.randn(tokens, moe.experts_per_token)
+    x = x.T.contiguous().T if turned else x  # features first in memory
     (found, grads), (expected, exact) = (everything(module, x, upstream, kernel) for kernel in (True, False))
     assert torch.equal(found.expert_TK, expected.expert_TK)
     close = {"rtol": 1e-4, "atol": 1e-5}
