@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd import Function
 
 from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals, act_backward, first_order
 from rmoe.moe.masked import TILE, Sum, add_core_gradient
+from rmoe.moe.passes import sort_pairs
 
 
 def rows_of_one_expert(
@@ -60,10 +61,10 @@ class _Rows(NamedTuple):
 
 
 def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
-    sorted_N, order_N = expert_N.sort(stable=True)
-    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-    *sizes, dropped = torch.bincount(sorted_N, minlength=num_experts + 1).tolist()
-    return _Rows(order_N, inverse_N, sorted_N, sizes, len(order_N) - dropped)
+    inverse_N, order_N, end_G = sort_pairs(expert_N, num_experts + 1)
+    ends = end_G.tolist()[:-1]
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    return _Rows(order_N, inverse_N, expert_N.index_select(0, order_N), sizes, ends[-1])
 
 
 class _Tile(NamedTuple):
