@@ -132,29 +132,30 @@ class Sum:
 
     def add_product(self, x: Tensor, y: Tensor) -> None:
         """Adds the matrix product x y."""
-        if not self.wanted:
-            return
-        if self.total is None or x.dtype.itemsize < 4:
-            self._add(x @ y)
-        else:
-            self.total.addmm_(x, y)
+        if self.wanted and self.total is None:
+            self.total = x @ y
+        elif self.total is not None:
+            add_product_(self._in_float32(self.total), x, y)
 
     def add_columns(self, x: Tensor) -> None:
         """Adds the sums over the rows of x."""
-        if self.wanted:
-            self._add(x.sum(0))
+        if self.wanted and self.total is None:
+            self.total = x.sum(0)
+        elif self.total is not None:
+            self._in_float32(self.total).add_(x.sum(0))
 
-    def _add(self, part: Tensor) -> None:
-        if self.total is None:
-            self.total = part
-        elif self.total.dtype.itemsize < 4:
-            self.total = self.total.float() + part
-        else:
-            self.total += part
+    def _in_float32(self, total: Tensor) -> Tensor:
+        self.total = total.to(torch.promote_types(total.dtype, torch.float32))
+        return self.total
 
     def rounded(self, weight: Tensor | None) -> Tensor | None:
         """Returns the gradient of `weight`, None where it is not wanted."""
         return None if weight is None or self.total is None else self.total.to(weight.dtype).view_as(weight)
+
+
+def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds the matrix product x y, which is rounded to its own dtype first where `total` has more bits."""
+    total.addmm_(x, y) if total.dtype == x.dtype else total.add_(x @ y)
 
 
 def by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, drops: bool = True) -> Tensor:
