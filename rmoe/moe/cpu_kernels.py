@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals, act_backward, first_order
-from rmoe.moe.masked import TILE, Sum, add_core_gradient, add_product_
+from rmoe.moe.masked import TILE, Sum, add_core_gradient, add_product_, times_gates
 from rmoe.moe.passes import sort_pairs
 
 
@@ -198,9 +198,7 @@ def _by_piece(w_ERI: Tensor, tile: _Tile) -> list[Tensor]:
 
 
 def _scaled(u_Qn: Tensor, gate_Gn: Tensor) -> Tensor:
-    if len(gate_Gn) == 1:
-        return u_Qn * gate_Gn
-    return (u_Qn.view(len(gate_Gn), -1, u_Qn.shape[1]) * gate_Gn[:, None]).view_as(u_Qn)
+    return times_gates(u_Qn.view(len(gate_Gn), -1, u_Qn.shape[1]), gate_Gn).view_as(u_Qn)
 
 
 def _add_low_rank_(

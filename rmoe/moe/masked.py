@@ -195,7 +195,13 @@ def _rank_first(a_ERI: Tensor, x_nI: Tensor) -> Tensor:
 
 def _weighed(u_Pn: Tensor, gate_En: Tensor, b_ERO: Tensor) -> Tensor:
     """Returns g ⊙ A x, [Q, n]."""
-    return (u_Pn.unflatten(0, (-1, b_ERO.shape[1])) * gate_En[:, None]).flatten(0, 1)
+    return times_gates(u_Pn.unflatten(0, (-1, b_ERO.shape[1])), gate_En).flatten(0, 1)
+
+
+def times_gates(u_ERn: Tensor, gate_En: Tensor, out: Tensor | None = None) -> Tensor:
+    """Returns g ⊙ u, [E, R, n]; 0 where g is 0, also of a u that is larger than float16 holds: 0 · ∞ is no number."""
+    found = torch.mul(u_ERn, gate_En[:, None], out=out)
+    return found.masked_fill_(gate_En[:, None] == 0, 0) if u_ERn.dtype == torch.float16 else found
 
 
 def _low_rank_backward(
@@ -211,7 +217,7 @@ def _low_rank_backward(
     a_PI, b_QO = (w.flatten(0, 1) for w in factors)
     sums[1].add_product(_weighed(u_Pn, gate_En, factors[1]), grad_nO)
     v_ERn = (b_QO @ grad_nO.T).unflatten(0, factors[1].shape[:2])
-    weighed_ERn = v_ERn * gate_En[:, None]
+    weighed_ERn = times_gates(v_ERn, gate_En)
     weighed_Pn = weighed_ERn.flatten(0, 1) if len(a_PI) == len(b_QO) else weighed_ERn.sum(0)
     sums[0].add_product(weighed_Pn, x_nI)
     if back_nI is not None:
