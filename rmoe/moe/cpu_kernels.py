@@ -1,8 +1,8 @@
-"""Top-1 mixtures on a CPU: rows sorted by expert once, nothing padded, a backward pass of their own.
+"""Rows of one expert each on a CPU: sorted by expert once, nothing padded, a backward pass of their own.
 
 The core's products run over all rows at once. A low-rank residual adds its skinny products in place, tile by tile,
 while the activations are in cache; a residual of the core's shape is added to the core's weight in a scratch buffer and
-so costs what a dense layer costs. No gradient is computed of a frozen core.
+so costs what a dense layer costs. No gradient is computed of a core or of residuals that are frozen.
 
 Shape suffixes: T tokens, C model width, H hidden width, E experts, R residual rank, N rows sorted by expert, those
 without one last, n and m rows of a tile and a piece of it; G experts taken together, Q = G·R; I and O the inputs and

@@ -9,7 +9,10 @@ from rmoe.moe.layer import ResidualMoE
 
 
 class SpreadResidualMoE(ResidualMoE, MoE):
-    """Is a `ResidualMoE` whose residuals are spread over processes; it is never constructed, a layer becomes one.
+    """Is a `ResidualMoE` whose residuals are spread over processes.
+
+    It is never constructed, a layer becomes one: the constructor of `MoE` would build a gate of its own and a copy of
+    the core for each expert.
 
     The engine asks of every `MoE` that experts of it are trained, and reduces the gradients of experts apart from all
     others; a layer whose experts are fixed, or are all in every process, stays an ordinary module.
