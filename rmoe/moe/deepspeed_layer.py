@@ -18,7 +18,8 @@ class SpreadResidualMoE(ResidualMoE, MoE):
     others; a layer whose experts are fixed, or are all in every process, stays an ordinary module.
     """
 
-    use_residual = enable_expert_tensor_parallelism = False  # what DeepSpeed means by them
+    # Switches of DeepSpeed's own mixture, whose residual is a dense network beside one expert (arXiv 2201.05596).
+    use_residual = enable_expert_tensor_parallelism = False
 
     def _create_process_groups(self, use_data_before_expert_parallel_: bool = False) -> None:
         make_expert_groups(self.ep_size)
