@@ -150,7 +150,7 @@ def test_what_overflows_of_an_expert_that_is_not_used_is_of_no_account(form: str
     torch.manual_seed(0)
     x, expert_TK, gate, core, low = problem("low_rank", 12, 3, 4, 3, 1)
     x, expert_TK = x.abs() + 1, 2 * (expert_TK % 2)  # the experts 0 and 2
-    half = [t.detach().half() for t in (x, gate, *core, *low)]
+    half = [t.detach().half() for t in leaves(x, gate, core, low)]
     found = []
     for factor in (1.0, 6e4):
         x, gate, *weights = (t.clone() for t in half)
