@@ -122,7 +122,7 @@ def train(
             here = slice((part * world + rank) * own, (part * world + rank + 1) * own)
             with collect() as records:
                 loss = nn.functional.cross_entropy(engine(rows[here]).float(), labels[here])
-            loss = loss if (gates := records.loss()) is None else loss + gates
+            loss = loss + records.loss()
             hook = None
             if poison and step == OVERFLOW and rank == world - 1:
                 expert = next(p for n, p in engine.module.named_parameters() if "deepspeed_experts" in n or "_E" in n)

@@ -238,7 +238,9 @@ def _for_graphs(run: Predictor) -> nn.Module:
 @torch.no_grad()
 def _own_networks(layer: ResidualMoE) -> ResidualMoE:
     """Returns the layer whose experts are the networks θ0 + Δ_e."""
-    config = dataclasses.replace(layer.config, residual="experts", combine=layer.config.combined)
+    config = dataclasses.replace(
+        layer.config, residual="experts", expert_init="core", train_core=False, combine=layer.config.combined
+    )
     own = ResidualMoE(layer.core, config).eval()  # copies of the core
     own.gate = layer.gate
     for mine, delta in zip(own.deepspeed_moe.parameters(), layer.residuals(), strict=True):

@@ -68,7 +68,8 @@ def merge(
 
     Raises:
         UserError: what `rmoe.load` raises; the run is dense, or no one network computes what its layers do and
-            `average` is not given; `out` is not empty, or cannot be written.
+            `average` is not given; experts have trained biases that the dense network lacks; `out` is not empty, or
+            cannot be written.
     """
     with new_folder(out) as folder:
         run = load(path, task=task, device="cpu")
@@ -133,7 +134,11 @@ def _told(name: str, function: Any, *arguments: Any) -> Network:
 
 
 def dense_model(run: Predictor, networks: Mapping[str, Network]) -> nn.Module:
-    """Returns a run's model with dense networks, by the names of its mixtures, in their places."""
+    """Returns a run's model with dense networks, by the names of its mixtures, in their places.
+
+    Raises:
+        UserError: a dense network has no place for a bias that was trained.
+    """
     state, layers = global_state_dict(run.model), moe_layers(run.model)
     for name, network in networks.items():
         form, core = layers[name].form, f"{name}.core."
@@ -142,9 +147,14 @@ def dense_model(run: Predictor, networks: Mapping[str, Network]) -> nn.Module:
         state = {key: x for key, x in state.items() if not key.startswith(f"{name}.")}
         state |= {f"{name}.{key}": x for key, x in {**between, **form.state(network)}.items()}
     model = build_model({**run.metadata, "model": _dense(run.metadata["model"])}, run.source)
-    own = model.state_dict().keys()
-    # Experts have biases, of nothing but zeros, where their core has none.
-    fill(model, {key: x for key, x in state.items() if key in own or x.any()}, run.source)
+    # Experts have biases where their core has none: zeros, unless they were trained.
+    homeless = {key for key in state if key.endswith(".bias")} - model.state_dict().keys()
+    if trained := sorted(key for key in homeless if state[key].any()):
+        raise UserError(
+            f"the experts of {run.source} have trained biases, and the dense network has none in their place, such as "
+            f"{trained[0]}: leave the run a mixture, which rmoe deploy writes too"
+        )
+    fill(model, {key: x for key, x in state.items() if key not in homeless}, run.source)
     return model.eval()
 
 

@@ -1,8 +1,8 @@
-"""Top-1 mixtures on a CPU: rows sorted by expert once, nothing padded, a backward pass of their own.
+"""Rows of one expert each on a CPU: sorted by expert once, nothing padded, a backward pass of their own.
 
 The core's products run over all rows at once. A low-rank residual adds its skinny products in place, tile by tile,
 while the activations are in cache; a residual of the core's shape is added to the core's weight in a scratch buffer and
-so costs what a dense layer costs. No gradient is computed of a frozen core.
+so costs what a dense layer costs. No gradient is computed of a core or of residuals that are frozen.
 
 Shape suffixes: T tokens, C model width, H hidden width, E experts, R residual rank, N rows sorted by expert, those
 without one last, n and m rows of a tile and a piece of it; G experts taken together, Q = G·R; I and O the inputs and
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.autograd import Function
 
 from rmoe.moe.experts import Activation, Full, LowRank, Network, Residuals, act_backward, first_order
-from rmoe.moe.masked import TILE, Sum, add_core_gradient
+from rmoe.moe.masked import TILE, Sum, add_core_gradient, add_product_, times_gates
+from rmoe.moe.passes import sort_pairs
 
 
 def rows_of_one_expert(
@@ -60,10 +61,10 @@ class _Rows(NamedTuple):
 
 
 def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
-    sorted_N, order_N = expert_N.sort(stable=True)
-    inverse_N = torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-    *sizes, dropped = torch.bincount(sorted_N, minlength=num_experts + 1).tolist()
-    return _Rows(order_N, inverse_N, sorted_N, sizes, len(order_N) - dropped)
+    inverse_N, order_N, end_G = sort_pairs(expert_N, num_experts + 1)
+    ends = end_G.tolist()[:-1]
+    sizes = [end - start for start, end in pairwise([0, *ends])]
+    return _Rows(order_N, inverse_N, expert_N.index_select(0, order_N), sizes, ends[-1])
 
 
 class _Tile(NamedTuple):
@@ -149,7 +150,10 @@ class _LowRankRows(Function):
         core, low, kept, rows = Network(*saved[:4]), LowRank(*saved[4:8]), iter(saved[8:]), ctx.rows
         of_core = [Sum(want) for want in ctx.needs_input_grad[5:9]]
         # Sums over many tiles: in float32, if they are of half precision.
-        grad_low = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in low]
+        grad_low = [
+            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) if want else None
+            for w, want in zip(low, ctx.needs_input_grad[9:], strict=True)
+        ]
         back_NC, grad_gate_N = torch.empty_like(x_NC), x_NC.new_empty(len(x_NC))
         for tile, (row_n, back_nC, grad_gate_n) in _by_tile(ctx.tiles, rows.order_N, back_NC, grad_gate_N):
             own_1n, gate_Gn, h_nH, a_nH, *of_h_and_y = islice(kept, 8)
@@ -167,7 +171,7 @@ class _LowRankRows(Function):
         grad_gate_N[rows.chosen :] = 0
         grad_x, grad_gate = back_NC.index_select(0, rows.inverse_N), grad_gate_N.index_select(0, rows.inverse_N)
         grad_core = (one.rounded(w) for one, w in zip(of_core, core, strict=True))
-        rounded = (total.to(w.dtype) for total, w in zip(grad_low, low, strict=True))
+        rounded = (None if total is None else total.to(w.dtype) for total, w in zip(grad_low, low, strict=True))
         return grad_x, grad_gate, None, None, None, *grad_core, *rounded
 
 
@@ -194,9 +198,7 @@ def _by_piece(w_ERI: Tensor, tile: _Tile) -> list[Tensor]:
 
 
 def _scaled(u_Qn: Tensor, gate_Gn: Tensor) -> Tensor:
-    if len(gate_Gn) == 1:
-        return u_Qn * gate_Gn
-    return (u_Qn.view(len(gate_Gn), -1, u_Qn.shape[1]) * gate_Gn[:, None]).view_as(u_Qn)
+    return times_gates(u_Qn.view(len(gate_Gn), -1, u_Qn.shape[1]), gate_Gn).view_as(u_Qn)
 
 
 def _add_low_rank_(
@@ -221,31 +223,33 @@ def _low_rank_backward_(
     kept: Sequence[Tensor],
     gate_Gn: Tensor,
     factors: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     tile: _Tile,
 ) -> Tensor:
     """Adds the gradients of x, A and B of g B_eᵀ (A_e x) to what they are; returns that of g for each of G experts.
 
-    `kept` is what `_add_low_rank_` returned, `factors` and `grads` are of A and B.
+    `kept` is what `_add_low_rank_` returned, `factors` and `grads` are of A and B; None for a gradient that is not
+    wanted.
     """
     u_Qn, gu_Qn = kept
-    (of_a, of_b), (of_grad_a, of_grad_b) = ([_by_piece(w, tile) for w in pair] for pair in (factors, grads))
+    of_a, of_b = (_by_piece(w, tile) for w in factors)
     back_Qn, lengths = torch.empty_like(u_Qn), tile.lengths
     for b_QO, grad_Om, back_Qm in zip(of_b, grad_nO.T.split(lengths, 1), back_Qn.split(lengths, 1), strict=True):
         torch.mm(b_QO, grad_Om, out=back_Qm)
-    for grad_b_QO, gu_Qm, grad_mO in zip(of_grad_b, gu_Qn.split(lengths, 1), grad_nO.split(lengths), strict=True):
-        _add_product(grad_b_QO, gu_Qm, grad_mO)
     scaled_Qn = _scaled(back_Qn, gate_Gn)
-    for grad_a_QI, scaled_Qm, x_mI in zip(of_grad_a, scaled_Qn.split(lengths, 1), x_nI.split(lengths), strict=True):
-        _add_product(grad_a_QI, scaled_Qm, x_mI)
+    _add_factor_gradient(grads[1], gu_Qn, grad_nO, tile)
+    _add_factor_gradient(grads[0], scaled_Qn, x_nI, tile)
     for back_mI, scaled_mQ, a_QI in zip(back_nI.split(lengths), scaled_Qn.T.split(lengths), of_a, strict=True):
         back_mI.addmm_(scaled_mQ, a_QI)
     return (back_Qn * u_Qn).view(tile.together, -1, len(grad_nO)).sum(1)
 
 
-def _add_product(total: Tensor, x: Tensor, y: Tensor) -> None:
-    """Adds the matrix product x y, which is rounded to its own dtype first where `total` has more bits."""
-    total.addmm_(x, y) if total.dtype == x.dtype else total.add_(x @ y)
+def _add_factor_gradient(total_ERI: Tensor | None, u_Qn: Tensor, x_nI: Tensor, tile: _Tile) -> None:
+    if total_ERI is None:
+        return
+    of_total, of_u, of_x = _by_piece(total_ERI, tile), u_Qn.split(tile.lengths, 1), x_nI.split(tile.lengths)
+    for total_QI, u_Qm, x_mI in zip(of_total, of_u, of_x, strict=True):
+        add_product_(total_QI, u_Qm, x_mI)
 
 
 def _linear(x_NI: Tensor, w_OI: Tensor, b_O: Tensor | None, out: Tensor) -> None:

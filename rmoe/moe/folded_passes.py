@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rmoe.moe.masked import by_expert
+from rmoe.moe.masked import by_expert, times_gates
 from rmoe.moe.triton_here import has_triton
 
 # Rows of ones, whose weights are b alike: each enters with 1/16, exact in any format, and sizes stay multiples of 16.
@@ -116,7 +116,7 @@ def weigh(u_PT: Tensor, gates: Gates, out_ST: Tensor) -> None:
     assert gates.gate_ET is not None
     by_rank = (gates.experts, gates.rank)
     u_ERT = u_PT.unflatten(0, (-1, gates.rank))
-    torch.mul(u_ERT, gates.gate_ET[:, None], out=out_ST[: gates.rows].unflatten(0, by_rank))
+    times_gates(u_ERT, gates.gate_ET, out=out_ST[: gates.rows].unflatten(0, by_rank))
     if len(out_ST) > gates.rows:
         out_ST[gates.rows :] = 1 / ONES
 

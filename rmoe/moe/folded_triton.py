@@ -203,7 +203,8 @@ def _weigh(  # type: ignore[no-untyped-def]
         gate += tl.where(expert == q // rank, value, 0.0)
     u_at = u_ptr + q % rows_u * u_row + t * u_token
     u = tl.load(u_at, mask=there & (q < rows), other=0.0).to(tl.float32)
-    x = tl.where(q < rows, u * gate, ONE)
+    x = tl.where(gate == 0.0, 0.0, u * gate)  # as `rmoe.moe.masked.times_gates`
+    x = tl.where(q < rows, x, ONE)
     tl.store(out_ptr + q * out_row + t * out_token, x.to(out_ptr.dtype.element_ty), mask=there & (q < rows_out))
 
 

@@ -51,7 +51,7 @@ def route(
     """Routes tokens.
 
     Args:
-        x_TC: float32, bfloat16 or float16; rows of adjacent elements.
+        x_TC: float32, bfloat16 or float16.
         weight_EC: float32, as `bias_E`.
         noise_ET: added to the logits where experts are chosen; None for none.
         choice_bias_E: added to the probabilities where experts are chosen.
@@ -59,6 +59,8 @@ def route(
         chooses: whether a token uses its best expert, rather than all.
         normalises: whether the gate value of a choice is 1, with the gradient of log p.
     """
+    if x_TC.stride(1) != 1:  # as one image of convolutions, whose channels come first; the kernels read whole rows
+        x_TC = x_TC.contiguous()
     switches = (noise_ET, choice_bias_E, 1.0 / temperature, chooses, normalises and chooses)
     return Found(*_Route.apply(x_TC, weight_EC, bias_E, *switches))
 

@@ -52,8 +52,7 @@ class ResidualMoE(nn.Module):
     _z3_leaf = True
 
     def __init__(self, core: nn.Module, config: ResidualMoEConfig) -> None:
-        # Not MoE's constructor, which would build a gate of its own and a copy of the core for each expert.
-        nn.Module.__init__(self)
+        super().__init__()
         form = _checked_form(core, config)
         self.config, self.form = config, form
         self.num_experts, self.ep_size = config.num_experts, config.ep_size

@@ -132,29 +132,30 @@ class Sum:
 
     def add_product(self, x: Tensor, y: Tensor) -> None:
         """Adds the matrix product x y."""
-        if not self.wanted:
-            return
-        if self.total is None or x.dtype.itemsize < 4:
-            self._add(x @ y)
-        else:
-            self.total.addmm_(x, y)
+        if self.wanted and self.total is None:
+            self.total = x @ y
+        elif self.total is not None:
+            add_product_(self._in_float32(self.total), x, y)
 
     def add_columns(self, x: Tensor) -> None:
         """Adds the sums over the rows of x."""
-        if self.wanted:
-            self._add(x.sum(0))
+        if self.wanted and self.total is None:
+            self.total = x.sum(0)
+        elif self.total is not None:
+            self._in_float32(self.total).add_(x.sum(0))
 
-    def _add(self, part: Tensor) -> None:
-        if self.total is None:
-            self.total = part
-        elif self.total.dtype.itemsize < 4:
-            self.total = self.total.float() + part
-        else:
-            self.total += part
+    def _in_float32(self, total: Tensor) -> Tensor:
+        self.total = total.to(torch.promote_types(total.dtype, torch.float32))
+        return self.total
 
     def rounded(self, weight: Tensor | None) -> Tensor | None:
         """Returns the gradient of `weight`, None where it is not wanted."""
         return None if weight is None or self.total is None else self.total.to(weight.dtype).view_as(weight)
+
+
+def add_product_(total: Tensor, x: Tensor, y: Tensor) -> None:
+    """Adds the matrix product x y, which is rounded to its own dtype first where `total` has more bits."""
+    total.addmm_(x, y) if total.dtype == x.dtype else total.add_(x @ y)
 
 
 def by_expert(expert_TK: Tensor, gate_TK: Tensor, num_experts: int, drops: bool = True) -> Tensor:
@@ -194,7 +195,13 @@ def _rank_first(a_ERI: Tensor, x_nI: Tensor) -> Tensor:
 
 def _weighed(u_Pn: Tensor, gate_En: Tensor, b_ERO: Tensor) -> Tensor:
     """Returns g ⊙ A x, [Q, n]."""
-    return (u_Pn.unflatten(0, (-1, b_ERO.shape[1])) * gate_En[:, None]).flatten(0, 1)
+    return times_gates(u_Pn.unflatten(0, (-1, b_ERO.shape[1])), gate_En).flatten(0, 1)
+
+
+def times_gates(u_ERn: Tensor, gate_En: Tensor, out: Tensor | None = None) -> Tensor:
+    """Returns g ⊙ u, [E, R, n]; 0 where g is 0, also of a u that is larger than float16 holds: 0 · ∞ is no number."""
+    found = torch.mul(u_ERn, gate_En[:, None], out=out)
+    return found.masked_fill_(gate_En[:, None] == 0, 0) if u_ERn.dtype == torch.float16 else found
 
 
 def _low_rank_backward(
@@ -210,7 +217,7 @@ def _low_rank_backward(
     a_PI, b_QO = (w.flatten(0, 1) for w in factors)
     sums[1].add_product(_weighed(u_Pn, gate_En, factors[1]), grad_nO)
     v_ERn = (b_QO @ grad_nO.T).unflatten(0, factors[1].shape[:2])
-    weighed_ERn = v_ERn * gate_En[:, None]
+    weighed_ERn = times_gates(v_ERn, gate_En)
     weighed_Pn = weighed_ERn.flatten(0, 1) if len(a_PI) == len(b_QO) else weighed_ERn.sum(0)
     sums[0].add_product(weighed_Pn, x_nI)
     if back_nI is not None:

@@ -70,7 +70,8 @@ def residual_norms(
     for name, layer in moe_layers(model).items():
         with gathered(layer):
             if (core := layer.theta()) is not None:
-                local = type(layer.residuals())(*(x.float() for x in layer.residuals()))
+                residuals = layer.residuals()
+                local = type(residuals)(*(x.float() for x in residuals))
                 core_norm = _norm(core.w1_HC, core.w2_CH)
                 deltas = [local.delta(e) for e in range(layer.num_local_experts)]
                 found[name] = torch.stack([_norm(one.w1_HC, one.w2_CH) for one in deltas]).mean() / core_norm

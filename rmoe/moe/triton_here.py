@@ -25,7 +25,9 @@ def triton_runs(device: torch.device) -> bool:
     if find_spec("triton") is None:
         return False
     try:
-        import_module("rmoe.moe.passes_triton").place_pairs(torch.zeros(1, dtype=torch.int64, device=device), 1)
+        expert_P = torch.zeros(1, dtype=torch.int64, device=device)
+        with torch.cuda.device_of(expert_P):  # Triton launches on the device that is current
+            import_module("rmoe.moe.passes_triton").place_pairs(expert_P, 1)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else ""
         warnings.warn(

@@ -33,9 +33,18 @@ def test_a_segmentors_logits_at_the_images_size(tmp_path: Path, size: Any) -> No
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["full", "sparse"])
-def test_residuals_of_the_cores_shape_are_added_in_a_copy(tmp_path: Path, kind: str) -> None:
-    run = rmoe.load(segmentor(tmp_path / "run", "vit", {**MOE, "residual": kind}), device="cpu")
+@pytest.mark.parametrize(
+    "moe",
+    [
+        {"residual": "full"},
+        {"residual": "sparse"},
+        {"residual": "full", "train_core": True},
+        {"residual": "full", "expert_init": "random"},  # which means nothing beside a core
+    ],
+    ids=str,
+)
+def test_residuals_of_the_cores_shape_are_added_in_a_copy(tmp_path: Path, moe: dict[str, Any]) -> None:
+    run = rmoe.load(segmentor(tmp_path / "run", "vit", {**MOE, **moe}), device="cpu")
     before = {key: x.clone() for key, x in run.model.state_dict().items()}
     graph = graph_of(run)
     assert not any(".core.fc1" in name for name, _ in graph.module.named_parameters())

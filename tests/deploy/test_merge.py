@@ -12,7 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from small_runs import MOE, classifier, logits, segmentor
+from small_runs import MOE, NETS, classifier, logits, run_of, segmentor
 
 import rmoe
 from rmoe.cli import main
@@ -20,6 +20,7 @@ from rmoe.deploy.graph import graph_of, more_images
 from rmoe.deploy.merge import MERGED, mean_gate_values, merge
 from rmoe.engine.checkpoint.export import BACKBONE, MODEL, read_metadata
 from rmoe.errors import UserError
+from rmoe.moe.experts import BIASES
 from rmoe.moe.state import moe_layers
 
 
@@ -95,3 +96,17 @@ def test_what_cannot_be_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not list(tmp_path.glob("*.partial"))
     with pytest.raises(UserError, match="give --average as well"):
         merge(mixture, out, images=["x.png"])
+
+
+def test_trained_biases_have_no_place_in_a_network_without(tmp_path: Path) -> None:
+    name, kwargs, _ = NETS["vit"]
+    moe = {**MOE, "residual": "full", "num_experts": 1}
+    network = {"model": name, "kwargs": kwargs | {"img_size": 32, "proj_bias": False}, "moe": moe}
+    source = run_of(tmp_path / "run", {"type": "rmoe.TimmClassifier", "num_classes": 3, **network}, None)
+    with pytest.raises(UserError, match=r"has none in their place, such as model.blocks.0.mlp.fc1.bias: leave the run"):
+        merge(source, tmp_path / "dense")
+    state = {key: x * (key.rpartition(".")[2] not in BIASES) for key, x in load_file(source / MODEL).items()}
+    metadata = {key: x if isinstance(x, str) else json.dumps(x) for key, x in read_metadata(source).items()}
+    save_file(state, source / MODEL, metadata)
+    merge(source, tmp_path / "dense")
+    assert not [key for key in load_file(tmp_path / "dense" / MODEL) if key.endswith("mlp.fc1.bias")]

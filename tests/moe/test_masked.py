@@ -145,6 +145,31 @@ def test_autocast_computes_in_its_dtype_and_leaves_float32_gradients(gpu: bool, 
         assert (a - b).norm() < 0.05 * b.norm()
 
 
+@pytest.mark.parametrize("form", ["cpu", "gpu", "sorted"])
+def test_what_overflows_of_an_expert_that_is_not_used_is_of_no_account(form: str) -> None:
+    torch.manual_seed(0)
+    x, expert_TK, gate, core, low = problem("low_rank", 12, 3, 4, 3, 1)
+    x, expert_TK = x.abs() + 1, 2 * (expert_TK % 2)  # the experts 0 and 2
+    half = [t.detach().half() for t in leaves(x, gate, core, low)]
+    found = []
+    for factor in (1.0, 6e4):
+        x, gate, *weights = (t.clone() for t in half)
+        for weight in weights[4:]:
+            weight[1] = factor
+        inputs = [t.requires_grad_() for t in (x, gate, *weights)]
+        theta, residuals = Network(*weights[:4]), LowRank(*weights[4:])
+        masks, on_gpu = (
+            mock.patch.object(mixing, name, return_value=value)
+            for name, value in (("_masks", form != "sorted"), ("_is_on_gpu", form == "gpu"))
+        )
+        with masks, on_gpu:
+            y = mix(x, expert_TK, gate, theta, residuals, torch.tanh, True)
+        found.append([y, *torch.autograd.grad(y.sum(), inputs)])
+    for one, other in zip(*found, strict=True):
+        assert one.isfinite().all()
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("form", FORMS_OF_IT)
 @pytest.mark.parametrize("tokens", [0, 1, 6])
 def test_experts_without_tokens_get_zeros(tokens: int, form: str) -> None:

@@ -184,6 +184,21 @@ def test_core_without_biases() -> None:
         torch.testing.assert_close(mix(*arguments), reference(*arguments))
 
 
+@pytest.mark.parametrize("fixed", ["", "a", "b", "ab"])
+def test_no_gradient_is_computed_of_low_rank_factors_that_are_fixed(fixed: str) -> None:
+    tokens, width, hidden, rank = 24, 4, 8, 2
+    x, expert_TK, gate, core, low = problem("low_rank", tokens, width, hidden, 4, 1)
+    trained = [w for name, w in low._asdict().items() if name[0] not in fixed]
+    inputs = [t.requires_grad_() for t in (x, gate, *trained)]
+    arguments = (inputs, x, expert_TK, gate, core, low, torch.tanh, True)
+    counted: list[int] = []
+    with counted_flops(counted):
+        found = value_and_gradients(mix, *arguments)
+    torch.testing.assert_close(found, value_and_gradients(reference, *arguments))
+    factor = 2 * tokens * rank * (width + hidden)  # of a product with A of both layers, or with B of both
+    assert counted == [8 * tokens * width * hidden + (6 - len(fixed)) * factor]
+
+
 @pytest.mark.parametrize("train_core", [False, True])
 def test_a_full_residual_costs_what_the_dense_network_does(train_core: bool) -> None:
     # Trained or not, the core adds no product: its gradient is the sum of its experts'.

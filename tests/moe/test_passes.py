@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import product
 from typing import Any
@@ -168,6 +170,22 @@ def test_a_cpu_and_a_machine_without_triton_take_torchs_operators() -> None:
     for runs, module in ((True, fast), (False, passes)):
         with mock.patch.object(passes, "triton_runs", return_value=runs):
             assert passes.passes_on(cuda) is module
+
+
+def test_a_kernel_is_tried_on_the_device_that_is_asked_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[torch.device] = []
+    tried: list[list[torch.device]] = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        current.append(x.device)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(fast, "place_pairs", lambda *_: tried.append([*current]))
+    assert triton_here.triton_runs.__wrapped__(torch.device("cpu"))  # interpreted
+    assert tried == [[torch.device("cpu")]]
 
 
 def test_a_triton_that_cannot_compile_is_named_and_left_alone() -> None:
