@@ -1,5 +1,5 @@
 # syntax=docker/dockerfile:1
-# One image for every stage. The first part compiles, the second only runs; both on the same CUDA.
+# One image for every stage. The first part compiles mmcv, the second runs; both on the same CUDA.
 #   docker build -t rmoe .
 #   docker build -t rmoe --build-arg BASE=nvidia/cuda:13.0.1-cudnn-runtime-ubuntu24.04 \
 #     --build-arg BUILD_BASE=nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04 .
@@ -33,9 +33,10 @@ RUN pip install -c constraints.txt . \
 
 # hadolint ignore=DL3006
 FROM ${BASE}
+# Triton compiles what starts its kernels: without compiler and headers mixtures run slower on a GPU.
 # hadolint ignore=DL3008
 RUN apt-get update \
- && apt-get install -y --no-install-recommends python3 \
+ && apt-get install -y --no-install-recommends python3 python3-dev gcc \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --create-home --uid 10001 rmoe
 COPY --from=build /opt/rmoe /opt/rmoe

@@ -258,12 +258,20 @@ def table(rows: Sequence[Row]) -> list[Row]:
             "model": row["model"] + ", cut" * bool(row["kwargs"]),
             "networks": row["networks"],
             "each is": ", ".join(f"`{form}`" for form in row["forms"]),
-            "mixture": row["mixture"],
-            "pyramid, any size": row["pyramid"],
+            "mixture": _shortly(row["mixture"]),
+            "pyramid, any size": _shortly(row["pyramid"]),
         }
         for row in rows
         if row["model"] != "none"
     ]
+
+
+def _shortly(said: Any) -> Any:
+    """Returns what a row says without what to do about it; of one size of images, that alone."""
+    if not isinstance(said, str):
+        return said
+    size = re.search(r"takes only (\d+ x \d+)", said)
+    return f"{size[1]} alone" if size else said.partition(";")[0]
 
 
 def render(found: dict[str, Any]) -> str:

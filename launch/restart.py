@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -85,6 +86,10 @@ def main() -> int:
     arguments = parser.parse_args()
     if not arguments.command:
         parser.error("there is no COMMAND; give that which starts launch/train.py")
+    if not shutil.which(arguments.command[0]):
+        parser.error(
+            f"there is no program {arguments.command[0]!r}; COMMAND begins with one, such as deepspeed or srun"
+        )
     supervisor, command = Supervisor(), arguments.command
     for restart in range(arguments.max_restarts + 1):
         code = supervisor.run(command)
@@ -103,7 +108,7 @@ def _count(text: str) -> int:
 
 
 def _ranks(group: int) -> Iterator[int]:
-    """Processes of the group that a launcher has given a place."""
+    """Yields the processes of the group that a launcher has given a place."""
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             process = int(folder.name)

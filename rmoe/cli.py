@@ -154,6 +154,8 @@ def _add_prepare(actions: argparse._SubParsersAction) -> None:
 def _prepare(arguments: argparse.Namespace) -> int:
     from rmoe.data.prepare import prepare
 
+    if arguments.synsets is not None and arguments.layout != "imagenet":
+        raise UserError(f"--synsets is for imagenet; {arguments.layout} has none: leave it out")
     prepare(arguments.layout, arguments.source, arguments.out, arguments.synsets)
     arguments.path = arguments.out
     return _check(arguments)
@@ -165,6 +167,7 @@ def _add_check(actions: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "path",
         type=Path,
+        metavar="PATH",
         help="folder with images/ and annotations/, with train2017/ and annotations/, or with train/ or train.zip",
     )
     parser.add_argument(
@@ -178,6 +181,10 @@ def _check(arguments: argparse.Namespace) -> int:
     from rmoe.data.check import check_ade20k, check_imagenet
     from rmoe.data.coco import check_coco
 
+    if arguments.num_classes is not None and arguments.layout != "ade20k":
+        raise UserError(
+            f"--num-classes is for ade20k; {arguments.layout} says itself which classes it has: leave it out"
+        )
     if arguments.layout == "ade20k":
         report = check_ade20k(arguments.path, arguments.num_classes)
     else:

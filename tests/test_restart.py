@@ -67,8 +67,16 @@ def test_a_request_to_leave_goes_to_the_ranks_and_is_not_restarted(number: signa
     assert child.returncode == 85
 
 
-def test_a_command_is_needed(tmp_path: Path) -> None:
-    words = [sys.executable, ROOT / "launch" / "restart.py", "--max-restarts", "1"]
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ([], "there is no COMMAND; give that which starts launch/train.py"),
+        (["no-such-srun", "x"], "there is no program 'no-such-srun'; COMMAND begins with one"),
+    ],
+)
+def test_a_command_is_needed(command: list[str], said: str) -> None:
+    words = [sys.executable, ROOT / "launch" / "restart.py", "--max-restarts", "1", *command]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "there is no COMMAND; give that which starts launch/train.py" in done.stderr
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -8,6 +8,10 @@
 set -euo pipefail
 dry_run=
 if [[ ${1:-} == --dry-run ]]; then dry_run=1; shift; fi
+if (($# < 3)); then
+  echo "run.sh: CONFIG, JSON and WORK_DIR are needed, all three; it has ${*:-none}" >&2
+  exit 2
+fi
 config=$1 json=$2 work_dir=$3
 shift 3
 

@@ -15,6 +15,12 @@ if ! (($#)); then
 fi
 
 options=()
+for name in GPUS GPUS_PER_NODE; do
+  if [[ ${!name:-} && ! ${!name} =~ ^[1-9][0-9]{0,5}$ ]]; then
+    echo "submit.sh: $name is ${!name}; it is a whole number, at least 1" >&2
+    exit 2
+  fi
+done
 if [[ ${GPUS:-} ]]; then
   per_node=${GPUS_PER_NODE:-8}
   if ((GPUS < per_node)); then per_node=$GPUS; fi

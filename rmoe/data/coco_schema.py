@@ -101,7 +101,7 @@ def _decompress(text: str) -> list[int] | None:
     Each number is written in pieces of 5 bits, the lowest first; a sixth bit says that another piece follows. From the
     fourth on, a number is the difference to the number two places before it.
     """
-    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
+    codes = np.frombuffer(text.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
     if not codes.size or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
         return None
     ends = np.flatnonzero(codes & 32 == 0)

@@ -73,13 +73,16 @@ def _check_classes(dataset: Mapping[str, Any]) -> list[Problem]:
 
 def _check_pairs(dataset: Mapping[str, Any], kind: str) -> list[Problem]:
     """Checks the images and label maps of one of mmseg's data sets."""
-    folders = [_path(dataset, prefix or "") for prefix in dataset["data_prefix"].values()]
-    if missing := [missing_folder(Path(folder)) for folder in folders if not os.path.isdir(folder)]:
+    given = {key: prefix for key, prefix in dataset["data_prefix"].items() if prefix is not None}
+    folders = {key: _path(dataset, prefix) for key, prefix in given.items()}
+    if missing := [missing_folder(Path(folder)) for folder in folders.values() if not os.path.isdir(folder)]:
         return missing
     suffixes = {key: dataset[key] for key in ("img_suffix", "seg_map_suffix") if key in dataset}
-    if dataset.get("ann_file") or len(folders) != 2 or (kind not in _PAIRS and len(suffixes) != 2):
+    if dataset.get("ann_file") or folders.keys() != {"img_path", "seg_map_path"}:
         return []
-    images, maps = (_path(dataset, dataset["data_prefix"][key]) for key in ("img_path", "seg_map_path"))
+    if kind not in _PAIRS and len(suffixes) != 2:
+        return []
+    images, maps = folders["img_path"], folders["seg_map_path"]
     return check_segmentation(images, maps, num_classes=None, **suffixes).problems
 
 

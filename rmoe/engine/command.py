@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,16 +77,8 @@ def start(arguments: argparse.Namespace) -> int:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns that it had to guess
-    # Where transformers is installed, mmengine would import it, for seconds, to offer one more optimizer: Adafactor,
-    # which our checkpoints refuse.
-    absent = "transformers" not in sys.modules
-    if absent:
-        sys.modules["transformers"] = None  # type: ignore[assignment]
-    try:
-        from rmoe.engine.launch import run
-    finally:
-        if absent:
-            del sys.modules["transformers"]
+    from rmoe.engine.launch import run
+
     return run(arguments)
 
 

@@ -154,10 +154,11 @@ def run_config(folder: Path, options: Mapping[str, Any] | None = None, task: str
     configs = sorted(folder.glob("*.py"))
     if len(configs) != 1:
         raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
-    if task is None:
-        return read_config(configs[0], options or {})
-    config = task_config(read_config(configs[0], {}), task, folder)
-    change(config, options or {})
+    with quiet():
+        config = read_config(configs[0], {} if task is not None else options or {})
+    if task is not None:
+        config = task_config(config, task, folder)
+        change(config, options or {})
     return config
 
 

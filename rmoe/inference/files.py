@@ -155,6 +155,8 @@ def _matches(word: str, out: Path | None) -> list[str]:
         return is_image(os.path.basename(path))
 
     if os.path.isdir(word):
+        if results is not None and Path(os.path.realpath(word)).is_relative_to(results):
+            raise UserError(f"{word} lies in --out {out}, where results are written; give another --out")
         inside = [path for where, names in walk(word) for name in names if is_input(path := os.path.join(where, name))]
         if not inside:
             raise UserError(f"the folder {word} has no image; give one that has, or files")

@@ -139,6 +139,11 @@ def predictor(
         known = tuple(metadata.get("classes") or ())
         classes = (*known, *(f"class {label}" for label in range(len(known), _class_count(model))))
         colours = metadata.get("palette") or ()
+        if not all(isinstance(name, str) for name in known) or not all(0 <= x <= 255 for one in colours for x in one):
+            raise UserError(
+                f"{where} is damaged: its classes are texts, and its palette has a red, green and blue of 0 to 255 for "
+                "each of them; copy it again"
+            )
         colours = colours if len(colours) == len(classes) else palette(len(classes))
         return Predictor(
             model=model.eval().to(device),

@@ -179,5 +179,7 @@ def _shard_size(value: Any) -> int:
     if isinstance(value, str) and (found := _SIZE.fullmatch(value)):
         size = round(float(found[1]) * _UNITS[found[2]])
     if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-        raise UserError(f"the shard size is {value!r:.100}; it is bytes, or a text such as '500MB' or '5GB'")
+        raise UserError(
+            f"the shard size is {value!r:.100}; it is a text with a unit, such as '500MB', or in Python bytes"
+        )
     return size

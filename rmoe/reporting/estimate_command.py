@@ -53,8 +53,8 @@ def add_estimate(groups: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--precision",
         choices=("float32", "bfloat16", "float16"),
-        default="float32",
-        help="of matrix products (default: %(default)s, which GPUs compute in TF32)",
+        default="bfloat16",
+        help="of matrix products (default: %(default)s, as zero2.json has it on a GPU; float32 is TF32 there)",
     )
     parser.add_argument("--cfg-options", nargs="+", action=Options, metavar="KEY=VALUE", help="change the config")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the numbers to FILE as well")
@@ -64,6 +64,7 @@ def add_estimate(groups: argparse._SubParsersAction) -> None:
 def _estimate(arguments: argparse.Namespace) -> None:
     from rmoe.engine.building import user_errors
     from rmoe.engine.read_config import read_config
+    from rmoe.inference.load import quiet
     from rmoe.reporting.budget import costs, show, steps_of
     from rmoe.reporting.estimate import Setting, share_out, work_of
     from rmoe.reporting.machines import Cluster, find_gpu
@@ -88,8 +89,9 @@ def _estimate(arguments: argparse.Namespace) -> None:
         precision=arguments.precision,
         image_size=arguments.image_size and tuple(arguments.image_size),
     )
-    cfg = read_config(arguments.config, arguments.cfg_options or {})
-    with user_errors(str(arguments.config)):
+    with quiet():
+        cfg = read_config(arguments.config, arguments.cfg_options or {})
+    with user_errors(str(arguments.config)), quiet():
         work = work_of(cfg, setting)
         found = share_out(work, cluster)
         pipeline = list(costs(arguments.config, cfg, work, cluster))

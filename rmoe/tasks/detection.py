@@ -171,7 +171,7 @@ class CocoMetric(MMDetCocoMetric):
             precision = {name: one.get(f"{name}_precision", 0.0) for name in self.dataset_meta["classes"]}
             self._class_precision[kind] = precision
         self.metrics = kinds
-        names = [f"{metric}_{item}" for metric in self.metrics for item in _ITEMS]
+        names = [f"{metric}_{item}" for metric in self.metrics if metric in ("bbox", "segm") for item in _ITEMS]
         if self.classwise:
             names += [f"{name}_precision" for name in self.dataset_meta["classes"]]
         return {**dict.fromkeys(names, 0.0), **found}
@@ -189,7 +189,8 @@ class CocoMetric(MMDetCocoMetric):
 
 def majority_ap(train: CocoDataset, val: CocoDataset) -> dict[str, float]:
     """Returns {"box AP": …, "mask AP": …} in percent, by pycocotools, of answering one object for every image of
-    `val`: it covers the image and has the class with most objects in `train`.
+    `val`: it covers the image and has the class with most objects in `train`. Where an object of `val` has no mask
+    there is no mask AP.
     """
     objects = CheckedCOCO(train.ann_file)
     names = {category["id"]: category["name"] for category in objects.dataset["categories"]}
@@ -205,9 +206,12 @@ def majority_ap(train: CocoDataset, val: CocoDataset) -> dict[str, float]:
         answers.append(
             {"image_id": image["id"], "category_id": category, "score": 1.0, "bbox": box, "segmentation": whole}
         )
+    kinds = {"box AP": "bbox"}
+    if all(one.get("segmentation") for one in truth.dataset["annotations"]):
+        kinds["mask AP"] = "segm"
     found = {}
     with redirect_stdout(io.StringIO()):  # pycocotools prints its progress
-        for metric, kind in (("box AP", "bbox"), ("mask AP", "segm")):
+        for metric, kind in kinds.items():
             evaluation = COCOeval(truth, truth.loadRes(answers), kind)
             evaluation.evaluate()
             evaluation.accumulate()

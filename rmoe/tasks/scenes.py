@@ -13,6 +13,7 @@ from mmengine.dataset import default_collate, pseudo_collate
 from mmengine.structures import BaseDataElement
 from PIL import Image, ImageDraw
 
+from rmoe.data.images import read_image
 from rmoe.data.palette import palette
 
 SURE = 0.3  # score from which on a detection is drawn
@@ -76,8 +77,7 @@ class Scene:
         if "labels" in self.batch:
             pixels = self.batch["inputs"][0].movedim(0, -1).numpy()
             return (pixels - pixels.min()) / max(np.ptp(pixels), 1e-6)
-        with Image.open(self.batch["data_samples"][0].img_path) as image:
-            return np.asarray(image.convert("RGB"))
+        return np.asarray(read_image(self.batch["data_samples"][0].img_path).convert("RGB"))
 
     @property
     def objects(self) -> list[dict[str, Any]]:
@@ -96,7 +96,7 @@ class Scene:
             return sample.gt_sem_seg.data[0].numpy()
         labels = np.full(self.image.shape[:2], -1)
         for one in sorted(self.objects, key=lambda one: -_area(one["bbox"])):
-            left, top, right, bottom = (round(side) for side in one["bbox"])
+            left, top, right, bottom = (max(0, round(side)) for side in one["bbox"])  # it may reach over the edge
             labels[top:bottom, left:right] = one["bbox_label"]
         return labels
 

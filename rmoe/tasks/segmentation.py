@@ -133,7 +133,11 @@ class LoadLabels(LoadAnnotations):
 
     def _load_seg_map(self, results: dict[str, Any]) -> None:
         """Reads the label map in place of mmseg's method, which cuts files to 8 bits before they can be checked."""
-        path = results["seg_map_path"]
+        if not (path := results.get("seg_map_path")):
+            raise UserError(
+                f"{results['img_path']} has no label map, since its data set's data_prefix has no seg_map_path; set "
+                "that, or leave LoadLabels out of the pipeline"
+            )
         if self.reduce_zero_label not in (None, results["reduce_zero_label"]):
             raise UserError("reduce_zero_label of LoadLabels differs from the data set's; set it in the data set alone")
         values: np.ndarray = np.arange(IGNORED + 1, dtype=np.uint8)

@@ -60,6 +60,11 @@ def test_the_scripts_have_defaults_that_exist(name: str) -> None:
     assert all((ROOT / file).is_file() for file in (command[script], command[script + 1], command[script + 3]))
 
 
+def test_a_config_needs_its_json_and_work_dir() -> None:
+    (said,) = printed("launch/slurm/pretrain_core.sbatch", "--dry-run", "c.py", code=2)
+    assert "CONFIG, JSON and WORK_DIR are needed, all three; it has c.py" in " ".join(said)
+
+
 @pytest.mark.parametrize(("ranks", "images"), [({}, 32), ({"SLURM_NTASKS": "16"}, 64)])
 def test_pretraining_has_the_published_images_in_a_step(ranks: dict[str, str], images: int) -> None:
     (command,) = printed("launch/slurm/pretrain_core.sbatch", "--dry-run", **ranks)
@@ -95,6 +100,9 @@ def test_openmmlabs_variables_size_the_job() -> None:
     assert "--nodes=1" in printed("launch/slurm/submit.sh", "--dry-run", script, GPUS="2")[0]
     (said,) = printed("launch/slurm/submit.sh", "--dry-run", script, GPUS="6", GPUS_PER_NODE="4", code=2)
     assert "GPUS 6 is not a multiple of GPUS_PER_NODE 4" in " ".join(said)
+    for name, value in (("GPUS", "0"), ("GPUS", "all"), ("GPUS_PER_NODE", "08")):
+        (said,) = printed("launch/slurm/submit.sh", "--dry-run", script, code=2, **{"GPUS": "8", name: value})
+        assert f"{name} is {value}; it is a whole number, at least 1" in " ".join(said)
 
 
 def test_options_of_sbatch_take_their_values_as_words() -> None:

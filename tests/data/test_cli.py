@@ -47,10 +47,16 @@ def test_a_users_error_is_one_line_and_exit_code_2(tmp_path, capsys):
     (tmp_path / "precious").write_text("")
     assert main(["data", "scenes", str(tmp_path), *TINY]) == 2
     assert main(["data", "scenes", str(tmp_path / "set"), "--jobs", "0"]) == 2
+    assert main(["data", "check", "coco", str(tmp_path), "--num-classes", "3"]) == 2
+    assert main(["data", "prepare", "coco", str(tmp_path), str(tmp_path / "out"), "--synsets", "x"]) == 2
     captured = capsys.readouterr()
-    first, second = captured.err.splitlines()
+    first, second, *others = captured.err.splitlines()
     assert first.startswith(f"rmoe: error: {tmp_path} exists and is no data set")
     assert second == "rmoe: error: --jobs is 0; it is at least 1"
+    assert [line.split(";")[0] for line in others] == [
+        "rmoe: error: --num-classes is for ade20k",
+        "rmoe: error: --synsets is for imagenet",
+    ]
     assert not captured.out
 
 

@@ -93,6 +93,11 @@ SHORT = {"size": [6, 8], "counts": [1, 2]}
             "annotation 2 has a mask of size [6, 9] in an image of 8 x 6",
         ),
         (("annotations", 1, {"segmentation": SHORT}), "mask-size", "annotation 2 has a mask whose runs do not add up"),
+        (
+            ("annotations", 1, {"segmentation": {"size": [6, 8], "counts": "\ud800"}}),  # which no encoding has
+            "mask-size",
+            "annotation 2 has a mask whose runs do not add up",
+        ),
         (("annotations", 1, {"area": None}), "missing-key", "annotation 2 has area None"),
         (("images", 0, {"height": "6"}), "missing-key", "image 1 has height '6'"),
     ],

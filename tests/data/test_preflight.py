@@ -85,7 +85,9 @@ def test_segmentation(root):
     )
     preflight(config(segmentation(root, type="CityscapesDataset")))  # its files are called otherwise
     preflight(config(segmentation(root, ann_file="list.txt")))  # names some of the files
-    preflight(config(segmentation(root, data_prefix={"img_path": "images"})))
+    for other in ({}, {"seg_map_path": None}, {"seg_map": "labels"}):  # which is for the data set to judge
+        preflight(config(segmentation(root, data_prefix={"img_path": "images", **other})))
+    preflight(config(segmentation(root, data_prefix={"img_path": None, "seg_map_path": "labels"})))
     preflight(config(segmentation(root, data_root="s3://bucket")))
     preflight(config(segmentation(root, data_root="elsewhere", backend_args={"backend": "petrel"})))
 

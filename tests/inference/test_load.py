@@ -152,6 +152,9 @@ assert not torch.distributed.is_initialized()
         ({"inputs": {"scope": "mmengine"}}, "neither a pipeline nor a transform"),
         ({"inputs": {**INPUTS, "transform": {"input_sise": 3}}}, "input_sise"),
         ({"inputs": [1]}, "no config"),
+        ({"classes": [["cat"], ["dog"], ["owl"]]}, "is damaged: its classes are texts"),
+        ({"palette": [[300, 0, 0]] * 3}, "its palette has a red, green and blue of 0 to 255"),
+        ({"palette": [[1, 2]] * 3}, "the model that it describes"),
     ],
     ids=str,
 )

@@ -68,6 +68,16 @@ def test_names_that_are_long_or_those_of_folders(run: Predictor, tmp_path: Path)
     assert find_images([str(long)]) == [str(long)]
 
 
+def test_results_in_the_folder_that_is_searched(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "out").mkdir(parents=True)
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "a.png")
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "out" / "earlier.png")
+    folder = str(tmp_path / "photos")
+    assert find_images([folder], tmp_path / "photos" / "out") == [f"{folder}/a.png"]
+    with pytest.raises(UserError, match="photos lies in --out .*photos, where results are written; give another --out"):
+        find_images([folder], tmp_path / "photos")
+
+
 @pytest.mark.parametrize("named", [5, "notes.txt", "pictures", "../a.png", "pictures/../../a.png"])
 def test_files_that_are_not_ours_are_not_removed(run: Predictor, tmp_path: Path, named: Any) -> None:
     image, out = picture(tmp_path / "a.png"), tmp_path / "out"

@@ -364,6 +364,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "12.5 GB/s between nodes" in shown
     assert "No hours" in shown
     assert found["setting"]["processes"] == 4
+    assert found["setting"]["precision"] == "bfloat16"  # what training computes in on a GPU, where no JSON says another
     assert found["memory"]["weights"] > 0
     assert (found["cluster"]["nodes"], found["cluster"]["per_node"], found["cluster"]["link"]) == (2, 2, 12.5e9)
     assert found["seconds"]["compute"] > 0

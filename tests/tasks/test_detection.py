@@ -98,6 +98,9 @@ def test_the_baseline_is_the_commonest_class_all_over_the_image(tmp_path):
     train = dataset(write(tmp_path, content))
     found = rmoe.tasks.detection.majority_ap(train, dataset(tmp_path, **val))
     assert found == pytest.approx({"box AP": 35.0, "mask AP": 35.0})  # and 0 for cats
+    del content["annotations"][0]["segmentation"]
+    write(tmp_path, content)
+    assert rmoe.tasks.detection.majority_ap(train, dataset(tmp_path, **val)) == pytest.approx({"box AP": 35.0})
 
 
 def metric(root: Path, **changed: Any) -> Any:
@@ -261,6 +264,8 @@ def test_no_detection_at_all_scores_zero(tmp_path):
     before, after = evaluated(measure, [0, 1]), evaluated(measure, [])
     assert set(after) >= {key for key in before if "copypaste" not in key}
     assert set(after.values()) == {0.0}
+    recall = evaluated(metric(tmp_path, metric="proposal_fast", classwise=False), [0, 1])
+    assert set(recall) == {"coco/AR@100", "coco/AR@300", "coco/AR@1000"}  # it has no precision that could be 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

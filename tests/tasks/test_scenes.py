@@ -89,6 +89,21 @@ class Classified:
         return {"inputs": torch.linspace(-1, 1, 3 * 8 * 8).view(3, 8, 8), "labels": 2}
 
 
+def test_a_box_that_reaches_over_the_edge_covers_what_is_inside(tmp_path):
+    data = Pixels(tmp_path)
+    data.__dict__["get_data_info"] = lambda index: {"instances": [{"bbox": [-0.8, -0.6, 4.0, 3.0], "bbox_label": 1}]}
+    scene = Scene(data, 0)
+    del scene.batch["data_samples"][0].gt_sem_seg
+    assert scene.labels.tolist() == [[1] * 4 + [-1] * 36] * 3 + [[-1] * 40] * 17
+
+
+def test_an_image_is_shown_as_its_labels_refer_to_it(tmp_path):
+    data = Pixels(tmp_path)
+    data.paths = [str(tmp_path / "turned.tif")]
+    Image.new("RGB", (40, 20), (9, 9, 9)).save(data.paths[0], tiffinfo={0x0112: 6})  # Pillow turns a TIFF alone
+    assert Scene(data, 0).image.shape == (20, 40, 3)
+
+
 def test_the_likeliest_classes_of_an_image_are_text():
     shown = picture(Scene(Classified(), 3), {"logits": torch.tensor([0.0, 3.0, 1.0])})
     assert shown.caption == "dög 84%, cow 11%, cat 4%"

@@ -116,6 +116,15 @@ def test_files_missing_or_broken(tmp_path):
     refused("1 of 2 images have no label map, first .*0.jpg: there is no .*0.png")
 
 
+def test_a_data_set_without_label_maps(tmp_path):
+    write(tmp_path, "training", [1, 1, 1, 1])
+    for other in ({}, {"seg_map": "annotations/training"}):
+        with pytest.raises(
+            UserError, match=r"images/training/0.jpg has no label map, .* has no seg_map_path; set that"
+        ):
+            dataset(tmp_path, data_prefix={"img_path": "images/training", **other})[0]
+
+
 def test_majority_by_hand(tmp_path):
     """Trains on class 1 (grass) on 5 of 7 pixels a row; to validate, it covers 3 of 8 pixels, sky 4, one is void."""
     write(tmp_path, "training", [1, 2, 2, 2], [0, 2, 2, 3])
