@@ -47,6 +47,7 @@ _ADVICE = "give the checkpoint of this architecture"
 _MIXTURE = "give the checkpoint of a run with this architecture and this moe (its model.json says which it had)"
 _CONTAINERS = ("model", "state_dict")
 _LISTED = 3  # keys that a message names
+_COPY = 0.9  # share of the backbone under a prefix, above which it is a whole copy: heads need not be there
 _LONGEST = 1000  # characters of a key
 
 
@@ -248,7 +249,7 @@ def _without_prefix(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], r
         tails = (".".join(parts[start:]) for start in range(len(parts)))
         prefixes.update(key[: -len(tail)] for tail in tails if tail in wanted)
     prefix, most = prefixes.most_common(1)[0] if prefixes else ("", 0)
-    if most > len(wanted) / 2:  # fewer tell of another model, which is refused for what it lacks
+    if most > _COPY * len(wanted):  # fewer tell of another model, which is refused for what it lacks
         check_one([one for one, count in prefixes.items() if count == most])
     for key in state:
         if not key.startswith(prefix):

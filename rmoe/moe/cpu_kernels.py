@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice, pairwise
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -61,10 +61,9 @@ class _Rows(NamedTuple):
 
 
 def _sort_rows(expert_N: Tensor, num_experts: int) -> _Rows:
-    inverse_N, order_N, end_G = sort_pairs(expert_N, num_experts + 1)
-    ends = end_G.tolist()[:-1]
-    sizes = [end - start for start, end in pairwise([0, *ends])]
-    return _Rows(order_N, inverse_N, expert_N.index_select(0, order_N), sizes, ends[-1])
+    inverse_N, order_N, _ = sort_pairs(expert_N, num_experts + 1)
+    *sizes, dropped = torch.bincount(expert_N, minlength=num_experts + 1).tolist()
+    return _Rows(order_N, inverse_N, expert_N.index_select(0, order_N), sizes, len(order_N) - dropped)
 
 
 class _Tile(NamedTuple):
