@@ -23,6 +23,7 @@ from mmengine.config import Config
 
 from benchmarks import common, scaling, training
 from benchmarks.common import Row
+from rmoe.engine.model_config import fill_in_saved_moe
 from rmoe.reporting.estimate import share_out, work_of
 from rmoe.reporting.machines import GPUS, Cluster, Gpu
 from rmoe.reporting.work import Setting, Work
@@ -120,6 +121,7 @@ def _gpu_steps(found: Row) -> Iterator[Point]:
         made = Config.fromfile(training.CONFIGS / row["config"])
         node = made.model.get("backbone", made.model)
         node.update(core=None, moe=row["moe"], allow_random_core=True)
+        fill_in_saved_moe(made.model)
         setting = Setting(1, ep_size=1, zero=0, micro_batch=row["images"], image_size=(height, width))
         setting = replace(setting, precision=row.get("precision", "bfloat16"))
         arm = "dense" if row["moe"] is None else row["contender"]
