@@ -39,7 +39,7 @@ from rmoe.moe.forms import form_of
 from rmoe.moe.records import collect
 from rmoe.moe.state import global_state_dict, load_global_state_dict, moe_layers
 
-MOE: dict[str, Any] = {"num_experts": 4, "top_k": 1, "rank": 2, "blocks": "all", "gate_std": 1.0}
+MOE: dict[str, Any] = {"num_experts": 4, "top_k": 1, "rank": 2, "train_core": False, "blocks": "all", "gate_std": 1.0}
 SIZES = ((96, 160), (101, 150))  # (height, width) of the images that pyramids get
 MEMORY = 4 << 30  # bytes
 _LARGEST = 120_000_000  # parameters: with gradients, optimizer and copies, what fits the memory

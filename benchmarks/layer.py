@@ -217,7 +217,7 @@ def _plain(module: nn.Module) -> Step:
 
 
 def _mixture(cell: Cell, **config: Any) -> ResidualMoE:
-    given = {"num_experts": cell.experts, "top_k": 1, **config}
+    given = {"num_experts": cell.experts, "top_k": 1, "train_core": False, **config}
     return ResidualMoE(cell.network(), ResidualMoEConfig(**given)).train()
 
 

@@ -70,7 +70,7 @@ def cases(processes: int) -> list[Case]:
 def config(case: Case, image_size: int, small: bool) -> Config:
     """Returns the config of a case's classifier."""
     way = "auto" if case["exchange"] == "none" else case["exchange"]
-    moe = case | {"exchange": way, "num_experts": EXPERTS, "top_k": 1, "blocks": "last_two"}
+    moe = case | {"exchange": way, "num_experts": EXPERTS, "top_k": 1, "train_core": False, "blocks": "last_two"}
     sizes = {"depth": 2, "embed_dim": 48, "num_heads": 3} if small else {"depth": 4}
     model = {
         "type": "rmoe.TimmClassifier",

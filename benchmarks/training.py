@@ -26,7 +26,7 @@ TASKS = {
 # `moe` of a config for each kind of layer that is compared; 8 experts, top-1, every other block of the last two stages.
 ARMS: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "low_rank": {"residual": "low_rank", "top_k": 1},
+    "low_rank": {"residual": "low_rank", "top_k": 1, "train_core": False},
     "full": {"residual": "full"},
     "experts": {"residual": "experts"},
 }

@@ -27,7 +27,7 @@ class Kind(NamedTuple):
         combine: what "auto" means, for experts that start as the core does.
         exchange: likewise.
         has_rank: whether it is a product of two factors of `rank`, which `alpha` scales; then top_k="auto" is `all`
-            where such residuals meet inside the network.
+            where such residuals meet inside the network, and train_core="auto" trains the core.
         lr_mult: of its learning rate, unless a config says another: factors that begin at a product of zero are trained
             at four times the rate of what has the core's shape (docs/design.md).
     """
@@ -127,7 +127,8 @@ class ResidualMoEConfig:
         gate_std: standard deviation of the router's initial weights; `rmoe verify` takes 1, for gates that are decided
             from the start.
         blocks: which blocks become MoE; one of the named rules, or a tuple of module names as they stand in the model.
-        train_core: train θ0 as well; by default it is frozen.
+        train_core: train θ0 as well, or freeze it, as several tasks need that share one core; `auto` trains it beside
+            residuals of low rank, which gain from it (docs/claims.md), and freezes it beside others.
         train_residual: train Δ (or the `experts`); False fixes them, as Swin-MoE does while finetuning for detection.
         recompute: run the experts again for backward instead of keeping their activations; the gate decides once.
         ep_size: processes over which the experts of a layer are spread; divides E and the number of processes. Fixed
@@ -156,7 +157,7 @@ class ResidualMoEConfig:
     balance_rate: float = 0.0
     gate_std: float = 0.02
     blocks: Blocks | tuple[str, ...] = "alternate_last_two_stages"
-    train_core: bool = False
+    train_core: bool | Literal["auto"] = "auto"
     train_residual: bool = True
     recompute: bool = False
     ep_size: int = 1
@@ -239,8 +240,8 @@ class ResidualMoEConfig:
             )
         if not self.kind.has_core and self.combine == "residual":
             raise UserError(f"residual='{self.residual}' has no core to add residuals to: use combine='softmax'")
-        if not self.kind.has_core and self.train_core:
-            raise UserError(f"residual='{self.residual}' has no core to train: leave train_core=False")
+        if not self.kind.has_core and self.trains_core:
+            raise UserError(f"residual='{self.residual}' has no core to train: leave train_core out")
         if not self.train_residual:
             object.__setattr__(self, "ep_size", 1)
         if self.shared_a and self.ep_size > 1:
@@ -310,6 +311,11 @@ class ResidualMoEConfig:
             return self.top_k
         meet = self.mixes_weights and self.kind.has_rank and self.router not in ("expert_choice", "task")
         return self.num_experts if self.top_k == "all" or meet else 1
+
+    @property
+    def trains_core(self) -> bool:
+        """Says whether θ0 trains: `train_core`, with "auto" resolved."""
+        return self.kind.has_rank if self.train_core == "auto" else self.train_core
 
     @property
     def chooses(self) -> bool:

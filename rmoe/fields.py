@@ -73,7 +73,7 @@ def _accepts(hint: Any, value: Any) -> bool:
 def _described(hint: Any) -> str:
     """Says in words what `_accepts` takes."""
     if get_origin(hint) is Literal:
-        return f"one of {', '.join(map(repr, get_args(hint)))}"
+        return f"{'one of ' if len(get_args(hint)) > 1 else ''}{', '.join(map(repr, get_args(hint)))}"
     if get_origin(hint) is tuple:
         return f"a tuple, each item being {_described(get_args(hint)[0])}"
     if get_origin(hint) in (Union, UnionType):

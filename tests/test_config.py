@@ -51,6 +51,9 @@ def test_what_is_refused(values: dict, message: str) -> None:
 
 def test_the_cheap_choices() -> None:
     low_rank, full = ResidualMoEConfig(), ResidualMoEConfig(residual="full")
+    assert (low_rank.trains_core, full.trains_core) == (True, False)
+    assert not ResidualMoEConfig(train_core=False).trains_core
+    assert ResidualMoEConfig(residual="full", train_core=True).trains_core
     assert low_rank.mixes_weights
     assert not low_rank.sends_tokens
     assert not full.mixes_weights

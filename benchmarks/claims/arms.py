@@ -14,7 +14,7 @@ from rmoe.data.emoji_scenes.textures import STUFF
 SEEDS, HEADLINE_SEEDS = (0, 1, 2), (0, 1, 2, 3, 4)
 HEADLINE = ("dense", "residual")
 LONGER = 3  # times the steps downstream
-EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 1}
+EXPERTS: dict[str, Any] = {"num_experts": 8, "top_k": 1, "train_core": False}
 # Of the backbones here, the one that learns from few images in few steps: docs/claims.md.
 MODEL: dict[str, Any] = {
     "model": "cvt_13",

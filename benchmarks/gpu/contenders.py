@@ -98,7 +98,7 @@ def _dense(cell: Cell, inputs: Any, trained: bool = True) -> Arm:
 
 
 def _ours(cell: Cell, inputs: Any, **config: Any) -> Arm:
-    given = {"num_experts": cell.experts, "top_k": 1, "gate_std": 1.0, **config}
+    given = {"num_experts": cell.experts, "top_k": 1, "gate_std": 1.0, "train_core": False, **config}
     layer = ResidualMoE(cell.network(), ResidualMoEConfig(**given))
     with torch.no_grad():
         for residual in layer.residuals():  # as after some steps: at the start they are zero

@@ -219,7 +219,7 @@ def _watched() -> Iterator[list[str]]:
 
 # The gates draw no noise: two devices draw different numbers.
 _MODELS: dict[str, dict[str, Any]] = {
-    "low_rank": {"top_k": 1},
+    "low_rank": {"top_k": 1, "train_core": False},
     "soft low_rank, trained core": {"top_k": "all", "train_core": True},
     "full": {"residual": "full"},
     "full, two choices, capacity": {"residual": "full", "top_k": 2, "capacity_factor": 1.0},

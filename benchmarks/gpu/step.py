@@ -23,7 +23,7 @@ from rmoe.moe.records import collect
 
 ARMS: dict[str, dict[str, Any] | None] = {
     "dense": None,
-    "low_rank": {"residual": "low_rank", "top_k": 1},
+    "low_rank": {"residual": "low_rank", "top_k": 1, "train_core": False},
     "soft": {"residual": "low_rank", "top_k": "all", "train_core": True},
     "full": {"residual": "full"},
     "upper_bound": {"residual": "experts"},

@@ -119,7 +119,7 @@ def add_weights(
 
 def _check_trained(config: ResidualMoEConfig) -> None:
     experts = config.residual == "experts"
-    if config.train_residual if experts else config.train_core:
+    if config.train_residual if experts else config.trains_core:
         return
     frozen = "moe.train_residual=False fixes the experts" if experts else "the core of residuals is frozen"
     train = "moe.train_residual" if experts else "moe.train_core"

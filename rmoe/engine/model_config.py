@@ -37,15 +37,17 @@ def complete_moe(values: Any) -> ResidualMoEConfig:
     for key, value in dataclasses.asdict(config).items():
         if key not in values or isinstance(value, dict):
             values[key] = value
+    values["train_core"] = config.trains_core
     return config
 
 
 def fill_in_saved_moe(config: Any) -> None:
-    """Writes into a model's saved config, in place, what mixtures have that were saved without `top_k`: 1, its default
-    when that was left open.
+    """Writes into a model's saved config, in place, what its mixtures leave open, by the defaults of the time when a
+    run's config could leave something open: one expert for each token, and a frozen core.
     """
     for moe in moe_dicts(config):
-        moe.setdefault("top_k", 1)
+        for key, value in {"top_k": 1, "train_core": False}.items():
+            moe.setdefault(key, value)
 
 
 def allow_random_cores(config: Any) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from rmoe.backbones.checkpoint_formats import translate
 from rmoe.backbones.hub import SCHEME
 from rmoe.backbones.load_core import checked_path, read_checkpoint
+from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint.export import ADAPTER, core_of, core_sha256, timm_nodes, write_model, write_tensors
 from rmoe.engine.checkpoint.weights import read_weights
 from rmoe.engine.model_config import moe_dicts
@@ -260,7 +261,7 @@ def _check_core(
     where: Path, metadata: Mapping[str, Any], state: Mapping[str, Tensor], taken: Mapping[str, str], core: Core
 ) -> None:
     """Refuses a core that the run was not made from: its frozen cores must be in it, bit for bit."""
-    trained = any(moe.get("train_core") for moe in moe_dicts(metadata["model"]))
+    trained = any(ResidualMoEConfig.from_dict(moe).trains_core for moe in moe_dicts(metadata["model"]))
     frozen = [key for key in state if not trained and ".core.fc" in key]
     lacking = [key for key in frozen if key not in taken]
     known, here = metadata.get("core_sha256"), None

@@ -439,7 +439,10 @@ def test_in_an_unmodified_fpn_of_mmdet():
         ({"model": "qqqqqqqqqqqqqqq"}, "timm.list_models"),
         ({"kwargs": {"embed_dims": 8}}, "unexpected keyword argument 'embed_dims'"),
         ({"out_indices": (0, 4)}, "has the levels 0 to 3"),
-        ({"moe": {}, "allow_random_core": False}, "the core of residuals is frozen and there is no core"),
+        (
+            {"moe": {"train_core": False}, "allow_random_core": False},
+            "core of residuals is frozen and there is no core",
+        ),
         ({"model": "resnet18", "kwargs": {}, "moe": {}}, "no feed-forward network"),
         ({"moe": {"num_expert": 8}}, "did you mean 'num_experts'"),
         ({"model": "twins_svt_small", "kwargs": {}, "with_cp": True}, "twins_svt_small cannot recompute activations"),

@@ -81,10 +81,10 @@ def test_report_counts_and_freezing() -> None:
     model, report = rmoe.upcycle(swin(), CONFIG)
     assert sum(report.parameters.values()) == sum(p.numel() for p in model.parameters())
     assert sum(report.trainable.values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert report.trainable["core"] == 0
-    assert report.trainable["residual"] == report.parameters["residual"] > 0
-    trained = rmoe.upcycle(swin(), ResidualMoEConfig(num_experts=4, train_core=True)).report
-    assert trained.trainable == trained.parameters
+    assert report.trainable == report.parameters
+    frozen = rmoe.upcycle(swin(), ResidualMoEConfig(num_experts=4, train_core=False)).report
+    assert frozen.trainable["core"] == 0
+    assert frozen.trainable["residual"] == frozen.parameters["residual"] > 0
 
 
 def test_the_core_is_the_blocks_own_network() -> None:

@@ -29,7 +29,7 @@ def main() -> None:
     batches = [torch.randn(IMAGES, 3, 16, 16, generator=generator) for _ in range(BATCHES)]
     for name, moe in json.loads(sys.argv[2]).items():
         subspaces = moe.pop("subspaces", False)
-        values = {"num_experts": 4, "top_k": 1, "rank": 2, "blocks": "all", **moe}
+        values = {"num_experts": 4, "top_k": 1, "train_core": False, "rank": 2, "blocks": "all", **moe}
         model, _ = rmoe.upcycle(dense(gated=False), rmoe.ResidualMoEConfig.from_dict(values))
         how = rmoe.Calibration(tokens_per_expert=30, subspaces=subspaces)
         found = rmoe.calibrate(model, [batch[rank::world] for batch in batches], how, seed=5)

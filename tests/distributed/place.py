@@ -50,7 +50,7 @@ def dense(gated: bool) -> nn.Module:
 
 def build(moe: dict[str, Any], folder: Path, gated: bool) -> nn.Module:
     """Carried over from the checkpoint of a mixture whose residuals are as if trained, all experts in one process."""
-    moe = {"num_experts": 4, "top_k": 1, "noise": 0.0, "gate_std": 1.0, **moe}
+    moe = {"num_experts": 4, "top_k": 1, "train_core": False, "noise": 0.0, "gate_std": 1.0, **moe}
     model, _ = rmoe.upcycle(dense(gated), rmoe.ResidualMoEConfig.from_dict({**moe, "ep_size": 1}))
     generator = torch.Generator().manual_seed(1)
     for layer in moe_layers(model).values():

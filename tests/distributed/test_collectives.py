@@ -11,7 +11,7 @@ from conftest import ROOT, run_processes
 from toy import write_config, write_json
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(450)]
-MOE: dict[str, Any] = {"num_experts": 4, "top_k": 1, "rank": 2, "losses": {"importance": 0.01}}
+MOE: dict[str, Any] = {"num_experts": 4, "top_k": 1, "train_core": False, "rank": 2, "losses": {"importance": 0.01}}
 MODELS: dict[str, dict[str, Any] | None] = {
     "dense": None,
     "low rank": MOE,

@@ -20,8 +20,15 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600
 GLOBAL_BATCH, STEPS = 8, 2
 PROCESSES = (4, 2, 1, 2)
 FULL = {"num_experts": 4, "residual": "full", "noise": 0.0, "losses": {"importance": 0.01}, "train_core": True}
-LOW = {"num_experts": 4, "top_k": 1, "rank": 2, "noise": 0.0, "losses": {"importance": 0.01, "z": 0.001}}
-SEGMENTS = {"num_experts": 4, "top_k": "all", "residual": "segments", "rank": 1, "noise": 0.0}
+LOW = {
+    "num_experts": 4,
+    "top_k": 1,
+    "train_core": False,
+    "rank": 2,
+    "noise": 0.0,
+    "losses": {"importance": 0.01, "z": 0.001},
+}
+SEGMENTS = {"num_experts": 4, "top_k": "all", "train_core": False, "residual": "segments", "rank": 1, "noise": 0.0}
 SPARSE = {"num_experts": 4, "residual": "sparse", "density": 0.2, "noise": 0.0}
 SGD = {"type": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
 AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}

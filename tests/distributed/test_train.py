@@ -29,9 +29,24 @@ TRAIN = ROOT / "launch" / "train.py"
 GLOBAL_BATCH = 8
 # Without noise, for comparisons between numbers of processes; the clipping is active in every step.
 CALM = {"model.drop_path": 0.0, "optim_wrapper.clip_grad.max_norm": 0.05}
-MOE = {"num_experts": 4, "top_k": 1, "rank": 2, "noise": 0.0, "losses": {"importance": 0.01, "z": 0.001}}
+MOE = {
+    "num_experts": 4,
+    "top_k": 1,
+    "train_core": False,
+    "rank": 2,
+    "noise": 0.0,
+    "losses": {"importance": 0.01, "z": 0.001},
+}
 # Without losses of the gates, which are of all tokens of a part: parts with other numbers of tokens make another mean.
-SHARED = {"num_experts": 4, "top_k": 1, "rank": 2, "noise": 0.0, "losses": {"importance": 0.0}, "gate_std": 0.5}
+SHARED = {
+    "num_experts": 4,
+    "top_k": 1,
+    "train_core": False,
+    "rank": 2,
+    "noise": 0.0,
+    "losses": {"importance": 0.0},
+    "gate_std": 0.5,
+}
 SHARED |= {"shared_a": True, "balance_rate": 0.01}
 AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}
 # With all that is random, drop path, gate noise, augmentation, and an average of the weights.

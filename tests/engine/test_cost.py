@@ -57,7 +57,7 @@ def test_parameters_of_a_dense_model() -> None:
 
 
 def test_what_experts_share_is_used_by_every_token() -> None:
-    layer = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=4, top_k=1, rank=2, shared_a=True))
+    layer = ResidualMoE(Mlp(4, 8), ResidualMoEConfig(num_experts=4, top_k=1, rank=2, shared_a=True, train_core=False))
     dense, gate, of_a, of_b = 4 * 8 + 8 + 8 * 4 + 4, 4 * 4 + 4, 2 * (4 + 8), 2 * (8 + 4)
     assert count_parameters(layer) == Parameters(
         total=dense + gate + of_a + 4 * of_b, active=dense + gate + of_a + of_b, trainable=gate + of_a + 4 * of_b

@@ -46,17 +46,19 @@ def test_what_is_in_a_config() -> None:
 def test_what_a_mixture_leaves_open_is_written_out() -> None:
     values = {"num_experts": 4, "losses": {"z": 0.1}, "train_residual": False, "ep_size": 2}
     config = complete_moe(values)
-    assert values == {**dataclasses.asdict(config), "ep_size": 2}
+    assert values == {**dataclasses.asdict(config), "ep_size": 2, "train_core": True}
     assert values["losses"] == {"importance": 0.005, "load": 0.0, "balance": 0.0, "z": 0.1, "task_information": 0.0}
-    assert config == ResidualMoEConfig.from_dict(values) == complete_moe(dict(values))
+    again = ResidualMoEConfig.from_dict(values)
+    assert again == complete_moe(dict(values)) == dataclasses.replace(config, train_core=True)
 
 
-def test_a_saved_mixture_without_top_k_is_of_one_expert_a_token() -> None:
-    saved: Any = {"backbone": {"moe": {"num_experts": 4}}, "heads": [{"moe": {"top_k": "auto"}}, {"moe": None}]}
+def test_a_saved_mixture_that_leaves_something_open_has_one_expert_a_token_and_a_frozen_core() -> None:
+    said = {"top_k": "auto", "train_core": True}
+    saved: Any = {"backbone": {"moe": {"num_experts": 4}}, "heads": [{"moe": {**said}}, {"moe": None}]}
     fill_in_saved_moe(saved)
     assert saved == {
-        "backbone": {"moe": {"num_experts": 4, "top_k": 1}},
-        "heads": [{"moe": {"top_k": "auto"}}, {"moe": None}],
+        "backbone": {"moe": {"num_experts": 4, "top_k": 1, "train_core": False}},
+        "heads": [{"moe": said}, {"moe": None}],
     }
 
 

@@ -33,7 +33,7 @@ def core(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def residual(core: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return finished(tmp_path_factory.mktemp("runs") / "residual", core, 1, {"num_experts": 4})
+    return finished(tmp_path_factory.mktemp("runs") / "residual", core, 1, {"num_experts": 4, "train_core": False})
 
 
 @pytest.fixture(scope="module")

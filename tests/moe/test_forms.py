@@ -66,7 +66,8 @@ def network(name: str) -> nn.Module:
 def layer(name: str, spread: float = 0.0, **config: Any) -> ResidualMoE:
     """A layer of three experts; `spread` moves its residuals away from zero."""
     moe = ResidualMoE(
-        network(name), ResidualMoEConfig(**{"num_experts": 3, "top_k": 1, "rank": 2, "gate_std": 3.0, **config})
+        network(name),
+        ResidualMoEConfig(**{"num_experts": 3, "top_k": 1, "rank": 2, "gate_std": 3.0, "train_core": False, **config}),
     )
     with torch.no_grad():
         for parameter in moe.deepspeed_moe.parameters():

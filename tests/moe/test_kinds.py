@@ -36,7 +36,14 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 def layer(kind: str, seed: int = 0, spread: float = 0.0, **config: Any) -> ResidualMoE:
     """A layer of four experts; `spread` moves what trains of its residuals away from zero."""
     torch.manual_seed(seed)
-    chosen = {"num_experts": EXPERTS, "top_k": 1, "residual": kind, **KINDS.get(kind, {}), **config}
+    chosen = {
+        "num_experts": EXPERTS,
+        "top_k": 1,
+        "residual": kind,
+        "train_core": False,
+        **KINDS.get(kind, {}),
+        **config,
+    }
     moe = ResidualMoE(Mlp(WIDTH, HIDDEN), ResidualMoEConfig(**chosen))
     with torch.no_grad():
         for parameter in moe.deepspeed_moe.parameters():

@@ -31,7 +31,10 @@ PRESERVING = ("residual", "straight_through")
 def layer(seed: int = 0, spread: float = 0.0, **config: object) -> ResidualMoE:
     """A layer of four experts; `spread` moves its residuals away from zero."""
     torch.manual_seed(seed)
-    moe = ResidualMoE(Mlp(WIDTH, 2 * WIDTH), ResidualMoEConfig(**{"num_experts": 4, "top_k": 1, "rank": 2, **config}))  # type: ignore[arg-type]
+    moe = ResidualMoE(
+        Mlp(WIDTH, 2 * WIDTH),
+        ResidualMoEConfig(**{"num_experts": 4, "top_k": 1, "rank": 2, "train_core": False, **config}),
+    )  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in moe.deepspeed_moe.parameters():
             parameter.add_(spread * torch.randn_like(parameter))

@@ -207,7 +207,9 @@ class Mlp(nn.Module):
 def layer(width: int = WIDTH, **config: Any) -> ResidualMoE:
     """A layer of four experts whose residuals are not zero."""
     torch.manual_seed(0)
-    moe = ResidualMoE(Mlp(width), ResidualMoEConfig(**{"num_experts": 4, "top_k": 1, "rank": 2, **config}))
+    moe = ResidualMoE(
+        Mlp(width), ResidualMoEConfig(**{"num_experts": 4, "top_k": 1, "rank": 2, "train_core": False, **config})
+    )
     with torch.no_grad():
         for parameter in moe.deepspeed_moe.parameters():
             parameter.add_(0.5 * torch.randn_like(parameter))

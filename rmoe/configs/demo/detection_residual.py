@@ -1,4 +1,6 @@
-"""Demo, step 3b: the same finetune with residual experts in every other block of the last two stages, core frozen.
+"""Demo, step 3b: the same finetune with residual experts in every other block of the last two stages.
+
+Cores train as well; with --cfg-options model.backbone.moe.train_core=False they stay as they are, for several tasks.
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/detection_residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/detection_residual \

@@ -21,7 +21,9 @@ tasks = dict(
     segmentation=dict(config="residual.py"),
     detection=dict(config="detection_residual.py"),
 )
-model = dict(backbone=dict(moe=dict(top_k=1, tasks=2, losses=dict(importance=0.005, task_information=0.005))))
+model = dict(
+    backbone=dict(moe=dict(top_k=1, train_core=False, tasks=2, losses=dict(importance=0.005, task_information=0.005)))
+)
 optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.05),
     constructor="rmoe.ParamGroups",

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of ATSS with a dynamic head on Swin-L, COCO in many sizes, 24 epochs; 8 low-rank experts,
-all weighed for each token, in every other block of the last two stages, their cores frozen.
+all weighed for each token, in every other block of the last two stages, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_large_residual_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json

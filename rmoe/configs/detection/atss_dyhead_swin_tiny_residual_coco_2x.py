@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of ATSS with a dynamic head on Swin-T, COCO in several sizes, 90 000 steps; 8 low-rank
-experts, all weighed for each token, in every other block of the last two stages, their cores frozen.
+experts, all weighed for each token, in every other block of the last two stages, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/detection/atss_dyhead_swin_tiny_residual_coco_2x.py \
         --deepspeed_config ds_configs/zero2.json

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of Mask R-CNN on CvT-13, COCO, 12 epochs; 8 low-rank experts, all weighed for each token,
-in every other block of the last two stages, their cores frozen.
+in every other block of the last two stages, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_cvt_13_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of Mask R-CNN on EVA-02-B/14 with a simple feature pyramid, COCO, 12 epochs; 8 low-rank
-experts, all weighed for each token, in every other block, their cores frozen.
+experts, all weighed for each token, in every other block, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_eva02_base_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json

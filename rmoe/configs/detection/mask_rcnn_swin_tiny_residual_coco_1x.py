@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of Mask R-CNN on Swin-T, COCO, 12 epochs; 8 low-rank experts, all weighed for each token,
-in every other block of the last two stages, their cores frozen.
+in every other block of the last two stages, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_residual_coco_1x.py \
         --deepspeed_config ds_configs/zero2.json
@@ -13,7 +13,7 @@ Variants of this config, each with the words to write after --cfg-options:
     model.backbone.moe.top_k=1           each token uses one expert
     model.backbone.moe.residual=full     each expert has a residual of the core's shape
     model.backbone.moe.residual=experts  sparse upcycling: each expert is a copy of the core, trained whole
-    model.backbone.moe.train_core=True   the cores are trained as well
+    model.backbone.moe.train_core=False  the cores stay as they are, for several tasks to share
 """
 
 _base_ = ["mask_rcnn_swin_tiny_dense_coco_1x.py"]

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of Mask R-CNN on Swin-T, COCO, 36 epochs; 8 low-rank experts, all weighed for each token,
-in every other block of the last two stages, their cores frozen.
+in every other block of the last two stages, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/detection/mask_rcnn_swin_tiny_residual_coco_3x.py \
         --deepspeed_config ds_configs/zero2.json

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of DPT on DINOv3-B/16, ADE20K in crops of 512 pixels, 160 000 steps; 8 low-rank experts,
-all weighed for each token, in every other block, their cores frozen.
+all weighed for each token, in every other block, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/segmentation/dpt_dinov3_base_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json

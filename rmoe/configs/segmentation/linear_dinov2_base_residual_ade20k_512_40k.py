@@ -14,4 +14,4 @@ _base_ = ["linear_dinov2_base_dense_ade20k_512_40k.py"]
 
 card = dict(pipeline="RMoE-D", published="no figure of RMoE; dense: mIoU 47.3, with four maps and several scales 51.3")
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8)))
+model = dict(backbone=dict(moe=dict(num_experts=8, train_core=False)))

@@ -1,5 +1,5 @@
 """RMoE-D: residual finetune of UPerNet on Swin-T, ADE20K in crops of 512 pixels, 160 000 steps; 8 low-rank experts, all
-weighed for each token, in every other block of the last two stages, their cores frozen.
+weighed for each token, in every other block of the last two stages, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py \
         --deepspeed_config ds_configs/zero2.json
@@ -13,7 +13,7 @@ Variants of this config, each with the words to write after --cfg-options:
     model.backbone.moe.top_k=1           each token uses one expert
     model.backbone.moe.residual=full     each expert has a residual of the core's shape
     model.backbone.moe.residual=experts  sparse upcycling: each expert is a copy of the core, trained whole
-    model.backbone.moe.train_core=True   the cores are trained as well
+    model.backbone.moe.train_core=False  the cores stay as they are, for several tasks to share
 """
 
 _base_ = ["upernet_swin_tiny_dense_ade20k_512_160k.py"]

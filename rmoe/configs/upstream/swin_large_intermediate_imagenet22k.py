@@ -1,5 +1,5 @@
 """RMoE-I, first half: intermediate finetuning of Swin-L on ImageNet-22k, 2 epochs; 8 low-rank experts, all weighed for
-each token, in every other block of the last two stages, their cores frozen.
+each token, in every other block of the last two stages, their cores trained as well.
 
     deepspeed --hostfile hostfile launch/train.py rmoe/configs/upstream/swin_large_intermediate_imagenet22k.py \
         --deepspeed_config ds_configs/zero2.json

@@ -1,5 +1,5 @@
 """RMoE-I, first half: intermediate finetuning of Swin-T on ImageNet-1k, 5 epochs; 8 low-rank experts, all weighed for
-each token, in every other block of the last two stages, their cores frozen.
+each token, in every other block of the last two stages, their cores trained as well.
 
     deepspeed launch/train.py rmoe/configs/upstream/swin_tiny_intermediate_imagenet1k.py \
         --deepspeed_config ds_configs/zero1.json

@@ -120,7 +120,7 @@ def test_arms_of_a_seed_differ_in_the_experts_alone(runs: dict[Any, Training]) -
         Config.fromfile(runs[name, "segmentation", 1].config, import_custom_modules=False).to_dict()
         for name in ("dense", "residual")
     )
-    assert residual["model"]["backbone"].pop("moe") == {"num_experts": 8, "top_k": 1}
+    assert residual["model"]["backbone"].pop("moe") == {"num_experts": 8, "top_k": 1, "train_core": False}
     assert (dense.pop("stage"), residual.pop("stage")) == ("dense", "residual")
     assert dense == residual
     assert dense["randomness"]["seed"] == 1
