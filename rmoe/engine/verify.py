@@ -49,7 +49,7 @@ WIDTH, EXPERTS, STEPS = 16, 8, 2
 LR, DECAY, CLIP = 1.0, 0.05, 0.05
 STAGES = (0, 1, 2)
 TOLERANCE = 1e-5  # float32, sums in another order
-_MOE: dict[str, Any] = {"num_experts": EXPERTS, "rank": 4, "noise": 0.0, "gate_std": 1.0}
+_MOE: dict[str, Any] = {"num_experts": EXPERTS, "rank": 4, "train_core": False, "noise": 0.0, "gate_std": 1.0}
 _MOE |= {"losses": {"importance": 0.01, "z": 0.001}}
 
 
