@@ -1,6 +1,6 @@
 """Demo, step 3b: the same finetune with residual experts in every other block of the last two stages.
 
-Cores train as well; with --cfg-options model.backbone.moe.train_core=False they stay as they are, for several tasks.
+Its cores stay as they are, so that an adapter can leave them out; model.backbone.moe.train_core=True trains them as well.
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/detection_residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/detection_residual \
@@ -16,4 +16,4 @@ card = dict(
     published="nothing; the full-size recipe is detection/mask_rcnn_swin_tiny_residual_coco_1x.py",
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8)))
+model = dict(backbone=dict(moe=dict(num_experts=8, train_core=False)))
