@@ -1,6 +1,6 @@
 """Demo, step 3b: the same finetune with residual experts in every other block of the last two stages.
 
-Its cores stay as they are, so that an adapter can leave them out; model.backbone.moe.train_core=True trains them as well.
+Its cores stay as they are, so that an adapter can leave them out; model.backbone.moe.train_core=True trains them, too.
 
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/detection_residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/detection_residual \
