@@ -33,6 +33,15 @@ from rmoe.engine.checkpoint import files
 from rmoe.moe.layer import ResidualMoE
 
 WIDTH = 8
+# A mixture without noise: what it computes does not depend on the number of processes.
+TOP_1: dict[str, Any] = {
+    "num_experts": 4,
+    "top_k": 1,
+    "train_core": False,
+    "rank": 2,
+    "noise": 0.0,
+    "losses": {"importance": 0.01, "z": 0.001},
+}
 
 
 @DATASETS.register_module()

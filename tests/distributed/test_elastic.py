@@ -14,20 +14,12 @@ import torch
 from conftest import ROOT, run_processes
 from safetensors.torch import load_file
 from torch import Tensor
-from toy import write_config, write_json
+from toy import TOP_1, write_config, write_json
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(600)]
 GLOBAL_BATCH, STEPS = 8, 2
 PROCESSES = (4, 2, 1, 2)
 FULL = {"num_experts": 4, "residual": "full", "noise": 0.0, "losses": {"importance": 0.01}, "train_core": True}
-LOW = {
-    "num_experts": 4,
-    "top_k": 1,
-    "train_core": False,
-    "rank": 2,
-    "noise": 0.0,
-    "losses": {"importance": 0.01, "z": 0.001},
-}
 SEGMENTS = {"num_experts": 4, "top_k": "all", "train_core": False, "residual": "segments", "rank": 1, "noise": 0.0}
 SPARSE = {"num_experts": 4, "residual": "sparse", "density": 0.2, "noise": 0.0}
 SGD = {"type": "SGD", "lr": 0.1, "momentum": 0.9, "weight_decay": 0.05}
@@ -46,7 +38,7 @@ class Chain(NamedTuple):
 
 
 CHAINS = {
-    "low rank": Chain(LOW, ADAMW, (4, 2, 1, 2), (2, 1, 0, 2), averaged=True),
+    "low rank": Chain(TOP_1, ADAMW, (4, 2, 1, 2), (2, 1, 0, 2), averaged=True),
     "full": Chain(FULL, ADAMW, (2, 1, 1, 2), (1, 3, 2, 0)),
     "from stage 0": Chain(FULL, SGD, (4, 2, 1, 1), (0, 2, 1, 1)),
     "segments": Chain(SEGMENTS, ADAMW, (2, 1, 1, 2), (1, 3, 2, 0)),

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, Finished, run_processes
 from safetensors.torch import load_file
 from torch import Tensor
-from toy import write_config, write_json
+from toy import TOP_1, write_config, write_json
 
 from rmoe.engine.checkpoint.export import read_metadata
 from rmoe.engine.ports import free_port
@@ -29,30 +29,13 @@ TRAIN = ROOT / "launch" / "train.py"
 GLOBAL_BATCH = 8
 # Without noise, for comparisons between numbers of processes; the clipping is active in every step.
 CALM = {"model.drop_path": 0.0, "optim_wrapper.clip_grad.max_norm": 0.05}
-MOE = {
-    "num_experts": 4,
-    "top_k": 1,
-    "train_core": False,
-    "rank": 2,
-    "noise": 0.0,
-    "losses": {"importance": 0.01, "z": 0.001},
-}
 # Without losses of the gates, which are of all tokens of a part: parts with other numbers of tokens make another mean.
-SHARED = {
-    "num_experts": 4,
-    "top_k": 1,
-    "train_core": False,
-    "rank": 2,
-    "noise": 0.0,
-    "losses": {"importance": 0.0},
-    "gate_std": 0.5,
-}
-SHARED |= {"shared_a": True, "balance_rate": 0.01}
+SHARED = TOP_1 | {"losses": {"importance": 0.0}, "gate_std": 0.5, "shared_a": True, "balance_rate": 0.01}
 AVERAGED = {"type": "rmoe.EMAHook", "momentum": 0.3}
 # With all that is random, drop path, gate noise, augmentation, and an average of the weights.
-WILD = {"model.moe": MOE | {"noise": 1.0, "ep_size": 2}, "model.drop_path": 0.3, "custom_hooks": [AVERAGED]}
+WILD = {"model.moe": TOP_1 | {"noise": 1.0, "ep_size": 2}, "model.drop_path": 0.3, "custom_hooks": [AVERAGED]}
 DRAWN = {
-    "model.moe": MOE | {"residual": "full"},
+    "model.moe": TOP_1 | {"residual": "full"},
     "custom_hooks": [{"type": "rmoe.AverageExpertsHook", "rate": 0.25}],
 }
 NO_DATA = {"_delete_": True, "type": "rmoe.ImageFolder", "root": "nowhere", "split": "train", "num_classes": 2}
@@ -143,8 +126,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     shared |= {"train_dataloader.batch_size": GLOBAL_BATCH // 4}
     pair = {
         **{f"pair dense {stage}": make(f"pair dense {stage}", half, stage) for stage in (0, 2)},
-        **{f"pair ep1 {stage}": make(f"pair ep1 {stage}", half | {"model.moe": MOE}, stage) for stage in (2, 3)},
-        **{f"pair ep2 {s}": make(f"pair ep2 {s}", half | {"model.moe": MOE | {"ep_size": 2}}, s) for s in (0, 1, 2)},
+        **{f"pair ep1 {stage}": make(f"pair ep1 {stage}", half | {"model.moe": TOP_1}, stage) for stage in (2, 3)},
+        **{f"pair ep2 {s}": make(f"pair ep2 {s}", half | {"model.moe": TOP_1 | {"ep_size": 2}}, s) for s in (0, 1, 2)},
         **{f"pair drawn {s}": make(f"pair drawn {s}", half | spread(DRAWN), s) for s in (0, 2)},
         "whole pair": make("whole pair", WILD, 2),
         "resumed pair": make("resumed pair", WILD, 2, "--resume"),
@@ -152,12 +135,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         "shared": make("shared", shared, 2, gradient_accumulation_steps=2),
         "shared begun": make("shared again", shared | {"train_cfg.max_iters": 8}, 2, gradient_accumulation_steps=2),
         "shared again": make("shared again", shared, 2, "--resume", gradient_accumulation_steps=2),
-        "some pair": make("some pair", half | some | {"model.moe": MOE | {"ep_size": 2}}, 2),
+        "some pair": make("some pair", half | some | {"model.moe": TOP_1 | {"ep_size": 2}}, 2),
         "no data": make("no data", {"train_dataloader.dataset": NO_DATA}, 2),
         "poisoned pair": make("poisoned pair", CALM | poisoned | {"train_dataloader.batch_size": 2}, 2),
     }
     outcomes = run_all(folder, 2, pair)
-    moe = whole | {"model.moe": MOE}
+    moe = whole | {"model.moe": TOP_1}
     calibrated = alone_wild | {"calibrate": {"batches": 2}}
     best, last = next((folder / "pair ep2 2").glob("best_*")), folder / "pair ep2 2" / "iter_6"
     every_step = {"default_hooks.checkpoint.interval": 1, "default_hooks.checkpoint.max_keep_ckpts": -1}
@@ -560,13 +543,13 @@ def launcher(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Fi
 
 
 def test_the_launcher_trains(launcher: Callable[..., tuple[Finished, Path]]) -> None:
-    ended, folder = launcher("trains", {"model.moe": MOE | {"ep_size": 2}}, 2)
+    ended, folder = launcher("trains", {"model.moe": TOP_1 | {"ep_size": 2}}, 2)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert json.loads((folder / "cost.json").read_text())["devices"] == 2
 
 
 def test_the_launcher_shows_one_line_and_leaves_with_2(launcher: Callable[..., tuple[Finished, Path]]) -> None:
-    ended, folder = launcher("refuses", {"model.moe": MOE | {"ep_size": 2}}, 3)
+    ended, folder = launcher("refuses", {"model.moe": TOP_1 | {"ep_size": 2}}, 3)
     assert ended.returncode == 2
     lines = [line for line in ended.stderr.splitlines() if "rmoe: error:" in line]
     assert len(lines) == 1
