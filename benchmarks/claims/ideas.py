@@ -136,21 +136,14 @@ IDEAS: dict[str, Idea] = {
 
 def ideas() -> Study:
     """Returns the study of the ideas; what the method study has runs of is not run again."""
-    arms = {run_of(name): faster(idea.arm or ARMS[name]) for name, idea in IDEAS.items()}
-    cells = [
-        Cell(name, "segmentation", seed, *USUAL) for seed in FEW_SEEDS for name in ("dense", run_of("dense"), *arms)
-    ]
-    rivals = {run_of(name): run_of(idea.of) for name, idea in IDEAS.items()}
+    arms = {at(name): faster(idea.arm or ARMS[name]) for name, idea in IDEAS.items()}
+    cells = [Cell(name, "segmentation", seed, *USUAL) for seed in FEW_SEEDS for name in ("dense", at("dense"), *arms)]
+    rivals = {at(name): at(idea.of) for name, idea in IDEAS.items()}
     return replace(method.method(), arms=ARMS | arms, cells=tuple(cells), rivals=rivals)
-
-
-def run_of(name: str) -> str:
-    """Returns the name of an idea's runs, which the method study knows some of."""
-    return at(name)
 
 
 def quick_ideas() -> Study:
     """Returns a study of seconds, which shows that everything runs."""
     few = method.quick_method()
-    cells = [cell._replace(name=name) for cell in few.cells[:1] for name in ("dense", run_of("cosine"))]
+    cells = [cell._replace(name=name) for cell in few.cells[:1] for name in ("dense", at("cosine"))]
     return replace(few, arms=ideas().arms, cells=tuple(cells), rivals={})

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from benchmarks import tables
 from benchmarks.claims import ideas
-from benchmarks.claims.ideas import IDEAS, run_of
-from benchmarks.claims.method import ARMS
+from benchmarks.claims.ideas import IDEAS
+from benchmarks.claims.method import ARMS, at
 from benchmarks.claims.method_verdicts import changed, ideas_table
 from rmoe.config import Calibration, ResidualMoEConfig
 
@@ -15,11 +15,11 @@ from rmoe.config import Calibration, ResidualMoEConfig
 def test_every_arm_can_be_built_and_changes_one_that_there_is() -> None:
     arms = ideas.ideas().arms
     for name, idea in IDEAS.items():
-        assert run_of(idea.of) in arms
+        assert at(idea.of) in arms
         assert (idea.arm is None) == (name in ARMS)
-        arm = arms[run_of(name)]
+        arm = arms[at(name)]
         assert arm.options["optim_wrapper.optimizer.lr"] == 2e-3
-        assert arms[run_of(name)] == ARMS.get(run_of(name), arm)  # whose runs are shared
+        assert arms[at(name)] == ARMS.get(at(name), arm)  # whose runs are shared
         moe = ResidualMoEConfig.from_dict(arm.moe or {})
         if section := arm.options.get("calibrate"):
             Calibration.from_dict(section).check(moe)
@@ -37,7 +37,7 @@ def test_what_an_idea_changes_is_told() -> None:
 def test_every_run_has_its_rival_among_the_runs() -> None:
     study = ideas.ideas()
     names = {cell.name for cell in study.cells}
-    assert {study.rivals[run_of(name)] for name in IDEAS} <= names
+    assert {study.rivals[at(name)] for name in IDEAS} <= names
     assert all(other in study.cells for cell in study.cells for other in study.compared_with(cell))
 
 
