@@ -281,6 +281,6 @@ def _check_core(
         )
     if not taken:
         raise UserError(
-            f"{where} has no weight in common with {core.source}, so that an adapter would be the whole model; share "
-            "the run itself, or train with train_only"
+            f"{where} has no weight in common with {core.source}, so that an adapter would be the whole model; export "
+            "the run itself (without --trained-only), or train less of it (moe.train_core=False, train_only)"
         )

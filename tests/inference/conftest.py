@@ -21,6 +21,7 @@ SCENES = SceneParams(
     upstream_classes=4, upstream_train=4, upstream_val=3, scene_size=SIDE, scenes_train=4, scenes_val=6, categories=3
 )
 SEGMENTATION = {
+    "model.backbone.moe.train_core": False,  # as an adapter needs it
     "model.decode_head.loss_decode.class_weight": None,
     "train_cfg.val_interval": 30,  # of 500 steps: of 16, each
     "default_hooks.checkpoint.save_best": "mIoU",

@@ -1,7 +1,5 @@
 """Demo, step 2b: the same finetune with residual experts in every other block of the last two stages.
 
-Its cores stay as they are, so that an adapter can leave them out; model.backbone.moe.train_core=True trains them, too.
-
     deepspeed --num_accelerators 2 launch/train.py rmoe/configs/demo/residual.py \
         --deepspeed_config ds_configs/zero2.json --work-dir work_dirs/demo/residual \
         --cfg-options model.backbone.moe.ep_size=2
@@ -18,4 +16,4 @@ card = dict(
     published="nothing; the full-size recipe is segmentation/upernet_swin_tiny_residual_ade20k_512_160k.py",
 )
 stage = "residual"
-model = dict(backbone=dict(moe=dict(num_experts=8, train_core=False)))
+model = dict(backbone=dict(moe=dict(num_experts=8)))
