@@ -237,7 +237,7 @@ def parse(
     if sittings:
         parser.add_argument("--minutes", type=_minutes, help="begin no run that would not end by then (method, regime)")
         parser.add_argument(
-            "--only", type=_pattern, default="", help="runs whose task/arm/seed matches (method, regime)"
+            "--only", type=_pattern, default="", help="runs whose task/arm/seed/steps/styles/width matches"
         )
         parser.add_argument(
             "--device", choices=("cpu", "cuda"), default="cpu", help="where runs train (method, regime); default: cpu"

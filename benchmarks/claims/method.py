@@ -273,8 +273,12 @@ class Study:
         return [cell._replace(name=name) for name in others if name != cell.name and name in self.arms]
 
     def only(self, pattern: str) -> Study:
-        """Returns the study without the cells whose 'task/arm/seed' has no match for a regular expression."""
-        kept = [cell for cell in self.cells if re.search(pattern, f"{cell.where}/{cell.name}/{cell.seed}")]
+        """Returns the study without the cells whose 'task/arm/seed/steps/styles/width' has no match for a regex."""
+        kept = [
+            cell
+            for cell in self.cells
+            if re.search(pattern, f"{cell.where}/{cell.name}/{cell.seed}/{cell.steps}/{cell.styles}/{cell.width:g}")
+        ]
         return replace(self, cells=kept)
 
 

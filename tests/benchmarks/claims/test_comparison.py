@@ -250,6 +250,13 @@ def test_further_seeds_of_the_best_rate_need_no_run_at_the_usual_one() -> None:
     assert compared_with("soft", 5) == ["dense"]
 
 
+def test_runs_are_picked_by_their_conditions() -> None:
+    picked = method.regime().only("^segmentation/soft.*/[01]/(400|3600)/plain,night/1$").cells
+    assert [(cell.name, cell.seed, cell.steps) for cell in picked] == [
+        ("soft_lr_double", seed, steps) for steps in (400, 3600) for seed in (0, 1)
+    ]
+
+
 def test_regimes_share_the_runs_of_the_study() -> None:
     usual, regime = method.method(), method.regime()
     shared = {*usual.cells} & {*regime.cells}
