@@ -144,6 +144,16 @@ def evaluate(
     return Evaluation(str(predictor.source), split, root, len(dataset), tuple(scales), flip, metrics, classes)
 
 
+def dumped_config(folder: Path) -> Path:
+    """Returns the file of the config that a run has dumped; raises UserError if there is none, or more than one."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; give the work dir of one finished run")
+    configs = sorted(folder.glob("*.py"))
+    if len(configs) != 1:
+        raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
+    return configs[0]
+
+
 def run_config(folder: Path, options: Mapping[str, Any] | None = None, task: str | None = None) -> Config:
     """Returns the config that a run has dumped into its work dir, with `options` set in it; of a run of several tasks,
     that of a run of the one.
@@ -151,11 +161,9 @@ def run_config(folder: Path, options: Mapping[str, Any] | None = None, task: str
     Raises:
         UserError: there is none, or more than one; or see `rmoe.engine.task_config.checked_task`.
     """
-    configs = sorted(folder.glob("*.py"))
-    if len(configs) != 1:
-        raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
+    path = dumped_config(folder)
     with quiet():
-        config = read_config(configs[0], {} if task is not None else options or {})
+        config = read_config(path, {} if task is not None else options or {})
     if task is not None:
         config = task_config(config, task, folder)
         change(config, options or {})

@@ -28,7 +28,7 @@ from rmoe.engine.checkpoint.export import MODEL, read_metadata
 from rmoe.engine.model_config import for_one_process
 from rmoe.engine.task_config import model_tasks, read_alone, state_of, task_config
 from rmoe.errors import UserError
-from rmoe.inference.evaluate import run_config
+from rmoe.inference.evaluate import dumped_config, run_config
 from rmoe.moe.state import load_global_state_dict
 from rmoe.tasks.scenes import Scene, evenly_spread
 
@@ -130,6 +130,13 @@ def _of_task(task: _Task, name: str) -> _Task:
     return replace(task, measures=tuple(measures))
 
 
+def _evaluator(config: Config) -> Any:
+    """Returns a run's evaluator: of several, the first one whose metric is known here."""
+    found = config.val_evaluator
+    several = found if isinstance(found, list) else [found]
+    return next((one for one in several if one.type in _TASKS), several[0])
+
+
 def runs_in(folder: Path) -> list[Run]:
     """Returns the run in a work dir, or one for each of its tasks where it has several."""
     names = model_tasks(run_config(folder).get("model"))
@@ -162,7 +169,7 @@ class Run:
             self._model = whole.get("model")
             self.config = task_config(whole, task, folder)
         with user_errors(f"{folder} is no run's: its dumped config lacks what a report needs"):
-            kind, stage = self.config.val_evaluator.type, self.config.stage
+            kind, stage = _evaluator(self.config).type, self.config.stage
         if kind not in _TASKS:
             raise UserError(f"{folder} was evaluated by {kind}; a report knows {', '.join(_TASKS)}")
         self.task = _TASKS[kind] if task is None else _of_task(_TASKS[kind], task)
@@ -247,7 +254,7 @@ class Run:
         `val_evaluator.classwise`; there are none of classification.
         """
         if self.task.name == "detection":
-            masks = "segm" in (self.config.val_evaluator.get("metric") or "bbox")
+            masks = "segm" in (_evaluator(self.config).get("metric") or "bbox")
             place = re.escape("coco" if self.part is None else self.part)
             named = ((re.fullmatch(rf"{place}/(.+)_precision", name), points) for name, points in self.scalars.items())
             return "mask AP" if masks else "box AP", {match[1]: 100 * x[-1][1] for match, x in named if match}
@@ -337,11 +344,9 @@ def literal_config(folder: Path) -> Config:
     Raises:
         UserError: the folder is no run's, or the config is damaged.
     """
-    configs = sorted(folder.glob("*.py"))
-    if len(configs) != 1:
-        raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
-    with user_errors(f"{configs[0]} is no dumped config"):
-        return Config(parsed(configs[0].read_text()))
+    path = dumped_config(folder)
+    with user_errors(f"{path} is no dumped config"):
+        return Config(parsed(path.read_text()))
 
 
 def _class_table(text: str) -> dict[str, float]:

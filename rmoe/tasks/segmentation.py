@@ -90,6 +90,9 @@ class SegDataset(_CheckedFiles):
 
     def __init__(self, classes: str | Sequence[str], num_classes: int, **mmseg: Any) -> None:
         check_arguments({"classes": classes, "num_classes": num_classes})
+        require_count(
+            "num_classes", num_classes, most=IGNORED - bool(mmseg.get("reduce_zero_label"))
+        )  # 8 bits, and void
         metainfo = class_list(classes, num_classes).metainfo
         super().__init__(metainfo={"palette": list(map(list, palette(num_classes))), **metainfo}, **mmseg)
 

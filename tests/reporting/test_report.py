@@ -170,6 +170,20 @@ def test_what_an_analysis_leaves(runs, tmp_path, capsys):
     assert "the model is dense" in capsys.readouterr().err
 
 
+def test_of_several_evaluators_the_first_known_one_says_the_task(tmp_path):
+    others = [{"type": "DumpResults"}, {"type": "IoUMetric"}]
+    Config({"stage": "residual", "val_evaluator": others}).dump(tmp_path / "config.py")
+    assert Run(tmp_path).task.name == "segmentation"
+    Config({"stage": "residual", "val_evaluator": others[:1]}).dump(tmp_path / "config.py")
+    with pytest.raises(UserError, match="was evaluated by DumpResults; a report knows IoUMetric"):
+        Run(tmp_path)
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(UserError, match="there is no folder .*gone; give the work dir of one finished run"):
+        Run(tmp_path / "gone")
+
+
 def test_the_loss_at_the_end_is_the_tasks_own(tmp_path):
     Config({"stage": "residual", "val_evaluator": {"type": "IoUMetric"}}).dump(tmp_path / "config.py")
     gates = {"loss_moe_aux": 0.25}

@@ -75,6 +75,16 @@ def test_mmsegs_own_data_sets_work_with_the_checks(tmp_path):
         assert built[0]["data_samples"].gt_sem_seg.data.tolist() == [[[255, 0, 149, 0]] * 2]
 
 
+def test_a_void_label_takes_one_of_the_values(tmp_path):
+    """Of 8 bits 255 is void, and with reduce_zero_label 0 as well: 254 classes are left."""
+    classes = [f"class {number}" for number in range(255)]
+    write(tmp_path, "training", [0, 1, 2, 254])
+    assert len(dataset(tmp_path, classes=classes, num_classes=255, reduce_zero_label=False)) == 1
+    assert len(dataset(tmp_path, classes=classes[:254], num_classes=254)) == 1
+    with pytest.raises(UserError, match="num_classes is 255; it is a whole number from 1 to 254"):
+        dataset(tmp_path, classes=classes, num_classes=255)
+
+
 def test_without_a_void_label(tmp_path):
     item = dataset(write(tmp_path, "training", [0, 1, 2, 255]), reduce_zero_label=False)[0]
     assert item["data_samples"].gt_sem_seg.data.tolist() == [[[0, 1, 2, 255]] * 2]
