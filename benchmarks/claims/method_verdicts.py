@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import common
-from benchmarks.claims.ideas import IDEAS, ideas
-from benchmarks.claims.method import CANDIDATES, HEADLINE, at
+from benchmarks.claims.ideas import IDEAS, ideas, run_as
+from benchmarks.claims.method import CANDIDATES, HEADLINE
 from benchmarks.claims.pictures import span
 from benchmarks.claims.statistics import difference, ratio
 from benchmarks.claims.verdicts import MARGIN
@@ -162,7 +162,7 @@ def ideas_table(rows: Sequence[Row]) -> list[Row]:
     of_arm = {row["arm"]: row for row in rows if row["metric"] == "mIoU"}
     found = []
     for name, idea in IDEAS.items():
-        row = of_arm.get(at(name))
+        row = of_arm.get(run_as(name))
         compared = row and idea.of != "dense"
         found.append(
             {
@@ -187,7 +187,7 @@ def ideas_table(rows: Sequence[Row]) -> list[Row]:
 def changed(name: str) -> str:
     """Returns the keys of a config by which an idea differs from the arm that it changes."""
     arms = ideas().arms
-    mine, theirs = (arms[at(one)] for one in (name, IDEAS[name].of))
+    mine, theirs = (arms[run_as(one)] for one in (name, IDEAS[name].of))
     before = {**(theirs.moe or {}), **theirs.options}
     now = {**(mine.moe or {}), **mine.options}
     if theirs.moe is None:

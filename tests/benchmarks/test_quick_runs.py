@@ -84,7 +84,7 @@ def test_the_method_study_and_its_regimes(out: Path, monkeypatch: pytest.MonkeyP
     assert [(row["arm"], row["seeds"]) for row in method["arms"]] == [("dense", [0, 1]), ("full_calibrated", [0, 1])]
     assert {row["verdict"] for row in method["verdicts"]} <= {"not enough seeds", "not run", "met", "not met"}
     assert [(row["steps"], row["width"]) for row in regime["rows"]] == [(2, 1.0), (3, 0.5)]
-    assert {row["arm"] for row in json.loads((out / "ideas.json").read_text())["rows"]} == {"dense", "cosine_lr_double"}
+    assert {row["arm"] for row in json.loads((out / "ideas.json").read_text())["rows"]} == {"dense", "cosine"}
     before = (out / "method_runs.json").read_bytes()
     claims.main(["--quick", "--part", "method", "--out", str(out)])  # nothing is left to run
     assert (out / "method_runs.json").read_bytes() == before

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks import tables
 from benchmarks.claims import ideas
-from benchmarks.claims.ideas import IDEAS
+from benchmarks.claims.ideas import IDEAS, run_as
 from benchmarks.claims.method import ARMS, at
 from benchmarks.claims.method_verdicts import changed, ideas_table
 from rmoe.config import Calibration, ResidualMoEConfig
@@ -15,14 +15,22 @@ from rmoe.config import Calibration, ResidualMoEConfig
 def test_every_arm_can_be_built_and_changes_one_that_there_is() -> None:
     arms = ideas.ideas().arms
     for name, idea in IDEAS.items():
-        assert at(idea.of) in arms
+        assert run_as(idea.of) in arms
         assert (idea.arm is None) == (name in ARMS)
-        arm = arms[at(name)]
-        assert arm.options["optim_wrapper.optimizer.lr"] == 2e-3
-        assert arms[at(name)] == ARMS.get(at(name), arm)  # whose runs are shared
+        arm = arms[run_as(name)]
+        assert arm == ARMS.get(run_as(name), arm)  # whose runs are shared
         moe = ResidualMoEConfig.from_dict(arm.moe or {})
         if section := arm.options.get("calibrate"):
             Calibration.from_dict(section).check(moe)
+
+
+def test_each_is_run_at_the_rate_of_the_candidate_that_it_goes_back_to() -> None:
+    arms, rate = ideas.ideas().arms, "optim_wrapper.optimizer.lr"
+    usual = {"full_random", "cosine", "sparse", "expert_drop", "full_trained_core"}
+    assert {name for name in IDEAS if run_as(name) == name} > usual
+    assert not any(rate in arms[name].options for name in usual)
+    for name in ("dense", "soft", "subspaces", "top_1", "upper_bound_all"):
+        assert (run_as(name), arms[run_as(name)].options[rate]) == (at(name), 2e-3)
 
 
 def test_what_an_idea_changes_is_told() -> None:
@@ -37,7 +45,7 @@ def test_what_an_idea_changes_is_told() -> None:
 def test_every_run_has_its_rival_among_the_runs() -> None:
     study = ideas.ideas()
     names = {cell.name for cell in study.cells}
-    assert {study.rivals[at(name)] for name in IDEAS} <= names
+    assert {study.rivals[run_as(name)] for name in IDEAS} <= names
     assert all(other in study.cells for cell in study.cells for other in study.compared_with(cell))
 
 
