@@ -102,8 +102,9 @@ class ResidualMoEConfig:
         combine: where the gate value enters. `residual`: θ(x) = θ0 + Σ g_e Δ_e with g the softmax probability;
             `straight_through`: y = Σ g_e FFN(x; θ0 + Δ_e) with Σ g_e = 1 forward and the gradient of the probability
             backward; `softmax`: y = Σ p_e FFN(x; θ0 + Δ_e), as V-MoE (does not preserve the dense function); `auto`:
-            the cheapest that preserves the function, `residual` for `low_rank`, `straight_through` for `full` and for
-            `experts` copied from the core; `softmax` for those drawn anew, which have none to preserve.
+            the cheapest that preserves the function, `residual` for `low_rank` and `segments`, `straight_through` for
+            `full`, `sparse` and `experts` copied from the core; `softmax` for those drawn anew, which have none to
+            preserve.
         capacity_factor: an expert takes at most ⌈factor · tokens · K / E⌉ tokens of the global training batch (or so
             many images, with gate_input="image"), the highest gate values first; None (the default) never drops.
             Evaluation never drops.
@@ -126,7 +127,10 @@ class ResidualMoEConfig:
             balancing, arXiv 2408.15664, which uses 0.001); 0 is off.
         gate_std: standard deviation of the router's initial weights; `rmoe verify` takes 1, for gates that are decided
             from the start.
-        blocks: which blocks become MoE; one of the named rules, or a tuple of module names as they stand in the model.
+        blocks: which feed-forward networks become MoE: every second one of each stage (`alternate`), the same of the
+            last two stages alone (`alternate_last_two_stages`), the `last_two` of the model, or `all`; or a tuple of
+            their names as they stand in the model, such as "layers.3.blocks.1.mlp". A model without stages counts as
+            one.
         train_core: train θ0 as well, or freeze it, as several tasks need that share one core; `auto` trains it beside
             residuals of low rank, which gain from it (docs/claims.md), and freezes it beside others.
         train_residual: train Δ (or the `experts`); False fixes them, as Swin-MoE does while finetuning for detection.
@@ -134,7 +138,8 @@ class ResidualMoEConfig:
         ep_size: processes over which the experts of a layer are spread; divides E and the number of processes. Fixed
             experts have neither gradients nor optimizer states to share out: every process has all, and this becomes 1.
         exchange: with ep_size > 1, send `tokens` to their experts or the experts' `weights` to the tokens; `auto`
-            sends whichever is cheaper for the residual's kind: weights for `low_rank`, tokens otherwise.
+            sends weights for `low_rank` and `segments`, and for any kind where several experts of a token are added up
+            inside one network (combine `residual`); otherwise tokens.
     """
 
     num_experts: int = 8

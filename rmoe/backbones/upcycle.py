@@ -53,15 +53,19 @@ class Upcycled(NamedTuple):
 def upcycle(model: nn.Module, config: ResidualMoEConfig, *, copy: bool = False) -> Upcycled:
     """Turns feed-forward networks of a dense model into residual mixtures of experts around themselves.
 
-    Right afterwards the model computes what it computed before (unless config.combine is "softmax"); this is checked.
-    The states of the random generators are left as they were. Either all selected networks are replaced or none.
+    Right afterwards the model computes what it computed before, unless config.combine is "softmax" or experts are drawn
+    anew; with ep_size 1 this is checked. The states of the random generators are left as they were. Either all selected
+    networks are replaced or none.
 
     Args:
         model: any model whose blocks hold timm-style networks (linear `fc1`, activation `act`, linear `fc2`; gated,
             with a norm or of convolutions: `rmoe.moe.forms`): those of timm and transformers, bare or inside a larger
             model.
         config: which blocks, how many experts, what kind of residual.
-        copy: leave `model` as it is and upcycle a copy.
+        copy: leave `model` as it is and upcycle a copy; else the networks are replaced in `model` itself.
+
+    Returns:
+        A pair of the upcycled model and the report on what was done to it.
 
     Raises:
         UserError: the model has no such network, `config.blocks` selects none, a selected network computes more than a

@@ -175,7 +175,11 @@ _open, _counting = 0, Lock()  # blocks of `collect` in all threads of the proces
 
 @contextmanager
 def collect() -> Iterator[Records]:
-    """Collects what the gates decide inside the block, in this thread.
+    """Collects what the gates decide inside the block, in this thread, and yields it as `Records`.
+
+        with rmoe.collect() as records:
+            loss = criterion(model(images), labels)
+        loss = loss + records.loss()
 
     A layer that activation checkpointing runs again counts once; a model that runs twice counts twice. A model that is
     compiled leaves nothing in evaluation.

@@ -41,7 +41,9 @@ def moe_layers(model: nn.Module) -> dict[str, ResidualMoE]:
 
 
 def roles(model: nn.Module) -> dict[str, Role]:
-    """Returns what each parameter is, by its name; optimizer groups and counts are made from it."""
+    """Returns what each parameter of a model is, by its name: of a mixture "core", "residual" or "gate", else "other".
+    Optimizer groups and counts are made from it.
+    """
     found: dict[str, Role] = dict.fromkeys((name for name, _ in model.named_parameters()), "other")
     return found | {name: role for name, _, role in mixed_parameters(model)}
 

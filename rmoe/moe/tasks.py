@@ -36,7 +36,7 @@ def task(number: int, *, recomputes: bool = True) -> Iterator[None]:
         recomputes: whether activations may be checkpointed inside; False saves a call for each tensor that is kept.
 
     Raises:
-        UserError: the number is none.
+        UserError: `number` is no whole number, or negative.
     """
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
         raise UserError(f"the task is {number!r}; it is the number of a task, from 0")
