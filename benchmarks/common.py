@@ -235,13 +235,11 @@ def parse(
     if parts:
         parser.add_argument("--part", choices=parts, help="something else than the whole")
     if sittings:
-        parser.add_argument("--minutes", type=_minutes, help="begin no run that would not end by then (method, regime)")
+        parser.add_argument("--minutes", type=_minutes, help="begin no run that would not end by then")
         parser.add_argument(
             "--only", type=_pattern, default="", help="runs whose task/arm/seed/steps/styles/width matches"
         )
-        parser.add_argument(
-            "--device", choices=("cpu", "cuda"), default="cpu", help="where runs train (method, regime); default: cpu"
-        )
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where runs train; default: cpu")
     given = parser.parse_args(argv)
     threads = given.threads or (1 if given.quick else CORES)
     out = given.out or (QUICK_RESULTS if given.quick else RESULTS)

@@ -89,13 +89,13 @@ class ResidualMoEConfig:
         top_k: experts that each token uses, K; `all` weighs every expert by its probability (soft mixing). `auto` is
             `all` for `low_rank` and `segments` with combine `residual`, which then take one network and one product of
             E · `rank` columns, unless the router is `expert_choice` or `task`; else it is 1.
-        residual: `low_rank` (Δ_e = B_e A_e of `rank`, weights only), `full` (Δ_e of the core's shape, biases too) or
+        residual: `low_rank` (Δ_e = B_eᵀA_e of `rank`, weights only), `full` (Δ_e of the core's shape, biases too) or
             `experts` (no core: each expert is a network of its own, as in full MoE training, the upper bound). Weights
             only, too: `segments`, low rank from segments of the core's singular vectors (GOAT, arXiv 2502.16894), and
             `sparse`, of the core's shape on a random support (DeRS-SM, arXiv 2503.01359).
         rank: R of `low_rank` and `segments`.
         density: share of the core's weights that is the support of `sparse`.
-        alpha: strength of low rank: Δ_e = α/√R · B_e A_e (rsLoRA, arXiv 2312.03732); None: Δ_e = B_e A_e.
+        alpha: strength of low rank: Δ_e = α/√R · B_eᵀA_e (rsLoRA, arXiv 2312.03732); None: Δ_e = B_eᵀA_e.
         shared_a: `low_rank` residuals of a layer share one A and have a B each (HydraLoRA, arXiv 2404.19245).
         expert_init: how `experts` start: as copies of the dense network (`core`, sparse upcycling, arXiv 2212.05055) or
             each drawn anew (`random`, full MoE pretraining).
@@ -210,7 +210,7 @@ class ResidualMoEConfig:
                 "losses.load is defined for all experts, and expert_drop leaves some out: set one of them to 0"
             )
         if self.alpha is not None and self.alpha <= 0:
-            raise UserError(f"alpha is {self.alpha}; it is positive, or None for Δ = B A")
+            raise UserError(f"alpha is {self.alpha}; it is positive, or None for Δ = BᵀA")
         if not 0 < self.density <= 1:
             raise UserError(
                 f"density is {self.density}; it is a share of the core's weights, more than 0 and at most 1"

@@ -90,18 +90,18 @@ def add_weights(
         core: see `load_core`.
         moe: keys of `ResidualMoEConfig`.
         level_norms: the norms of output levels, which are not part of `model`; see `load_core`.
-        allow_random_core: accept a frozen core of random weights: `model` has its weights already, gets them later, or
-            needs none.
+        allow_random_core: accept residuals around random weights: `model` has its weights already, gets them later, or
+            is to be trained from scratch.
 
     Raises:
-        UserError: the checkpoint is a mixture's and `moe` is None, or `moe` would freeze random weights; also what
-            `load_core`, `ResidualMoEConfig` and `upcycle` raise.
+        UserError: the checkpoint is a mixture's and `moe` is None, or there is no core for the residuals of `moe`;
+            also what `load_core`, `ResidualMoEConfig` and `upcycle` raise.
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"the model is {model!r}; give a torch.nn.Module, such as timm.create_model returns")
     config = None if moe is None else ResidualMoEConfig.from_dict(moe)
     if core is None and config is not None and not allow_random_core:
-        _check_trained(config)
+        _check_random(config)
     state = None if core is None else read_checkpoint(checked_path(core, "core"))
     mixture = state is not None and holds_experts(translate(state).state)
     if mixture and config is None:
@@ -117,15 +117,14 @@ def add_weights(
         _add_experts(model, config)
 
 
-def _check_trained(config: ResidualMoEConfig) -> None:
-    experts = config.residual == "experts"
-    if config.train_residual if experts else config.trains_core:
+def _check_random(config: ResidualMoEConfig) -> None:
+    """Refuses residuals around random weights, trained or not, and experts of random weights that stay."""
+    if not config.kind.has_core and config.train_residual:
         return
-    frozen = "moe.train_residual=False fixes the experts" if experts else "the core of residuals is frozen"
-    train = "moe.train_residual" if experts else "moe.train_core"
+    found = "residuals go around a core" if config.kind.has_core else "moe.train_residual=False fixes the experts"
     raise UserError(
-        f"{frozen} and there is no core, so that random weights would stay; give a dense checkpoint by core=, or "
-        f"kwargs=dict(pretrained=True), or {train}=True, or allow_random_core=True for a trial"
+        f"{found} and there is none, only random weights; give a dense checkpoint by core=, or "
+        "kwargs=dict(pretrained=True), or allow_random_core=True for a trial or to train from scratch"
     )
 
 

@@ -62,7 +62,8 @@ class TimmPyramid(nn.Module):
         moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the backbone dense. Blocks are chosen from the whole
             backbone, before `out_indices` cut it, so that upstream and downstream models have the same experts.
         with_cp: recompute activations in the backward pass, to save memory.
-        allow_random_core: accept a frozen core of random weights, for trials and where weights are loaded later.
+        allow_random_core: accept residuals around random weights: in trials, where weights are loaded later, and to
+            train from scratch.
         strides: those of the maps of a backbone without stages, one for each of `out_indices`, or several for a single
             one; 4, 8, 16, … by default. Each is the stride of the patches, which leaves a map as it is, or a power of
             two.

@@ -57,7 +57,7 @@ def _mixtures(model: Any) -> list[str]:
     names: dict[str, list[str]] = {}
     for name, layer in moe_layers(model).items():
         one = layer.config
-        core = "trained" if one.trains_core else "frozen"
+        core = "trained" if any(weight.requires_grad for weight in layer.core.parameters()) else "frozen"
         kind = f"{one.num_experts} experts ({one.residual}), {one.used}, core {core}, ep_size {one.ep_size}"
         names.setdefault(kind, []).append(name)
     return [f"mixtures of {kind}: {', '.join(layers)}" for kind, layers in names.items()] or [

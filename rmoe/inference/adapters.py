@@ -262,15 +262,16 @@ def _check_core(
 ) -> None:
     """Refuses a core that the run was not made from: its frozen cores must be in it, bit for bit."""
     trained = any(ResidualMoEConfig.from_dict(moe).trains_core for moe in moe_dicts(metadata["model"]))
-    frozen = [key for key in state if not trained and ".core.fc" in key]
-    lacking = [key for key in frozen if key not in taken]
+    cores = [key for key in state if ".core.fc" in key]
+    absent = [key for key in cores if key not in taken]
+    lacking = [] if trained else absent  # of a core that trains, unless train_only froze it
     known, here = metadata.get("core_sha256"), None
-    # Another file may hold the same weights, which frozen cores show; other runs have nothing to show it by.
-    if known and (lacking or (taken and not frozen)):  # reads the whole file
+    # Another file may hold the same weights, as cores show that were left alone; other runs have nothing to show it by.
+    if known and (lacking or (taken and (absent or not cores))):  # reads the whole file
         here = core_sha256({"core": str(core.source)})
     if lacking or (here and known != here):
         differ = (
-            f": {len(lacking)} of {len(frozen)} weights of its frozen cores differ, such as {lacking[0]}"
+            f": {len(lacking)} of {len(cores)} weights of its frozen cores differ, such as {lacking[0]}"
             if lacking
             else ""
         )

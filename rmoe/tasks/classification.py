@@ -42,7 +42,8 @@ class TimmClassifier(BaseModel):
         moe: keys of `rmoe.config.ResidualMoEConfig`; None leaves the model dense.
         label_smoothing: share of the target spread evenly over the classes.
         mixup: arguments of `timm.data.Mixup` (mixup_alpha, cutmix_alpha, …) for training; batches must be even.
-        allow_random_core: accept a frozen core of random weights, for trials and where weights are loaded later.
+        allow_random_core: accept residuals around random weights: in trials, where weights are loaded later, and to
+            train from scratch.
     """
 
     def __init__(

@@ -306,9 +306,8 @@ def test_one_map_of_one_stride_is_no_simple_pyramid():
 
 
 def test_a_simple_pyramid_with_experts_trains_all_of_its_parameters():
-    pyramid = TimmPyramid(
-        VIT, SMALL_VIT, (3,), strides=(4, 8, 16, 32), moe={"num_experts": 2, "train_core": True, "noise": 0.0}
-    )
+    moe = {"num_experts": 2, "train_core": True, "noise": 0.0}
+    pyramid = TimmPyramid(VIT, SMALL_VIT, (3,), strides=(4, 8, 16, 32), moe=moe, allow_random_core=True)
     with collect() as records:
         total = sum((level * level.detach().cos()).sum() for level in pyramid(image(64, 64)))
     (total + records.loss()).backward()
@@ -440,8 +439,8 @@ def test_in_an_unmodified_fpn_of_mmdet():
         ({"kwargs": {"embed_dims": 8}}, "unexpected keyword argument 'embed_dims'"),
         ({"out_indices": (0, 4)}, "has the levels 0 to 3"),
         (
-            {"moe": {"train_core": False}, "allow_random_core": False},
-            "core of residuals is frozen and there is no core",
+            {"moe": {}, "allow_random_core": False},
+            "residuals go around a core and there is none",
         ),
         ({"model": "resnet18", "kwargs": {}, "moe": {}}, "no feed-forward network"),
         ({"moe": {"num_expert": 8}}, "did you mean 'num_experts'"),

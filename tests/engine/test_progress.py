@@ -99,6 +99,11 @@ def test_what_is_trained_is_said_before_the_first_step(capsys: pytest.CaptureFix
     runner.logger.info("a\ntable")
     out = capsys.readouterr().out
     assert "read toy.py, zero2.json: ZeRO 2, float32, 8 images for each update on 1 process\n" in out
+    assert "core trained" in out
+    for name, weight in model.named_parameters():
+        weight.requires_grad_(".core." not in name)  # as train_only does
+    StartHook("toy.py, zero2.json").before_train(runner)
+    assert "core frozen" in capsys.readouterr().out
     assert "mixtures of 4 experts" in out
     assert "backbone.1.mlp, backbone.2.mlp" in out
     assert f"{tmp_path}/toy.py" in out

@@ -116,22 +116,22 @@ CALLS: dict[str, tuple[Callable[[], object], str]] = {
         "the 6 channels of the map cannot be halved 2 times for stride 4",
     ),
     "pyramid: lists of features": (lambda: pyramid(kwargs={"features_only": True}), "no forward_intermediates|cannot"),
-    "pyramid: random core": (lambda: pyramid(moe={"train_core": False}), "no core, so that random weights"),
-    "pyramid: random full core": (lambda: pyramid(moe={"residual": "full"}), "no core, so that random"),
+    "pyramid: random core": (lambda: pyramid(moe={}), "there is none, only random weights"),
+    "pyramid: random full core": (lambda: pyramid(moe={"residual": "full"}), "there is none, only random weights"),
     "pyramid: fixed random experts": (
         lambda: pyramid(moe={"residual": "experts", "train_residual": False}),
-        "fixes the experts and there is no core",
+        "fixes the experts and there is none",
     ),
     "pyramid: core a number": (lambda: pyramid(core=1), "core is 1; give the path"),
     "pyramid: core empty": (lambda: pyramid(core=""), "core is ''"),
     "pyramid: core with a NUL": (lambda: pyramid(core="a\0b"), "no checkpoint a"),
     "pyramid: core too long": (lambda: pyramid(core="x" * 5000), "cannot be looked for: .*too long"),
     "pyramid: moe a list": (lambda: pyramid(moe=[8]), r"ResidualMoEConfig is \[8\]"),
-    "classifier: random core": (lambda: classifier(moe={"train_core": False}), "no core, so that random weights"),
+    "classifier: random core": (lambda: classifier(moe={"train_core": True}), "there is none, only random weights"),
     "classifier: kwargs a word": (lambda: classifier(kwargs="small"), "kwargs are 'small'"),
     "classifier: core a list": (lambda: classifier(core=["a"]), r"core is \['a'\]"),
     "add_weights: no model": (lambda: add_weights(None, None, {}), "the model is None"),
-    "add_weights: random core": (lambda: add_weights(vit(), None, {"train_core": False}), "no core, so that random"),
+    "add_weights: random core": (lambda: add_weights(vit(), None, {}), "there is none, only random weights"),
     "load_core: no model": (lambda: load_core(None, "core.pth"), "the model is None"),
     "load_core: no path": (lambda: load_core(vit(), None), "the checkpoint is None"),
     "import: no source": (lambda: import_core(None, VIT, "x.safetensors"), "source is None"),
@@ -160,7 +160,6 @@ def test_weights_that_are_there_or_come_later_need_no_core(monkeypatch: pytest.M
     for build in (pyramid, classifier):
         build(kwargs=SMALL | {"pretrained": True}, moe={})
         build(moe={}, allow_random_core=True)
-        build(moe={"train_core": True})
         build(moe={"residual": "experts"})
         build()
 

@@ -103,6 +103,14 @@ def test_the_same_weights_in_another_file_are_the_same_core(adapter: Path, core:
     rmoe.Core(tmp_path / "core.safetensors").attach(adapter)
 
 
+def test_cores_that_train_only_froze_show_whose_they_are(core: Path, tmp_path: Path) -> None:
+    """The mixture's config says that its core trains, and train_only is no part of a finished run; the bits are."""
+    run = finished(tmp_path / "run", core, 1, {"num_experts": 4, "train_core": True})
+    save_file(torch.load(core, weights_only=True)["model"], tmp_path / "core.safetensors")
+    made = export_adapter(run, tmp_path / "adapter", core=tmp_path / "core.safetensors").path
+    assert_same(load_file(attach(core, made, tmp_path / "again") / MODEL), load_file(run / MODEL))
+
+
 @pytest.mark.parametrize("change", ["bit", "name", "shape", "dtype"])
 def test_another_core_is_refused_with_both_hashes(adapter: Path, core: Path, tmp_path: Path, change: str) -> None:
     state = torch.load(core, weights_only=True)["model"]
