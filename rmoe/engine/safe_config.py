@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 import mmengine.registry
 import numpy as np
 import yaml
+from mmengine.config import Config
 from mmengine.fileio.handlers import file_handlers
 from mmengine.registry import Registry
 from mmengine.registry import registry as lookup
@@ -45,6 +46,7 @@ _FORMATS = (".json", ".yaml", ".yml")
 _SCOPES = ("mmengine", "mmcv", "mmseg", "mmdet", "rmoe")
 _MODULE = re.compile(r"(mmengine|mmcv|mmseg|mmdet|rmoe\.(tasks|backbones))(\.\w+)*")
 _TYPES, _SCOPE_KEYS = ("type", "constructor", "ema_type"), ("default_scope", "_scope_", "scope")
+_CONFIG_KEYS = ("teacher_config",)  # by which OpenMMLab's classes read another config
 _START_KEYS = ("mp_start_method", "multiprocessing_context")
 _PICKLE = re.compile(r"(?i)(.*\.)?(pkl|pickle)")
 _LARGEST, _DEEPEST = 2**22, 64  # bytes of a file, levels in it
@@ -92,6 +94,8 @@ def check(content: Any, where: str, modules: Iterable[Any], packages: Sequence[s
             _refuse(where, value, f"which is no scope: {', '.join(_SCOPES)}")
         if key in _START_KEYS and value not in (None, "fork"):
             _refuse(where, value, f"and {key} must be 'fork': other workers would not be locked down")
+        if key in _CONFIG_KEYS and value is not None:
+            _refuse(where, value, f"a config ({key}), which would be run to be read")
         if key == "sys_path":
             _refuse(where, value, "a folder to import from (sys_path)")
         if isinstance(value, str) and _PICKLE.fullmatch(value):
@@ -104,13 +108,15 @@ def check(content: Any, where: str, modules: Iterable[Any], packages: Sequence[s
 
 
 def lock_down() -> None:
-    """Makes this process refuse import strings, foreign scopes, pickles and YAML with tags until it ends."""
+    """Makes this process refuse import strings, foreign scopes, other configs, pickles and YAML tags until it ends."""
     lookup.get_object_from_string = _object_of_ours
     lookup.import_module = _import_of_ours
     for name in ("pickle", "pkl"):
         file_handlers[name].load_from_fileobj = _refuse_pickle
     for name in ("yaml", "yml"):
         file_handlers[name].load_from_fileobj = partial(yaml.load, Loader=yaml.CSafeLoader)
+    for name in ("fromfile", "_file2dict"):
+        setattr(Config, name, staticmethod(_refuse_config))
     np.load = _load_array  # type: ignore[assignment]
 
 
@@ -133,6 +139,10 @@ def _refuse_pickle(file: Any, **options: Any) -> NoReturn:
     raise UserError(
         f"--safe-config: {getattr(file, 'name', 'a file')} is read as a pickle, which would run it; use JSON"
     )
+
+
+def _refuse_config(filename: Any = "", *others: Any, **options: Any) -> NoReturn:
+    raise UserError(f"--safe-config: {filename} is read as a config, which would run it; put all into one config")
 
 
 def _load_array(file: Any, mmap_mode: Any = None, allow_pickle: bool = False, **options: Any) -> Any:

@@ -10,6 +10,7 @@ import mmengine.registry.registry as lookup
 import numpy as np
 import pytest
 import torch
+from mmengine.config import Config
 from mmengine.fileio import load
 from mmengine.fileio.handlers import file_handlers
 from mmengine.model import initialize
@@ -23,6 +24,7 @@ from rmoe.engine.building import user_errors
 from rmoe.engine.calibration import check_calibration
 from rmoe.engine.read_config import read_config
 from rmoe.errors import UserError
+from rmoe.inference.load import build_model
 
 
 class Touch:
@@ -40,6 +42,8 @@ def locked(monkeypatch: pytest.MonkeyPatch) -> None:
     """A process under --safe-config, until the test ends."""
     for owner, name in ((lookup, "get_object_from_string"), (lookup, "import_module"), (np, "load")):
         monkeypatch.setattr(owner, name, getattr(owner, name))
+    for name in ("fromfile", "_file2dict"):
+        monkeypatch.setattr(Config, name, Config.__dict__[name])
     for name in ("pickle", "pkl", "yaml", "yml"):
         handler = file_handlers[name]
         monkeypatch.setattr(handler, "load_from_fileobj", handler.load_from_fileobj)
@@ -51,6 +55,7 @@ SAFE_YAML: list[tuple[str, str]] = [
     ("model: {type: mmengine.load, file: x.json}", "names 'mmengine.load'"),
     ("model: {type: mmengine.model.BaseModel}", "no registry"),
     ("model: {type: torch.nn.Linear}", "no registry"),
+    ("model: {type: TimmClassifier, teacher_config: x.py}", "names 'x.py', a config"),
     ("model: {type: os.system}", "no registry"),
     ("model: {type: rmoe.engine.cost.counted_flops}", "no registry"),
     ("model: {type: rmoe.engine.hooks.CostHook.__init__}", "no registry"),
@@ -180,3 +185,24 @@ def test_a_safe_config_may_calibrate(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text('{"calibrate": {"type": "os.system"}}')
     with pytest.raises(UserError, match=r"no registry"):
         read_config(tmp_path / "x.json", {}, safe=True)
+
+
+@pytest.mark.parametrize("name", ["teacher.py", "teacher.json"])
+def test_no_other_config_is_run_while_a_model_is_built(locked: None, tmp_path: Path, name: str) -> None:
+    """As mmdet's detectors with a teacher do, which read its config from a file."""
+    (tmp_path / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    (tmp_path / "teacher.json").write_text('{"custom_imports": {"imports": ["x"]}}')
+    (tmp_path / "teacher.py").write_text((tmp_path / "x.py").read_text())
+    with pytest.raises(UserError, match=f"--safe-config: .*{name} is read as a config"):
+        Config.fromfile(str(tmp_path / name))
+    with pytest.raises(UserError, match="is read as a config"):
+        Config.fromstring((tmp_path / name).read_text(), Path(name).suffix)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_description_of_a_model_names_no_config(tmp_path: Path) -> None:
+    (tmp_path / "x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    model = {"type": "mmdet.KnowledgeDistillationSingleStageDetector", "teacher_config": str(tmp_path / "x.py")}
+    with pytest.raises(UserError, match=r"here names .*x.py', a config \(teacher_config\), which would be run"):
+        build_model({"model": model, "inputs": {"scope": "mmdet"}}, Path("here"))
+    assert not (tmp_path / "ran").exists()
