@@ -132,7 +132,8 @@ class ResidualMoEConfig:
             their names as they stand in the model, such as "layers.3.blocks.1.mlp". A model without stages counts as
             one.
         train_core: train θ0 as well, or freeze it, as several tasks need that share one core; `auto` trains it beside
-            residuals of low rank, which gain from it (docs/claims.md), and freezes it beside others.
+            residuals of low rank, which gain from it (docs/claims.md), if it was not frozen before, and freezes it
+            beside others.
         train_residual: train Δ (or the `experts`); False fixes them, as Swin-MoE does while finetuning for detection.
         recompute: run the experts again for backward instead of keeping their activations; the gate decides once.
         ep_size: processes over which the experts of a layer are spread; divides E and the number of processes. Fixed
@@ -321,6 +322,16 @@ class ResidualMoEConfig:
     def trains_core(self) -> bool:
         """Says whether θ0 trains: `train_core`, with "auto" resolved."""
         return self.kind.has_rank if self.train_core == "auto" else self.train_core
+
+    def resolved(self) -> ResidualMoEConfig:
+        """Returns the same mixture with nothing left to "auto", nor said otherwise than by its shortest word."""
+        return dataclasses.replace(
+            self,
+            top_k=self.experts_per_token if self.chooses else "all",
+            combine=self.combined,
+            train_core=self.trains_core,
+            exchange="tokens" if self.sends_tokens else "weights",
+        )
 
     @property
     def chooses(self) -> bool:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import lzma
 import os
+import posixpath
 import struct
 import tarfile
 import zipfile
@@ -211,6 +212,8 @@ class Packed:
         return f"an image in {path}, which can no longer be read,"
 
 
+_MOST_LINKS = 40  # of links to links, as on Linux
+
 _DAMAGES = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error),
     *(EOFError, ValueError, OverflowError, MemoryError, IndexError, KeyError),
@@ -266,6 +269,26 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
                 if one.isfile():
                     yield one.name, one.offset_data, one.size
             require_end(content)
+            yield from _linked(path, content.getmembers())
+
+
+def _linked(path: Path, members: Sequence[tarfile.TarInfo]) -> Iterator[tuple[str, int, int]]:
+    """Yields name, offset and length of the images in a tar that are links to files in it, hard or symbolic."""
+    links = {one.name: one for one in members if (one.islnk() or one.issym()) and is_image(_parts(one.name)[-1])}
+    places = {"/".join(_parts(one.name)): one for one in members if links and not one.isdir()}
+    for name, one in links.items():
+        found: tarfile.TarInfo | None = one
+        for _ in range(_MOST_LINKS):
+            if found is None or found.isfile():
+                break
+            base = "" if found.islnk() else posixpath.dirname(found.name)
+            found = places.get("/".join(_parts(posixpath.normpath(posixpath.join(base, found.linkname)))))
+        if found is None or not found.isfile():
+            raise UserError(
+                f"{path} has '{name}' as a link to '{one.linkname}', which it does not hold; pack the files themselves "
+                "(tar --dereference --hard-dereference)"
+            )
+        yield name, found.offset_data, found.size
 
 
 def _parts(name: str) -> list[str]:

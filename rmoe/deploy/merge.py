@@ -16,7 +16,7 @@ from rmoe.engine.checkpoint.files import write_json
 from rmoe.engine.checkpoint.weights import fill
 from rmoe.engine.model_config import mappings
 from rmoe.errors import UserError
-from rmoe.inference.evaluate import evaluate, run_config
+from rmoe.inference.evaluate import dumped_configs, evaluate, run_config, work_dir
 from rmoe.inference.folders import new_folder
 from rmoe.inference.load import build_model, load
 from rmoe.inference.predictor import Picture, Predictor
@@ -77,7 +77,7 @@ def merge(
         _write(run, networks, folder)
         found = Merged(str(run.source), not average, values, not_measured="interrupted while it was evaluated")
         write_json(folder / MERGED, asdict(found))
-    found = _measured(found, run.source.parent, path, task, Path(out))
+    found = _measured(found, work_dir(run.source), path, task, Path(out))
     write_json(Path(out) / MERGED, asdict(found))
     return found
 
@@ -163,10 +163,11 @@ def _write(run: Predictor, networks: Mapping[str, Network], out: Path) -> None:
     config, model = _dense(run.metadata["model"]), dense_model(run, networks)
     known = {key: run.metadata.get(key) for key in ("classes", "palette", "inputs", "core_sha256")}
     write_model(out, global_state_dict(model), config, stage=STAGE, **known)
-    if len(list(run.source.parent.glob("*.py"))) == 1:
-        whole = run_config(run.source.parent, task=run.metadata.get("of_task"))
+    folder = work_dir(run.source)
+    if len(configs := dumped_configs(folder)) == 1:
+        whole = run_config(folder, task=run.metadata.get("of_task"))
         whole.merge_from_dict({"model": {**_dense(whole.model.to_dict()), "_delete_": True}, "stage": STAGE})
-        whole.dump(out / next(run.source.parent.glob("*.py")).name)
+        whole.dump(out / configs[0].name)
 
 
 def _dense(config: Any) -> Any:

@@ -127,9 +127,9 @@ def _section(config: Mapping[str, Any], path: str) -> Any:
 
 
 def _flat(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """Yields (dotted key, value); every `moe` with its defaults, so that it does not matter which are written out."""
+    """Yields (dotted key, value); every `moe` with all that it leaves open, so that it does not matter what is said."""
     if path.endswith(".moe") and isinstance(node, Mapping):
-        node = dataclasses.asdict(ResidualMoEConfig.from_dict(node))
+        node = dataclasses.asdict(ResidualMoEConfig.from_dict(node).resolved())
     if isinstance(node, Mapping):
         for key, value in node.items():
             yield from _flat(value, f"{path}.{key}")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
+from rmoe.backbones.hub import SCHEME
 from rmoe.config import ResidualMoEConfig
 from rmoe.errors import UserError
 
@@ -33,11 +35,10 @@ def complete_moe(values: Any) -> ResidualMoEConfig:
     """Returns the mixture that a dict of a config describes, and writes what it leaves open into it, in place: what is
     saved says all that a mixture is made of, whatever the defaults of later versions are.
     """
-    config = ResidualMoEConfig.from_dict(values)
+    config = ResidualMoEConfig.from_dict(values).resolved()
     for key, value in dataclasses.asdict(config).items():
-        if key not in values or isinstance(value, dict):
+        if values.get(key, "auto") == "auto" or isinstance(value, dict):
             values[key] = value
-    values["train_core"] = config.trains_core
     return config
 
 
@@ -48,6 +49,18 @@ def fill_in_saved_moe(config: Any) -> None:
     for moe in moe_dicts(config):
         for key, value in {"top_k": 1, "train_core": False}.items():
             moe.setdefault(key, value)
+
+
+def without_paths(node: Any, key: Any = None) -> Any:
+    """Returns a copy of a description in which paths of this machine, and what a core is called, are cut to names."""
+    if isinstance(node, Mapping):
+        return {name: without_paths(value, name) for name, value in node.items()}
+    if isinstance(node, list | tuple):
+        return type(node)(without_paths(value, key) for value in node)
+    if not isinstance(node, str) or "://" in node or node.startswith(SCHEME):
+        return node
+    local = key == "core" or PurePosixPath(node).is_absolute() or PureWindowsPath(node).is_absolute()
+    return (PureWindowsPath(node).name or node) if local else node
 
 
 def allow_random_cores(config: Any) -> None:

@@ -24,7 +24,7 @@ from rmoe.backbones.load_core import checked_path, read_checkpoint
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.checkpoint.export import ADAPTER, core_of, core_sha256, timm_nodes, write_model, write_tensors
 from rmoe.engine.checkpoint.weights import read_weights
-from rmoe.engine.model_config import moe_dicts
+from rmoe.engine.model_config import moe_dicts, without_paths
 from rmoe.errors import UserError
 from rmoe.inference.card import card
 from rmoe.inference.folders import new_folder
@@ -173,7 +173,7 @@ def export_adapter(
         (folder / "README.md").write_text(card(whole, Path(out).name, license, adapter_of=name))
         cast = {key: _NAMES[state[key].dtype] for key in taken if state[key].dtype != base.weights[taken[key]].dtype}
         about = {"sha256": base.sha256, "name": name, "taken": taken, "cast": cast}
-        write_tensors(folder / ADAPTER, own, {"format": "pt", **metadata, "adapter": about})
+        write_tensors(folder / ADAPTER, own, {"format": "pt", **without_paths(metadata), "adapter": about})
     sizes = [sum(x.nbytes for x in tensors.values()) for tensors in (own, state)]
     return Adapter(Path(out) / ADAPTER, len(own), len(state), *(sizes[0], sizes[1]), base.sha256)
 

@@ -12,7 +12,7 @@ from typing import Any
 from rmoe.backbones.hub import SCHEME
 from rmoe.config import ResidualMoEConfig
 from rmoe.engine.building import user_errors
-from rmoe.engine.checkpoint.export import timm_nodes
+from rmoe.engine.checkpoint.export import MODEL, timm_nodes
 from rmoe.engine.model_config import moe_dicts
 from rmoe.engine.trained import PARTS, count_parts
 from rmoe.errors import UserError
@@ -25,7 +25,7 @@ _PIPELINES = {
     "classification": "image-classification",
 }
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-_STEP = re.compile(r"best_.*_(?:iter|epoch)_(\d+)\.pth")
+_STEP = re.compile(r"(?:best_.*_)?(?:iter|epoch)_(\d+)(?:\.pth)?")
 
 
 def card(
@@ -133,8 +133,10 @@ def _records(run: Predictor) -> Run | None:
 
 
 def _metrics(run: Run, source: Path) -> dict[str, float]:
-    """Returns the metrics in percent: at the step that the best weights are of, or the last ones."""
+    """Returns the metrics in percent: at the step of a checkpoint, which its name tells, or the last ones of a run."""
     step = int(found[1]) if (found := _STEP.fullmatch(source.name)) else None
+    if step is None and source.name != MODEL and source != run.folder:
+        return {}  # of a step that its name does not tell
     values = {}
     for one in run.task.measures:
         points = dict(run.scalars.get(one.logged, ()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import io
 import math
@@ -20,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import rmoe
+from rmoe.backbones.hub import CONFIG
 from rmoe.engine.building import user_errors
 from rmoe.engine.check_values import short_name
 from rmoe.engine.read_config import change, read_config
@@ -106,8 +108,9 @@ def evaluate(
     if batch_size is not None and batch_size < 1:
         raise UserError(f"the batch size is {batch_size}; it is at least 1")
     predictor = load(path, task=task, device=device, dtype=dtype, precision=precision)
-    config = run_config(predictor.source.parent, options, task)
-    where = f"{predictor.source.parent}: val_dataloader and val_evaluator"
+    folder = work_dir(predictor.source)
+    config = run_config(folder, options, task)
+    where = f"{folder}: val_dataloader and val_evaluator"
     if not config.get("val_dataloader") or not config.get("val_evaluator"):
         raise UserError(f"{where}: the config has none, so that there is nothing to evaluate by; give --cfg-options")
     augmented = bool(scales or flip)
@@ -144,11 +147,31 @@ def evaluate(
     return Evaluation(str(predictor.source), split, root, len(dataset), tuple(scales), flip, metrics, classes)
 
 
+def work_dir(source: Path) -> Path:
+    """Returns the folder in which the weights that a predictor came from have what their run left: an export's own, in
+    which there is no more than that.
+    """
+    return source if (source / CONFIG).is_file() else source.parent
+
+
+def dumped_configs(folder: Path) -> list[Path]:
+    """Returns the files of a folder that are configs as runs dump them: of assignments alone, unless damaged."""
+    return [path for path in sorted(folder.glob("*.py")) if _assigns_alone(path)]
+
+
+def _assigns_alone(path: Path) -> bool:
+    try:
+        lines = ast.parse(path.read_bytes()).body
+    except (SyntaxError, ValueError, RecursionError):
+        return True  # no program that could run; whoever reads it tells the damage
+    return all(isinstance(line, ast.Assign) for line in lines)
+
+
 def dumped_config(folder: Path) -> Path:
     """Returns the file of the config that a run has dumped; raises UserError if there is none, or more than one."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; give the work dir of one finished run")
-    configs = sorted(folder.glob("*.py"))
+    configs = dumped_configs(folder)
     if len(configs) != 1:
         raise UserError(f"{folder} holds {len(configs)} dumped configs; give the work dir of one finished run")
     return configs[0]

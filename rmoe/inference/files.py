@@ -201,7 +201,8 @@ def _earlier(out: Path) -> list[str]:
         UserError: the folder holds something else.
     """
     check_folder(out, "--out")
-    if not out.is_dir() or not any(out.iterdir()):
+    half_written = RESULTS + PARTIAL  # by a call that was killed before it had written anything else
+    if not out.is_dir() or not {one.name for one in out.iterdir()} - {half_written}:
         return []
     try:
         content = json.loads((out / RESULTS).read_text())

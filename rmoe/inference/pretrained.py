@@ -6,7 +6,6 @@ an index, preprocessor_config.json for other programs, and README.md. A dense ba
 
 from __future__ import annotations
 
-import copy
 import re
 import tempfile
 from collections.abc import Mapping
@@ -21,7 +20,7 @@ from rmoe.backbones.hub import CONFIG, INDEX, SCHEME, WEIGHTS, fetch, is_repo
 from rmoe.engine.building import described
 from rmoe.engine.checkpoint.export import timm_nodes, timm_state, untrained
 from rmoe.engine.checkpoint.files import write_json
-from rmoe.engine.model_config import mappings
+from rmoe.engine.model_config import without_paths
 from rmoe.errors import UserError
 from rmoe.inference.card import card
 from rmoe.inference.folders import new_folder
@@ -155,11 +154,7 @@ def _check_whole(run: Predictor) -> None:
 
 def _config(run: Predictor) -> dict[str, Any]:
     """Returns config.json's content: the description of the model, without paths of the machine that trained it."""
-    about = copy.deepcopy({key: value for key, value in run.metadata.items() if key != "format"})
-    for node in mappings(about["model"]):
-        core = node.get("core")
-        if isinstance(core, str) and not core.startswith(SCHEME):
-            node["core"] = Path(core).name
+    about = without_paths({key: value for key, value in run.metadata.items() if key != "format"})
     return {"library_name": "rmoe", "task": run.task, **about}
 
 

@@ -236,7 +236,8 @@ class Gate(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        zeros = absent_of_gates(state_dict, {prefix + name: x for name, x in self.state_dict().items()})
+        here = {key.removeprefix(prefix): x for key, x in state_dict.items() if key.startswith(prefix)}
+        zeros = {prefix + name: x for name, x in absent_of_gates(here, self.state_dict()).items()}
         if zeros:
             warnings.warn(f"{GATES_WITHOUT} {', '.join(zeros)}: read as zeros", stacklevel=2)
         state_dict |= zeros
@@ -251,13 +252,14 @@ def absent_of_gates(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> d
 
     Args:
         state: of a checkpoint; a gate whose weight it lacks as well is not looked at.
-        own: of a model.
+        own: of a model, or of a gate alone. Another layer may be called `gate`, too: a mixture's stands beside experts.
     """
     zeros = {}
+    gates = {"", *(f"{mixture}gate" for mixture, found, _ in (key.partition("deepspeed_moe.") for key in own) if found)}
     for key, x in own.items():
         gate, _, name = key.rpartition(".")
         weight = state.get(f"{gate}.weight".removeprefix("."))
-        if name in OPTIONAL and gate.rpartition(".")[2] in ("gate", "") and key not in state and weight is not None:
+        if name in OPTIONAL and gate in gates and key not in state and weight is not None:
             zeros[key] = weight.new_zeros(x.shape)
     return zeros
 

@@ -68,7 +68,9 @@ class ResidualMoE(nn.Module):
         self.deepspeed_moe = nn.Module()  # DeepSpeed's checkpoints find the experts by these two names
         self.deepspeed_moe.experts = StackedExperts(config, network, self.expert_rank() * self.num_local_experts)
         self.every_expert_here: Residuals | None = None
-        self.core.requires_grad_(config.trains_core if config.kind.has_core else config.train_residual)
+        trains = config.trains_core if config.kind.has_core else config.train_residual
+        if not (trains and config.kind.has_core and config.train_core == "auto"):  # which leaves frozen what is
+            self.core.requires_grad_(trains)
         if not config.train_residual:
             self.deepspeed_moe.requires_grad_(False)
         if config.ep_size > 1:

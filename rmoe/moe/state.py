@@ -134,11 +134,16 @@ def load_global_state_dict(model: nn.Module, state: Mapping[str, Tensor]) -> Non
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself lets nobody."""
+    """Writes a safetensors file that others may read as far as the umask lets them; safetensors itself lets nobody, and
+    takes no tensor twice, as a model has it whose layers share weights: each gets a copy of its own.
+    """
     path.unlink(missing_ok=True)
     path.touch()
     mode = path.stat().st_mode & 0o777
-    save_file({name: x.contiguous() for name, x in tensors.items()}, path, dict(metadata) if metadata else None)
+    whole = {name: x.contiguous() for name, x in tensors.items()}
+    owner = {x.data_ptr(): name for name, x in whole.items()}
+    written = {name: x if owner[x.data_ptr()] == name else x.clone() for name, x in whole.items()}
+    save_file(written, path, dict(metadata) if metadata else None)
     path.chmod(mode)
 
 

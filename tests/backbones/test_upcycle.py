@@ -87,6 +87,15 @@ def test_report_counts_and_freezing() -> None:
     assert frozen.trainable["residual"] == frozen.parameters["residual"] > 0
 
 
+def test_what_was_frozen_before_trains_only_where_it_is_asked_to() -> None:
+    for train_core, trained in (("auto", False), (True, True)):
+        model = swin().requires_grad_(False)
+        report = rmoe.upcycle(model, ResidualMoEConfig(num_experts=4, train_core=train_core)).report
+        assert (report.trainable["core"] > 0) == trained
+        assert report.trainable["residual"] == report.parameters["residual"] > 0
+        assert report.trainable["other"] == 0
+
+
 def test_the_core_is_the_blocks_own_network() -> None:
     model = swin()
     before = model.layers[3].blocks[1].mlp

@@ -153,6 +153,32 @@ def test_members_that_are_no_images(tmp_path: Path) -> None:
     assert check_image_folder(tmp_path / "train").problems == []
 
 
+def add_link(path: Path, name: str, target: str, kind: bytes) -> None:
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, target
+        archive.addfile(info)
+
+
+def test_links_in_a_tar_are_the_files_that_they_lead_to(tmp_path: Path) -> None:
+    """As in a folder of the same files; tar itself writes a hard link for a file that it has packed before."""
+    path = write_tar(tmp_path / "train.tar", below("./train/", IMAGES))
+    add_link(path, "./train/bee/2.jpg", "./train/ant/1.jpg", tarfile.LNKTYPE)
+    add_link(path, "./train/bee/3.jpg", "../ant/2.JPEG", tarfile.SYMTYPE)
+    add_link(path, "./train/bee/4.jpg", "3.jpg", tarfile.SYMTYPE)
+    add_link(path, "./train/bee/notes.txt", "gone.txt", tarfile.SYMTYPE)  # no image
+    linked = [("bee", IMAGES["ant/1.jpg"]), *[("bee", IMAGES["ant/2.JPEG"])] * 2]
+    assert read(tmp_path) == sorted([*((name[:3], content) for name, content in IMAGES.items()), *linked])
+
+
+@pytest.mark.parametrize("target", ["gone.jpg", "../../../bee/1.jpg", "5.jpg", "../ant"])
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path, target: str) -> None:
+    path = write_tar(tmp_path / "train.tar", below("train/", IMAGES))
+    add_link(path, "train/bee/5.jpg", target, tarfile.SYMTYPE)
+    with pytest.raises(UserError, match=r"train.tar has 'train/bee/5.jpg' as a link to .*, which it does not hold"):
+        index(path, "train")
+
+
 def test_an_archive_that_has_gone_since_is_named(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr("x.jpg", b"no image")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 from mmengine.config import ConfigDict
 
-from rmoe.config import ResidualMoEConfig
+from rmoe.config import KINDS, ResidualMoEConfig
 from rmoe.engine.model_config import (
     allow_random_cores,
     check_maps,
@@ -18,6 +19,7 @@ from rmoe.engine.model_config import (
     for_one_process,
     mappings,
     moe_dicts,
+    without_paths,
 )
 from rmoe.errors import UserError
 from rmoe.tasks.classification import TimmClassifier
@@ -46,10 +48,24 @@ def test_what_is_in_a_config() -> None:
 def test_what_a_mixture_leaves_open_is_written_out() -> None:
     values = {"num_experts": 4, "losses": {"z": 0.1}, "train_residual": False, "ep_size": 2}
     config = complete_moe(values)
-    assert values == {**dataclasses.asdict(config), "ep_size": 2, "train_core": True}
+    open_ones = {"top_k": "all", "combine": "residual", "train_core": True, "exchange": "weights"}
+    assert values == {**dataclasses.asdict(config), **open_ones, "ep_size": 2}
     assert values["losses"] == {"importance": 0.005, "load": 0.0, "balance": 0.0, "z": 0.1, "task_information": 0.0}
     again = ResidualMoEConfig.from_dict(values)
-    assert again == complete_moe(dict(values)) == dataclasses.replace(config, train_core=True)
+    assert again == complete_moe(dict(values)) == config
+
+
+@pytest.mark.parametrize("residual", KINDS)
+@pytest.mark.parametrize("more", [{}, {"num_experts": 1}, {"top_k": 2}, {"combine": "straight_through"}], ids=str)
+def test_what_is_written_out_is_the_same_mixture(residual: str, more: dict[str, Any]) -> None:
+    if residual == "experts" and "combine" not in more:
+        more = {**more, "expert_init": "random"}
+    config = ResidualMoEConfig.from_dict({"residual": residual, **more})
+    said = config.resolved()
+    assert "auto" not in dataclasses.asdict(said).values()
+    assert said.resolved() == said
+    for name in ("experts_per_token", "combined", "trains_core", "sends_tokens", "chooses", "preserves"):
+        assert getattr(said, name) == getattr(config, name), name
 
 
 def test_a_saved_mixture_that_leaves_something_open_has_one_expert_a_token_and_a_frozen_core() -> None:
@@ -60,6 +76,22 @@ def test_a_saved_mixture_that_leaves_something_open_has_one_expert_a_token_and_a
         "backbone": {"moe": {"num_experts": 4, "top_k": 1, "train_core": False}},
         "heads": [{"moe": said}, {"moe": None}],
     }
+
+
+def test_a_description_to_share_has_no_paths_of_this_machine() -> None:
+    made = {
+        "core": "work_dirs/core/model.safetensors",
+        "init_cfg": {"type": "Pretrained", "checkpoint": "/home/a/clients/r50.pth"},
+        "other": ["C:\\data\\x.pth", "https://download.org/x.pth", "hf-hub:org/name", "mmseg", "a/b", "/", 3, None],
+    }
+    before = copy.deepcopy(made)
+    assert without_paths(made) == {
+        "core": "model.safetensors",
+        "init_cfg": {"type": "Pretrained", "checkpoint": "r50.pth"},
+        "other": ["x.pth", "https://download.org/x.pth", "hf-hub:org/name", "mmseg", "a/b", "/", 3, None],
+    }
+    assert without_paths({"core": "hf-hub:org/name"}) == {"core": "hf-hub:org/name"}
+    assert made == before
 
 
 def test_one_process_needs_no_file_and_no_other() -> None:

@@ -58,6 +58,13 @@ def test_earlier_results_stay_until_there_are_new_ones(run: Predictor, tmp_path:
     assert [path.name for path in out.rglob("*.png")] == ["b.png"]
 
 
+def test_a_folder_in_which_a_killed_call_wrote_nothing_is_taken(run: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "predictions.json.partial").write_text("{")
+    assert predict(run, [str(picture(tmp_path / "a.jpg"))], tmp_path / "out") == (1, 0)
+    assert not list((tmp_path / "out").rglob("*.partial"))
+
+
 def test_names_that_are_long_or_those_of_folders(run: Predictor, tmp_path: Path) -> None:
     long = picture(tmp_path / f"{'x' * 246}.jpg")
     picture(tmp_path / "a.jpg")

@@ -20,6 +20,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 from safetensors.torch import load_file
 from small_runs import segmentor
+from torch import nn
 
 import rmoe
 from rmoe.backbones.build import timm_model
@@ -27,8 +28,11 @@ from rmoe.backbones.load_core import load_core, read_checkpoint
 from rmoe.cli import main
 from rmoe.engine.checkpoint.export import MODEL, read_metadata, write_model
 from rmoe.errors import UserError
+from rmoe.inference.card import _metrics
+from rmoe.inference.evaluate import evaluate
 from rmoe.inference.pretrained import save_timm
-from rmoe.moe.state import global_state_dict
+from rmoe.inference.runs import Run
+from rmoe.moe.state import global_state_dict, save_tensors
 from rmoe.tasks.classification import TimmClassifier
 
 INDEX = "model.safetensors.index.json"
@@ -193,6 +197,40 @@ def test_the_model_card(dense: Path, tmp_path: Path) -> None:
     rmoe.load(folder).save_pretrained(tmp_path / "best")
     (result,) = ModelCard.load(tmp_path / "best" / "README.md").data.eval_results
     assert result.metric_value == 61.0
+
+
+def test_a_card_shows_the_metrics_of_the_weights_that_it_is_of(dense: Path, tmp_path: Path) -> None:
+    """Of a training checkpoint those of its step, of whatever has another name none."""
+    folder = finished_run(tmp_path / "work", value=None, config=RECORDED)
+    shutil.copy(dense / MODEL, folder / MODEL)
+    (log,) = folder.glob("*/vis_data/scalars.json")
+    log.write_text(log.read_text() + '{"accuracy/top1": 61.0, "step": 20}\n{"accuracy/top1": 62.0, "step": 50}\n')
+    records, found = Run(folder), {}
+    for name in (MODEL, "iter_20", "iter_30", "best_top1_iter_50.pth", "renamed.pth"):
+        found[name] = _metrics(records, folder / name)
+    best = {"best_top1_iter_50.pth": {"top1": 62.0}, "renamed.pth": {}}
+    assert found == {MODEL: {"top1": 62.0}, "iter_20": {"top1": 61.0}, "iter_30": {}, **best}
+
+
+def test_an_export_is_not_evaluated_by_a_program_that_lies_beside_it(run: Path, tmp_path: Path) -> None:
+    rmoe.load(run).save_pretrained(tmp_path / "export")
+    for folder in (tmp_path, tmp_path / "export"):
+        script = f"import os\nran = open({str(tmp_path / 'ran')!r}, 'w')\n"
+        (folder / "train_my_model.py").write_text(script)
+        with pytest.raises(UserError, match="export holds 0 dumped configs; give the work dir of one finished run"):
+            evaluate(tmp_path / "export")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_weights_that_a_model_has_twice_are_written_twice(tmp_path: Path) -> None:
+    """As the convolutions that the levels of RTMDet's head share."""
+    tied = nn.ModuleList([nn.Linear(3, 3, bias=False)] * 2)
+    save_tensors(
+        tmp_path / "x.safetensors", {**global_state_dict(tied), "empty": torch.zeros(0), "none": torch.zeros(0)}
+    )
+    written = load_file(tmp_path / "x.safetensors")
+    assert sorted(written) == ["0.weight", "1.weight", "empty", "none"]
+    assert torch.equal(written["0.weight"], written["1.weight"])
 
 
 def test_a_card_without_records_says_what_is_known(saved: Path) -> None:
@@ -423,7 +461,7 @@ def test_a_card_runs_nothing_that_lies_beside_the_weights(dense: Path, tmp_path:
     folder = finished_run(tmp_path / "work", config=RECORDED)
     shutil.copy(dense / MODEL, folder / MODEL)
     (config,) = folder.glob("*.py")
-    config.write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n{config.read_text()}")
+    config.write_text(f"ran = open({str(tmp_path / 'ran')!r}, 'w')\n{config.read_text()}")
     rmoe.load(folder).save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "ran").exists()
     (folder / "20260101_000000" / "vis_data" / "scalars.json").write_text("{")

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rmoe.config import GateLosses, ResidualMoEConfig
 from rmoe.errors import UserError
-from rmoe.moe.gate import Gate, Routing, drop_over_capacity
+from rmoe.moe.gate import Gate, Routing, absent_of_gates, drop_over_capacity
 from rmoe.moe.gate_losses import GateSums, gate_balance, gate_loss
 
 
@@ -416,3 +416,12 @@ def test_a_gate_runs_without_values() -> None:
     routing = gate().to("meta")(LOGITS.to("meta"))
     assert routing.probability_TE.is_meta
     assert routing.probability_TE.shape == (3, 3)
+
+
+def test_only_the_gate_of_a_mixture_may_lack_its_bias_in_a_file() -> None:
+    """Attention may have a layer called gate, too, whose bias nothing stands for."""
+    own = {f"{name}gate.{key}": torch.ones(2) for name in ("attn.", "mlp.", "") for key in ("weight", "bias")}
+    own |= {f"{name}deepspeed_moe.experts.deepspeed_experts.0.A": torch.ones(2) for name in ("mlp.", "")}
+    state = {key: x for key, x in own.items() if not key.endswith("bias")}
+    assert set(absent_of_gates(state, own)) == {"mlp.gate.bias", "gate.bias"}
+    assert set(absent_of_gates({"weight": torch.ones(2)}, {"weight": torch.ones(2), "bias": torch.ones(2)})) == {"bias"}

@@ -273,8 +273,13 @@ def _digest_of(content: Mapping[str, Any]) -> str:
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Says whether a folder is a training checkpoint, sound or not."""
-    return path.name.endswith(PARTIAL) or any(os.path.lexists(path / name) for name in (MARKER, RUN))
+    """Says whether a folder is a training checkpoint, sound, damaged or half written."""
+    if any(os.path.lexists(path / name) for name in (MARKER, RUN)):
+        return True
+    if not path.name.endswith(PARTIAL) or not path.is_dir():
+        return False
+    names = [one.name for one in path.iterdir()]  # other folders are filled aside, too
+    return not names or any(name == HISTORY or name.startswith("part_") for name in names)
 
 
 def _marker(path: Path) -> _Marker:

@@ -67,6 +67,8 @@ def test_the_newest_whole_one_counts(tmp_path: Path) -> None:
     (tmp_path / "iter_10" / RUN).touch()
     (tmp_path / "best_iter_11.pth").write_bytes(b"x")
     (tmp_path / "vis_data").mkdir()
+    (tmp_path / "predictions.partial").mkdir()  # which a killed run leaves, too, and which is no checkpoint
+    (tmp_path / "predictions.partial" / "1.png").touch()
     found, wrong = complete_checkpoints(tmp_path)
     assert not found
     assert [path.name for path in wrong] == ["iter_10", "iter_12.partial"]
