@@ -21,7 +21,8 @@ _NOISE = (
     "Failed to search registry",
     "The prefix is not set in metric class",
 )
-_PRINTED = ("Could not import OneDL",)  # by mmseg and mmdet, when they are imported
+# By mmseg and mmdet, when they are imported, and by pycocotools.
+_PRINTED = ("Could not import OneDL", "creating index", "index created")
 _KEPT = 1000  # warnings before there is a log file
 
 
@@ -46,7 +47,7 @@ def keep_warnings() -> None:
 
 @contextmanager
 def without_noise() -> Iterator[None]:
-    """Leaves out what packages print when they are imported."""
+    """Leaves out what packages print when they are imported, or read annotations."""
     printed = io.StringIO()
     try:
         with redirect_stdout(printed):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 import sys
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -250,7 +251,8 @@ def quiet() -> Iterator[None]:
     level = logger.level
     logger.setLevel("ERROR")
     try:
-        with without_noise():
+        with without_noise(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="(mmengine|mmcv|mmseg|mmdet)\\.")
             yield
     finally:
         logger.setLevel(level)

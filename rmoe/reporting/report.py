@@ -13,6 +13,7 @@ from rich.console import Console
 
 from rmoe.engine.lock import check_folder
 from rmoe.errors import UserError
+from rmoe.inference.load import quiet
 from rmoe.inference.runs import ANALYSIS, ANALYSIS_JSON, Run, runs_in
 from rmoe.moe.state import moe_layers
 from rmoe.reporting.analysis import layer_means, load_statistics
@@ -54,25 +55,26 @@ def report(
     Raises:
         UserError: a folder that is no run's, or is damaged; a file that cannot be written.
     """
-    runs = [run for folder in folders for run in runs_in(Path(folder))]
-    if out is not None:
-        check_folder(Path(out), "--out")
-        for run in runs:
-            run.cost()
-            run.values()
-    found = compare(runs, _majorities(runs) if out is not None else None)
-    text = json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n"
-    if out is not None:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        _write(Path(out) / "summary.json", text, "--out")
-        tasks = [group.entries[0].run.task.name for group in found.groups]
-        for number, group in enumerate(found.groups):
-            before = tasks[:number].count(tasks[number])
-            _draw(group, Path(out), f"_{before + 1}" if before else "")
-    if json_file is not None:
-        _write(Path(json_file), text, "--json")
-    if html is not None:
-        _write(Path(html), render(found), "--html")
+    with quiet():
+        runs = [run for folder in folders for run in runs_in(Path(folder))]
+        if out is not None:
+            check_folder(Path(out), "--out")
+            for run in runs:
+                run.cost()
+                run.values()
+        found = compare(runs, _majorities(runs) if out is not None else None)
+        text = json.dumps(found.as_json(), indent=1, allow_nan=False) + "\n"
+        if out is not None:
+            Path(out).mkdir(parents=True, exist_ok=True)
+            _write(Path(out) / "summary.json", text, "--out")
+            tasks = [group.entries[0].run.task.name for group in found.groups]
+            for number, group in enumerate(found.groups):
+                before = tasks[:number].count(tasks[number])
+                _draw(group, Path(out), f"_{before + 1}" if before else "")
+        if json_file is not None:
+            _write(Path(json_file), text, "--json")
+        if html is not None:
+            _write(Path(html), render(found), "--html")
     show(found, Console())
     return found
 
@@ -131,31 +133,32 @@ def analyze(
     """
     if images < 1:
         raise UserError(f"--images is {images}; it is at least 1")
-    run = Run(Path(folder), task=task)
-    out = Path(out) if out is not None else run.left(ANALYSIS)
-    check_folder(out, "--out")
-    model = run.model()
-    weights = weight_statistics(model)
-    moved = movement(_earlier(Path(before), task).model(), model) if before else {}
-    init_default_scope(run.config.default_scope)
-    scenes = run.scenes(images)
-    classes = list(scenes[0].dataset.metainfo["classes"])
-    load = load_statistics(model, scenes, classes)
-    out.mkdir(parents=True, exist_ok=True)
-    layers = {
-        name: {"weights": asdict(weights[name]), "load": asdict(load[name])}
-        | ({"movement": asdict(moved[name])} if before else {})
-        for name in weights
-    }
-    found = {"run": str(folder), "before": before and str(before), "images": len(scenes), "layers": layers}
-    (out / ANALYSIS_JSON).write_text(json.dumps(found, indent=1) + "\n")
-    draw_weights(weights).savefig(out / "weights.png")
-    draw_load(load).savefig(out / "load.png")
-    draw_experts(scenes[:: max(1, len(scenes) // SCENES)][:SCENES], model).savefig(out / "experts.png")
-    if norms := run.residual_norms():
-        draw_norms(norms).savefig(out / "norms.png")
-    if before:
-        draw_movement(moved).savefig(out / "movement.png")
+    with quiet():
+        run = Run(Path(folder), task=task)
+        out = Path(out) if out is not None else run.left(ANALYSIS)
+        check_folder(out, "--out")
+        model = run.model()
+        weights = weight_statistics(model)
+        moved = movement(_earlier(Path(before), task).model(), model) if before else {}
+        init_default_scope(run.config.default_scope)
+        scenes = run.scenes(images)
+        classes = list(scenes[0].dataset.metainfo["classes"])
+        load = load_statistics(model, scenes, classes)
+        out.mkdir(parents=True, exist_ok=True)
+        layers = {
+            name: {"weights": asdict(weights[name]), "load": asdict(load[name])}
+            | ({"movement": asdict(moved[name])} if before else {})
+            for name in weights
+        }
+        found = {"run": str(folder), "before": before and str(before), "images": len(scenes), "layers": layers}
+        (out / ANALYSIS_JSON).write_text(json.dumps(found, indent=1) + "\n")
+        draw_weights(weights).savefig(out / "weights.png")
+        draw_load(load).savefig(out / "load.png")
+        draw_experts(scenes[:: max(1, len(scenes) // SCENES)][:SCENES], model).savefig(out / "experts.png")
+        if norms := run.residual_norms():
+            draw_norms(norms).savefig(out / "norms.png")
+        if before:
+            draw_movement(moved).savefig(out / "movement.png")
     lines = {name.removesuffix(".mlp"): layer_means(weights[name], load[name], moved.get(name)) for name in weights}
     show_inside(lines, Console())
     return found

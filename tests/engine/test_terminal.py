@@ -58,6 +58,7 @@ def test_what_packages_print_when_imported(capsys: pytest.CaptureFixture[str]) -
     def read() -> None:
         with terminal.without_noise():
             print("Could not import OneDL")
+            print("creating index...")
             print("of the config itself")
             raise KeyError
 

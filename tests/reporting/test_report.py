@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,10 @@ def runs(tmp_path: Path, data: Path) -> list[Path]:
 
 
 def test_what_a_report_leaves(runs, tmp_path, capsys):
-    found = report(runs, tmp_path / "out")
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        found = report(runs, tmp_path / "out")
+    assert [one.filename for one in warned if "/mmseg/" in one.filename or "/mmdet/" in one.filename] == []
     (content,) = json.loads((tmp_path / "out" / "summary.json").read_text())["groups"]
     assert [one["arm"] for one in content["runs"]] == ["dense", "residual"]
     # grass everywhere: right on 16 of 32 rows
@@ -126,6 +130,7 @@ def test_what_a_report_leaves(runs, tmp_path, capsys):
     assert {key: content["runs"][0][key] for key in expected} == expected
     assert found.entries[0].cost["params_trainable"] == 100
     shown = capsys.readouterr().out
+    assert shown.startswith("segmentation on ")
     assert "42.25" in shown
     assert "25.00" in shown
     assert "residual" in shown
