@@ -9,6 +9,7 @@ import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from pathlib import Path
 
 from mmengine.config import Config
@@ -77,10 +78,14 @@ def show(found: Sequence[Entry]) -> None:
     Console(width=None if screen else _WIDTH).print(table)
 
 
+@cache
+def _read(path: Path) -> Config:
+    return Config.fromfile(path, import_custom_modules=False)
+
+
 def _entry(path: Path) -> Entry:
-    config, here = Config.fromfile(path, import_custom_modules=False), Path.cwd()
-    named = [path.parent / one.config for one in (config.get("tasks") or {}).values()] or [path]
-    each = [Config.fromfile(one, import_custom_modules=False) for one in named]
+    config, here = _read(path), Path.cwd()
+    each = [_read(path.parent / one.config) for one in (config.get("tasks") or {}).values()] or [config]
     return Entry(
         config=str(path.relative_to(here) if path.is_relative_to(here) else path),
         task=", ".join(_TASKS[one.default_scope] for one in each),

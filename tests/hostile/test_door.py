@@ -309,18 +309,18 @@ def test_a_checkpoint_of_a_mixture_whose_top_k_was_left_open(tmp_path: Path) -> 
     """It was 1 then; what is written now says itself what it is."""
     mixture: dict[str, Any] = {"type": "ToyModel", "moe": {"num_experts": 4}}
     now = prepared(tmp_path, model=mixture)
-    assert now.model.moe.top_k == "auto"
-    assert "top_k='auto'," in now.pretty_text
-    for said, used in ((now.pretty_text, "auto"), (now.pretty_text.replace("top_k='auto',", ""), 1)):
+    assert now.model.moe.top_k == "all"
+    assert "top_k='all'," in now.pretty_text
+    for said, used in ((now.pretty_text, "all"), (now.pretty_text.replace("top_k='all',", ""), 1)):
         checkpoint = tmp_path / "iter_2"
         checkpoint.mkdir(exist_ok=True)
         (checkpoint / RUN).write_text(json.dumps({"meta": {"cfg": said}}))
-        for top_k in ("auto", 1):
+        for top_k, meant in (("auto", "all"), ("all", "all"), (4, "all"), (1, 1)):
             this = prepared(tmp_path, model={"type": "ToyModel", "moe": {"num_experts": 4, "top_k": top_k}})
-            if top_k == used:
+            if meant == used:
                 assert not [line for line in changes.compare(checkpoint, this) if "top_k" in line]
             else:
-                with pytest.raises(UserError, match=f"top_k was {used!r}; this run has {top_k!r}"):
+                with pytest.raises(UserError, match=f"top_k was {used!r}; this run has {meant!r}"):
                     changes.compare(checkpoint, this)
 
 

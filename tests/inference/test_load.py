@@ -79,7 +79,7 @@ def test_a_run_and_its_file_are_loaded_alike(run: Path, model: TimmClassifier) -
 def test_a_file_of_a_mixture_whose_top_k_was_left_open(run: Path) -> None:
     """It was 1 then; what is written now says itself what it is."""
     config = read_metadata(run)["model"]
-    assert (config["moe"]["top_k"], config["moe"]["rank"]) == ("auto", 8)
+    assert (config["moe"]["top_k"], config["moe"]["rank"]) == ("all", 8)
     del config["moe"]["top_k"]
     (layer, *_) = moe_layers(rmoe.load(relabelled(run, model=config)).model).values()
     assert layer.config.experts_per_token == 1

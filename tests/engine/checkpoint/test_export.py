@@ -41,7 +41,7 @@ def test_the_umask_says_who_may_read(umask: int, mode: int, tmp_path: Path) -> N
 def test_the_file_says_what_it_is(tmp_path: Path) -> None:
     state, about = global_state_dict(Mlp(2, 2)), {"stage": "residual", "classes": ("sky", "grass"), "core_sha256": "ab"}
     write_model(tmp_path, state, MODEL_CONFIG, **about)
-    model = MODEL_CONFIG | {"moe": json.loads(json.dumps(asdict(ResidualMoEConfig(num_experts=2, train_core=True))))}
+    model = MODEL_CONFIG | {"moe": json.loads(json.dumps(asdict(ResidualMoEConfig(num_experts=2).resolved())))}
     expected = {"format": "pt", "rmoe": "0.1.0", "model": model, **about, "classes": ["sky", "grass"]}
     assert read_metadata(tmp_path) == read_metadata(tmp_path / MODEL) == expected
     assert all(x.equal(state[key]) for key, x in load_file(tmp_path / MODEL).items())
