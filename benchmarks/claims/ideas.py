@@ -154,7 +154,7 @@ def ideas() -> Study:
         arms[run] = arm if run == name else faster(arm)
     cells = [Cell(name, "segmentation", seed, *USUAL) for seed in FEW_SEEDS for name in ("dense", at("dense"), *arms)]
     rivals = {run_as(name): run_as(idea.of) for name, idea in IDEAS.items()}
-    return replace(method.method(), arms=ARMS | arms, cells=tuple(cells), rivals=rivals)
+    return replace(method.method(), arms=ARMS | arms, cells=tuple(cells), rivals=rivals, reference=at("dense"))
 
 
 def quick_ideas() -> Study:

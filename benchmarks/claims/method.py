@@ -240,7 +240,8 @@ class Study:
         size: of the usual runs.
         arms, stages: by name.
         cells: the downstream runs, those that are worth most first.
-        rivals: which arm another one is compared with, besides dense.
+        rivals: which arm another one is compared with, besides the reference.
+        reference: the dense arm that all are compared with.
     """
 
     size: Size
@@ -248,6 +249,7 @@ class Study:
     stages: Mapping[str, Upstream]
     cells: Sequence[Cell]
     rivals: Mapping[str, str] = field(default_factory=lambda: RIVALS)
+    reference: str = "dense"
 
     def size_of(self, cell: Cell) -> Size:
         """Returns how much is trained on what under a cell's conditions."""
@@ -268,7 +270,7 @@ class Study:
 
         Further seeds at dense's best rate decide no rate, so they need no dense run at the usual one.
         """
-        usual = [] if cell.seed in MORE_SEEDS and cell.name in FASTER else ["dense"]
+        usual = [] if cell.seed in MORE_SEEDS and cell.name in FASTER else [self.reference]
         others = [*usual, self.rivals[cell.name]] if cell.name in self.rivals else usual
         return [cell._replace(name=name) for name in others if name != cell.name and name in self.arms]
 
