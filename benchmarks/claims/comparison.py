@@ -115,24 +115,33 @@ def gather(study: Study, ledger: Ledger, cells: Iterable[Cell]) -> dict[str, Run
 def best_of(family: str, runs: Mapping[str, Runs], read: Read) -> str | None:
     """Returns the learning rate's arm that stands for a family, or an arm that has but one rate; None without a run.
 
-    Of the rates with at least `FEW` seeds, if there are any, it is the one with the highest mean difference to dense,
-    over the pairs that all of them have; where these have none in common, the one with the most seeds.
+    Of the rates with at least `FEW` seeds, if there are any, it is the one with the highest mean difference to dense
+    finetuning, itself at its best rate, over the pairs that all of them have; where these have none in common, the one
+    with the most seeds.
     """
-    pairs = {name: _pairs(runs[name], runs.get("dense", {}), read) for name in _present(family, runs)}
+    reference = _reference(family, runs, read)
+    pairs = {name: _pairs(runs[name], reference, read) for name in _present(family, runs)}
     enough = {name: mine for name, mine in pairs.items() if len(_seeds(mine)) >= FEW} or pairs
     if not enough:
         return None
     common = set.intersection(*enough.values())
     if not common:
         return max(enough, key=lambda name: len(_seeds(enough[name])))
-    dense = {key: runs["dense"][key] for key in common}
+    dense = {key: reference[key] for key in common}
     means = {name: difference(runs[name], dense, read, subtract).mean or 0.0 for name in enough}
     return max(means, key=lambda name: means[name])
 
 
+def _reference(family: str, runs: Mapping[str, Runs], read: Read) -> Runs:
+    """Returns the dense runs by which a family's rates are judged: the best ones, which are found beside `dense`."""
+    best = "dense" if family == "dense" else best_of("dense", runs, read)
+    return runs.get(best or "dense", {})
+
+
 def rates_tried(name: str, runs: Mapping[str, Runs], read: Read) -> dict[str, int]:
     """Returns, for each rate of an arm's family, by arm, on how many seeds it has pairs with dense: 0 if not tried."""
-    dense, family = runs.get("dense", {}), family_of(name)
+    family = family_of(name)
+    dense = _reference(family, runs, read)
     return {one: len(_seeds(_pairs(runs.get(one, {}), dense, read))) for one in FAMILIES.get(family, (family,))}
 
 
@@ -196,6 +205,8 @@ def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
     }
     others = {"dense": runs.get("dense", {}), "best_dense": runs[best] if best else {}}
     others["rival"] = runs.get(study.rivals[name], {}) if name in study.rivals else {}
+    # Dense finetuning costs the same at every rate.
+    as_dear = {key: run for rate in reversed(DENSE) for key, run in runs.get(rate, {}).items()}
     losses = [run["train_loss"] for run in mine.values() if run["train_loss"] is not None]
     loss: Row = {"mean": statistics.mean(losses) if losses else None}
     for other, theirs in others.items():
@@ -205,10 +216,10 @@ def _row(name: str, runs: Mapping[str, Runs], study: Study, read: Read) -> Row:
         loss |= _flat(other, difference(mine, same, reading("train_loss"), subtract))
     row["train_loss"] = loss
     for label, key in COSTS.items():
-        cost = difference(mine, others["dense"], reading(key), divide)
+        cost = difference(mine, as_dear, reading(key), divide)
         row |= {key: statistics.mean(run[key] for run in mine.values()), f"{label}_vs_dense": cost.mean}
         row |= {f"{label}_interval95": cost.interval}
-    parameters = difference(mine, others["dense"], reading("params_total"), divide)
+    parameters = difference(mine, as_dear, reading("params_total"), divide)
     return row | {"params_total_vs_dense": parameters.mean}
 
 
@@ -249,7 +260,9 @@ def family_of(name: str) -> str:
 def _kind(name: str) -> str:
     """Returns what an arm is in the study: a candidate, a control or a single choice; at any rate."""
     family = family_of(name)
-    return "candidate" if family in CANDIDATES else "control" if {name, family} & CONTROLS.keys() else "choice"
+    if family in CANDIDATES:
+        return "candidate"
+    return "control" if CONTROLS.keys() & {name, *FAMILIES.get(family, ())} else "choice"
 
 
 def regimes(study: Study, ledger: Ledger) -> list[Row]:

@@ -209,7 +209,15 @@ RIVALS = {
 RIVALS |= dict.fromkeys(map(at, _RATED), at("dense"))
 
 _OF_FULL = ("dense", "one_full", "full_fixed_gate", "frozen_all", "upper_bound_all")
-_OF_SOFT = ("dense", "one_low_rank", "soft_fixed_gate", "frozen_alternate", "upper_bound_alternate", "dense_longer")
+_OF_SOFT = (
+    "dense",
+    "one_low_rank",
+    "soft_fixed_gate",
+    "frozen_alternate",
+    "upper_bound_alternate",
+    "upper_bound_all",
+    "dense_longer",
+)
 # What a candidate's gain could be owed to otherwise.
 CONTROLS_OF = {
     "full_calibrated": _OF_FULL,
@@ -336,7 +344,7 @@ def _order() -> Iterator[Cell]:
     yield from cells(("dense", "soft_frozen", "soft"), SEEDS, "detection")
     yield from cells(("dense", "soft"), MORE_SEEDS, "detection")
     yield from cells(("one_low_rank_lr_1", "soft_fixed_gate"), UNSEEN, "detection")
-    yield from cells(("one_low_rank_lr_4", "dense_longer", "upper_bound_all"), UNSEEN, "detection")
+    yield from cells(("one_low_rank_lr_4", "dense_longer", "full_calibrated", "upper_bound_all"), UNSEEN, "detection")
     yield from cells((at("upper_bound_all"), at("frozen_alternate"), at("former_default")), FEW_SEEDS)
     yield from cells(("dense", "soft", *FASTER), MORE_SEEDS)
     yield from cells((at("full_random"), at("full_calibrated")), FEW_SEEDS)

@@ -79,6 +79,14 @@ def test_rates_are_compared_on_the_pairs_that_all_of_them_have() -> None:
     assert best_of("soft", apart, MIOU) == "soft"  # no pair in common: the one with more seeds
 
 
+def test_rates_are_judged_beside_the_best_dense_one_alone() -> None:
+    arms = {"dense": runs(1.0, 1.0, 1.0), "dense_lr_double": runs(2.0, 2.0, 2.0)}
+    arms["dense_lr_double"] |= runs(3.0, 3.0, 3.0, context=THERE)  # where dense's usual rate was not run
+    arms |= {"one_low_rank_lr_1_lr_double": runs(3.0, 3.0, 3.0, context=THERE), "one_low_rank_lr_2": runs(9.0)}
+    assert best_of("one_low_rank", arms, MIOU) == "one_low_rank_lr_1_lr_double"  # three seeds choose, not one
+    assert rates_tried("one_low_rank_lr_2", arms, MIOU)["one_low_rank_lr_1_lr_double"] == 3
+
+
 # Seeds 0 … 7: values of each arm less dense's.
 GAINS = {"dense": 0.0, "dense_lr_half": 0.25, "dense_lr_double": -1.0, "soft": 1.0, "one_low_rank_lr_1": -0.5}
 GAINS |= {"one_low_rank_lr_2": 0.5, "one_low_rank_lr_4": -2.0, "upper_bound_alternate": 1.25, "dense_longer": 0.5}
@@ -130,6 +138,13 @@ def test_the_rows_of_the_study(tmp_path: Path) -> None:
     assert longer["train_loss"]["diff_to_dense"] is None  # other images in the last tenth
 
 
+def test_costs_are_told_beside_dense_at_any_rate(tmp_path: Path) -> None:
+    small = study(("dense_lr_double", "soft"))
+    soft = comparison.rows(small, ledger(small, tmp_path / "runs.json"))[-1]
+    assert (soft["diff_to_dense"], soft["diff_to_best_dense"]) == (None, pytest.approx(2.0))
+    assert (soft["finetune_flops_vs_dense"], soft["params_total_vs_dense"]) == (pytest.approx(1.1), pytest.approx(1.5))
+
+
 def test_controls_are_the_best_of_their_kind(tmp_path: Path) -> None:
     rows = comparison.controls(study(), ledger(study(), tmp_path / "runs.json"))
     assert {row["control_arm"]: round(row["difference"], 6) for row in rows} == {
@@ -148,6 +163,9 @@ def test_controls_are_the_best_of_their_kind(tmp_path: Path) -> None:
     kinds = {row["arm"]: row["kind"] for row in comparison.rows(both, Ledger(tmp_path / "more.json"))}
     assert [kinds[name] for name in ("soft_lr_double", "dense_lr_half", "one_low_rank_lr_4")] == [
         *("candidate", "control", "control")
+    ]
+    assert [comparison._kind(name) for name in ("one_low_rank_lr_2_lr_double", "top_1_lr_double")] == [
+        *("control", "choice")
     ]
 
 
