@@ -124,7 +124,8 @@ class ResidualMoEConfig:
             decision (as ParaX and ViMoE do).
         balance_rate: how far, after each step, a bias is moved that is added to the probabilities where experts are
             chosen, and nowhere else: up for those with fewer tokens than the mean, down for the others (loss-free
-            balancing, arXiv 2408.15664, which uses 0.001); 0 is off.
+            balancing, arXiv 2408.15664, which uses 0.001); 0 is off. It suits gates that are unsure: beside
+            probabilities near 0 and 1 the biases grow until they decide alone (`bias_balanced` in docs/arms.md).
         gate_std: standard deviation of the router's initial weights; `rmoe verify` takes 1, for gates that are decided
             from the start.
         blocks: which feed-forward networks become MoE: every second one of each stage (`alternate`), the same of the
